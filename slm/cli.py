@@ -1,0 +1,79 @@
+"""The command line of every script: grouped help, scaled defaults, one sentence for bad input.
+
+Imports nothing heavy: `--help` answers before torch is loaded, so a script parses its arguments first and
+imports the rest of the package inside its main function.
+"""
+
+import argparse
+import errno
+import sys
+
+from slm import BadInput
+
+FULL_OR_LOCKED = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT}
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28, width=100)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """An argument parser that keeps the description's line breaks and refuses abbreviated options."""
+    return argparse.ArgumentParser(description=description, formatter_class=_Help, allow_abbrev=False)
+
+
+def resolve(args: argparse.Namespace, paper: dict, tiny: dict) -> argparse.Namespace:
+    """Fill every option that was left at None: from `tiny` when the model is `tiny`, else from `paper`.
+
+    >>> resolve(argparse.Namespace(model="tiny", lr=None, k=4), {"lr": 1e-4, "k": 2}, {"lr": 3e-3})
+    Namespace(model='tiny', lr=0.003, k=4)
+    """
+    defaults = {**paper, **tiny} if args.model == "tiny" else paper
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def show(settings: dict) -> None:
+    """Print the resolved settings, a few to a line."""
+    line = "settings:"
+    for item in (f"{name}={value}" for name, value in settings.items()):
+        if len(line) + len(item) > 108:
+            print(line)
+            line = "         "
+        line += " " + item
+    print(line)
+
+
+def run(main, args: argparse.Namespace) -> None:
+    """Call main(args). Bad input, a full disk and a locked folder end in one sentence and exit code 2."""
+    try:
+        main(args)
+    except BadInput as e:
+        sys.exit(_say(e))
+    except OSError as e:
+        if e.errno not in FULL_OR_LOCKED:
+            raise
+        sys.exit(_say(f"cannot write {e.filename or 'the output'}: {e.strerror}; free space or choose another --out"))
+    except KeyboardInterrupt:
+        print("\nstopped; what was finished is kept, and the same command with --resume goes on from there",
+              file=sys.stderr)
+        sys.exit(130)
+
+
+def _say(sentence) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return 2
+
+
+def positive(text: str) -> int:
+    """argparse type: a whole number of 1 or more."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return number
