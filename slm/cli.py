@@ -56,7 +56,7 @@ def run(main, args: argparse.Namespace) -> None:
     except OSError as e:
         if e.errno not in FULL_OR_LOCKED:
             raise
-        sys.exit(_say(f"cannot write {e.filename or 'the output'}: {e.strerror}; free space or choose another --out"))
+        sys.exit(_say(f"cannot write {e.filename or 'the output'}: {e.strerror}; choose another --out"))
     except KeyboardInterrupt:
         print("\nstopped; what was finished is kept, and the same command with --resume goes on from there",
               file=sys.stderr)

@@ -21,7 +21,7 @@ class Request:
     """One prompt for a Sampler or an Endpoint: messages, or ready token ids (Sampler only)."""
     messages: list[dict] | None = None
     sampling: Sampling = Sampling()
-    adapter: str | None = None  # LoRA adapter (Sampler) or model name (Endpoint) that answers; None: the default
+    adapter: str | None = None  # LoRA adapter (Sampler) or model name (Endpoint); None: the default
     n: int = 1                  # samples of this prompt; sample i uses seed + i
     ids: list[int] | None = None
 
