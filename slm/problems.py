@@ -1,0 +1,286 @@
+"""Problems to solve: benchmark sets by name, the embedded `tiny` world, or any JSON lines file.
+
+    load("gsm8k", "test")        from a local folder when one has it, else downloaded once and cached
+    load("my/problems.jsonl")    rows with question (or problem) and answer (or gold)
+
+Folders are searched in this order: $SLM_DATA, ./data, ../shared/data, then the cache ($SLM_CACHE, by default
+~/.cache/slm). Each holds <set>/<split>.jsonl. Not covered: multiple choice, several gold answers, pictures.
+Imports no torch.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from slm import BadInput
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with its gold answer. `solution` is the worked solution where the set has one, else ''."""
+    id: str
+    question: str
+    gold: str
+    source: str
+    solution: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a split comes from; without a sha256 (the publisher's bytes may change) `rows` is checked."""
+    file: str
+    url: str
+    rows: int
+    sha256: str | None = None
+
+
+_GRADE = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/"
+_QWEN = "https://raw.githubusercontent.com/QwenLM/Qwen2.5-Math/main/evaluation/data/"
+_HUB = "https://huggingface.co/datasets/"
+SOURCES = {
+    "gsm8k": {
+        "train": Source("gsm8k/train.jsonl", _GRADE + "train.jsonl", 7473,
+                        "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+        "test": Source("gsm8k/test.jsonl", _GRADE + "test.jsonl", 1319,
+                       "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14")},
+    "math": {  # all of MATH less MATH-500
+        "train": Source("math/train.jsonl", "https://raw.githubusercontent.com/rasbt/math_full_minus_math500/main/"
+                        "math_full_minus_math500.json", 12000)},
+    "math500": {
+        "test": Source("math500/test.jsonl", _HUB + "HuggingFaceH4/MATH-500/resolve/main/test.jsonl", 500)},
+    "aime24": {
+        "test": Source("aime24/test.jsonl", _QWEN + "aime24/test.jsonl", 30,
+                       "af2b8bd2aa911b6333ad0df32f3ca05c7ae8ed10f1731f4372c8ae26990bf7ac")},
+    "amc23": {
+        "test": Source("amc23/test.jsonl", _QWEN + "amc23/test.jsonl", 40,
+                       "43707e1ca784602d8479de24ee8ce36609dbebc46dd152b0b12a46611aa898a4")},
+    "svamp": {
+        "test": Source("svamp/test.jsonl", _QWEN + "svamp/test.jsonl", 1000,
+                       "d0826ff1264f3860e46fc4e71db9e31d2d188960db87090e22677f9493e67a0d")},
+    "multiarith": {
+        "test": Source("mawps/multiarith.jsonl", _QWEN + "mawps/multiarith.jsonl", 600,
+                       "12e8295088364af21fb6591dbdbd1dda452aade57227f63d725677471ded2951")},
+    "mawps": {
+        "test": Source("mawps/test.jsonl", _QWEN + "mawps/test.jsonl", 2065,
+                       "00ffe31161be8623a3d36741830edbba87a3aee0109f693810fe40b9d5d91b8b")},
+}
+NAMES = ("tiny", "tiny-unseen", *SOURCES)
+QUESTION = ("question", "problem", "Question", "input")
+GOLD = ("answer", "gold", "Answer", "target")
+
+
+def load(name: str, split: str = "train", limit: int | None = None) -> list[Problem]:
+    """The first `limit` problems of a named set's split, or of a JSON lines file (which has no other split).
+
+    Raises BadInput, naming file and line, for an unknown name or split, a set that is neither local nor
+    reachable, a broken row, a missing field, an empty set.
+    """
+    if limit is not None and limit < 1:
+        raise BadInput(f"limit {limit}: expected 1 or more problems")
+    if name in ("tiny", "tiny-unseen"):
+        problems = _tiny("unseen" if name == "tiny-unseen" else split, limit)
+    elif name in SOURCES:
+        if split not in SOURCES[name]:
+            raise BadInput(f"{name} has no {split!r} split here, only {' and '.join(SOURCES[name])}" + (
+                "; its test set is math500" if name == "math" else ""))
+        problems = read(_find(SOURCES[name][split]), name, split)
+    else:
+        path = Path(name)
+        if not path.is_file():
+            what = "is a folder, not a file" if path.is_dir() else "is neither a data set's name nor a file"
+            raise BadInput(f"data {name!r} {what}; expected one of {', '.join(NAMES)}, or a JSON lines file")
+        problems = read(path, *_origin(path))
+    return problems[:limit]
+
+
+def read(path: Path, source: str, split: str = "") -> list[Problem]:
+    """The problems of one file. Rows keep their own id where all of them have a different one."""
+    rows = _rows(path)
+    own = [next((str(row[k]) for k in ("id", "unique_id", "ID") if row.get(k) not in (None, "")), None)
+           for _, row in rows]
+    unique = None not in own and len(set(own)) == len(own)
+    prefix = f"{source}-{split}" if split else source
+    problems, without = [], []
+    for n, (line, row) in enumerate(rows):
+        id = own[n] if unique and not own[n].isdigit() else f"{prefix}-{own[n] if unique else n}"
+        gold = _gold(row, source, f"{path} line {line}")
+        if not gold and source == "math":  # an empty box in MATH itself
+            without.append(id)
+            continue
+        if not gold:
+            raise BadInput(f"{path} line {line}: the gold answer is empty")
+        problems.append(Problem(id, _question(row, f"{path} line {line}"), gold, source, _solution(row)))
+    if without:
+        print(f"{path.name}: skipped {len(without)} problems without a gold answer: {', '.join(without)}",
+              file=sys.stderr)
+    if not problems:
+        raise BadInput(f"{path}: no problems in it; expected one JSON object a line")
+    return problems
+
+
+def fingerprint(problems: list[Problem]) -> str:
+    """A short hash of ids, questions and golds in order: runs with equal ones had the same problems."""
+    text = json.dumps([(p.id, p.question, p.gold) for p in problems], ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _tiny(split: str, limit: int | None) -> list[Problem]:
+    from slm.tiny.world import problems
+    if split not in ("train", "test", "unseen"):
+        raise BadInput(f"tiny has no {split!r} split, only train, test and unseen")
+    source = "tiny-unseen" if split == "unseen" else "tiny"
+    return [Problem(str(row["id"]), row["question"], str(row["answer"]), source)
+            for row in problems(split, limit)]
+
+
+def _origin(path: Path) -> tuple[str, str]:
+    """(source, split) of a file: gsm8k/test.jsonl is what `gsm8k` names, so its problems get the same ids."""
+    if path.stem in ("train", "test") and path.resolve().parent.name:
+        return path.resolve().parent.name, path.stem
+    return path.stem, ""
+
+
+def _rows(path: Path) -> list[tuple[int, dict]]:
+    """(line number, object) of every row of a JSON lines file, or of one JSON list of objects."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        line = e.object[:e.start].count(b"\n") + 1
+        raise BadInput(f"{path} line {line}: not UTF-8 text") from None
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
+    if text.lstrip().startswith("["):
+        try:
+            rows = list(enumerate(json.loads(text), 1))
+        except ValueError as e:
+            raise BadInput(f"{path}: not valid JSON: {e}") from None
+    else:
+        rows = []
+        for line, content in enumerate(text.split("\n"), 1):
+            if content.strip():
+                try:
+                    rows.append((line, json.loads(content)))
+                except (ValueError, RecursionError) as e:
+                    raise BadInput(f"{path} line {line}: not valid JSON ({e}): {content[:60]!r}") from None
+    for line, row in rows:
+        if not isinstance(row, dict):
+            raise BadInput(f"{path} line {line}: {str(row)[:60]!r} found where a JSON object was expected")
+    return rows
+
+
+def _question(row: dict, where: str) -> str:
+    if "Body" in row and "Question" in row:  # SVAMP
+        return f"{row['Body']} {row['Question']}"
+    for key in QUESTION:
+        if isinstance(row.get(key), str) and row[key].strip():
+            return row[key].strip()
+    raise BadInput(f"{where}: no question; expected a text named question or problem, found {_fields(row)}")
+
+
+def _gold(row: dict, source: str, where: str) -> str:
+    """The gold answer: what follows GSM8K's ####, 27 for 27.0, 25 for AIME's 025, '' for an empty one."""
+    key = next((k for k in GOLD if k in row), None)
+    if key is None:
+        raise BadInput(f"{where}: no gold answer; expected one named answer or gold, found {_fields(row)}")
+    value = row[key]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
+        raise BadInput(f"{where}: field {key!r} is {str(value)[:40]!r}; expected a text or a number")
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else repr(value)
+    gold = "" if value is None else str(value).strip()
+    if "####" in gold:
+        gold = gold.rsplit("####", 1)[1].strip().replace(",", "")
+    if source.startswith("aime") and gold.isdigit():
+        gold = str(int(gold))
+    return gold
+
+
+def _solution(row: dict) -> str:
+    if isinstance(row.get("solution"), str):
+        return row["solution"]
+    answer = row.get("answer")
+    return answer.rsplit("####", 1)[0].strip() if isinstance(answer, str) and "####" in answer else ""
+
+
+def _fields(row: dict) -> str:
+    return ", ".join(map(str, row)) or "no fields"
+
+
+# Downloads
+
+def _folders() -> list[Path]:
+    given = os.environ.get("SLM_DATA")
+    return [Path(p) for p in (given, "data", "../shared/data") if p]
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("SLM_CACHE") or Path.home() / ".cache" / "slm") / "data"
+
+
+def _find(source: Source) -> Path:
+    """The local file of a source, downloaded into the cache when no folder has it."""
+    for folder in [*_folders(), _cache()]:
+        if (folder / source.file).is_file():
+            return folder / source.file
+    try:
+        return download(source, _cache() / source.file)
+    except BadInput as e:
+        raise BadInput(f"{e}; without a network, save {source.url} as data/{source.file}, or set SLM_DATA "
+                       f"to a folder that holds {source.file}") from None
+
+
+def download(source: Source, path: Path) -> Path:
+    """Fetch source.url, going on where an earlier try stopped; `path` appears only after the checks."""
+    import requests
+    part = path.with_name(path.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(3):
+        try:
+            _fetch(source, part)
+            break
+        except requests.HTTPError as e:
+            raise BadInput(f"{source.url} answered {e.response.status_code}") from None
+        except requests.RequestException as e:
+            if attempt == 2:
+                raise BadInput(f"{source.url} cannot be reached ({type(e).__name__})") from None
+    wrong = _wrong(part, source)
+    if wrong:
+        part.unlink()
+        raise BadInput(f"{source.url} is not the expected file: {wrong}")
+    os.replace(part, path)
+    return path
+
+
+def _fetch(source: Source, part: Path) -> None:
+    """One try: append what `part` lacks, or start over where the server knows no ranges."""
+    import requests
+    from tqdm import tqdm
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(source.url, headers=headers, stream=True, timeout=30) as reply:
+        if reply.status_code == 416:  # nothing left to send
+            return
+        reply.raise_for_status()
+        have = have if reply.status_code == 206 else 0
+        total = have + int(reply.headers.get("Content-Length", 0))
+        with part.open("ab" if have else "wb") as f, tqdm(
+                total=total, initial=have, unit="B", unit_scale=True, desc=source.file) as bar:
+            for block in reply.iter_content(1 << 16):
+                bar.update(f.write(block))
+    if part.stat().st_size < total:
+        raise requests.ConnectionError("the connection closed early")
+
+
+def _wrong(path: Path, source: Source) -> str | None:
+    """What is wrong with a downloaded file, or None."""
+    if source.sha256:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        return None if found == source.sha256 else f"sha256 {found[:12]}..., expected {source.sha256[:12]}..."
+    try:
+        rows = len(_rows(path))
+    except BadInput as e:
+        return str(e)
+    return None if rows == source.rows else f"{rows} rows, expected {source.rows}"
