@@ -1,0 +1,105 @@
+"""The statistics of an evaluation: intervals, pass@k, two runs compared on the same problems.
+
+Every interval is 95 % unless told. Not covered: correction for many comparisons; correlated problems.
+Imports numpy, no torch.
+"""
+
+from math import comb, sqrt
+from statistics import NormalDist
+
+import numpy as np
+
+
+def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Score interval of a proportion, k right of n (Wilson 1927, JASA 22, eq. for p1 and p2).
+
+    >>> tuple(round(x, 4) for x in wilson(8, 10))
+    (0.4902, 0.9433)
+    """
+    if n == 0:
+        return 0.0, 1.0
+    z, p = _z(level), k / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, middle - half) if k else 0.0, min(1.0, middle + half) if k < n else 1.0
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that at least one of k samples drawn without replacement from n, c of them right, is right.
+
+    The unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, eq. 1).
+
+    >>> pass_at_k(n=4, c=1, k=2)
+    0.5
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n; got n={n}, c={c}, k={k}")
+    return 1 - comb(n - c, k) / comb(n, k)
+
+
+def paired(a: list, b: list, level: float = 0.95) -> tuple[float, float, float]:
+    """(difference, low, high) of accuracy b - a on the same problems, item i of both being problem i.
+
+    Newcombe 1998 (Statistics in Medicine 17, 2635-2650), method 10: Wilson intervals of both rates, joined
+    with a continuity-corrected correlation of the paired answers. Sound for small n and rates near 0 and 1.
+
+    >>> a, b = [1] * 8 + [0] * 13, [1] + [0] * 7 + [1] + [0] * 12  # 1 both, 7 only a, 1 only b, 12 neither
+    >>> tuple(round(x, 3) for x in paired(a, b))
+    (-0.286, -0.507, -0.026)
+    """
+    n = len(a)
+    if n != len(b) or n == 0:
+        raise ValueError(f"paired answers needed: {n} and {len(b)} given")
+    both, only_a, only_b = _table(a, b)
+    neither = n - both - only_a - only_b
+    pa, pb = (both + only_a) / n, (both + only_b) / n
+    (la, ua), (lb, ub) = wilson(both + only_a, n, level), wilson(both + only_b, n, level)
+    product = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
+    cross = both * neither - only_a * only_b
+    if cross > 0:
+        cross = max(cross - n / 2, 0)
+    phi = cross / sqrt(product) if product else 0.0
+    down, up = (pb - lb, ua - pa), (ub - pb, pa - la)
+    low, high = (sqrt(max(0.0, x * x - 2 * phi * x * y + y * y)) for x, y in (down, up))
+    return pb - pa, pb - pa - low, pb - pa + high
+
+
+def mcnemar(a: list, b: list) -> float:
+    """Exact two-sided p-value that a and b are equally often right (McNemar 1947, binomial form).
+
+    >>> round(mcnemar([True] * 1 + [False] * 7, [False] * 1 + [True] * 7), 4)  # 1 : 7
+    0.0703
+    """
+    _, only_a, only_b = _table(a, b)
+    m = only_a + only_b
+    tail = sum(comb(m, i) for i in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2 ** m)
+
+
+def bootstrap(values: list[float], level: float = 0.95, rounds: int = 10_000) -> tuple[float, float]:
+    """Interval of the mean of one value a problem (its share right of k samples, its pass@k, a difference).
+
+    Problems are drawn again with replacement, their samples stay together; bias-corrected percentiles
+    (Efron 1987, JASA 82, with acceleration 0).
+    """
+    x = np.asarray(values, dtype=float)
+    if x.size == 0 or np.ptp(x) == 0:
+        return (float(x[0]), float(x[0])) if x.size else (0.0, 1.0)
+    rng = np.random.default_rng(0)
+    kinds, counts = np.unique(x, return_counts=True)  # few different values: draw counts, not problems
+    means = rng.multinomial(x.size, counts / x.size, size=rounds) @ kinds / x.size
+    below = np.mean(means < x.mean()) + np.mean(means == x.mean()) / 2
+    shift = NormalDist().inv_cdf(min(max(below, 1 / rounds), 1 - 1 / rounds))
+    ends = [NormalDist().cdf(2 * shift + s * _z(level)) for s in (-1, 1)]
+    low, high = np.quantile(means, ends)
+    return float(low), float(high)
+
+
+def _table(a, b) -> tuple[int, int, int]:
+    """How many problems (both, only a, only b) got right."""
+    both = sum(x and y for x, y in zip(a, b, strict=True))
+    return both, sum(map(bool, a)) - both, sum(map(bool, b)) - both
+
+
+def _z(level: float) -> float:
+    return NormalDist().inv_cdf(0.5 + level / 2)
