@@ -1,7 +1,7 @@
-r"""Every prompt string of the project, each with an id that is stored with the results it produced.
+"""Every prompt string of the project, each with an id that is stored with the results it produced.
 
-A prompt is a text with $fields: SOLVER(question=q) fills them in. The sentences are short because the embedded
-model has 1,024 tokens to think in. When a text changes, its id changes.
+A prompt is a text with $fields: SOLVER(question=q) fills them in. The sentences are short because the
+embedded model has 1,024 tokens for everything. When a text changes, its id changes.
 """
 
 from string import Template
@@ -11,11 +11,11 @@ class Prompt:
     """A text with $fields and an id; calling it with the fields gives the message."""
 
     def __init__(self, id: str, text: str):
-        self.id, self.text, self.template = id, text, Template(text)
+        self.id, self.text = id, text
 
     def __call__(self, **fields: str) -> str:
-        """The message. Raises KeyError when a field is missing; the values are inserted as they are."""
-        return self.template.substitute(fields)
+        """The message. The values are inserted as they are; a missing field raises KeyError."""
+        return Template(self.text).substitute(fields)
 
     def __repr__(self) -> str:
         return f"Prompt({self.id})"
@@ -29,25 +29,27 @@ CAREFUL = Prompt("careful/1", f"$question\nWork carefully. {BOX}")
 VERY_CAREFUL = Prompt("very-careful/1", f"$question\nWork very carefully and check each step. {BOX}")
 
 # ---- tools -----------------------------------------------------------------------------------------------
-PYTHON = Prompt("python/1", "$question\nPlease solve it with Python code in a ```python block that prints the answer.")
+CODE = "Please solve it with Python code in a ```python block that prints the answer."
+
+PYTHON = Prompt("python/1", f"$question\n{CODE}")
 HINT = Prompt("hint/1", f"$question\nYou may use Python code for the calculations. {BOX}")
-OUTPUT = Prompt("output/1", "\n```output\n$output\n```\n")  # what a code block printed, put after it in the same turn
+OUTPUT = Prompt("output/1", "\n```output\n$output\n```\n")  # what a block printed, after it in the same turn
 EXPLAIN = Prompt("explain/1", "The code printed:\n$output\nPlease put your final answer within \\boxed{}.")
 
 # ---- checks and second attempts --------------------------------------------------------------------------
 CHECKER = Prompt("checker/1", "$question\nProposed solution: $solution\n"
                               "Is this solution right? Answer CORRECT or INCORRECT.")
 CRITIC = Prompt("critic/1", "$question\nProposed solution: $solution\n"
-                            "Is this solution right? Say in one sentence what is wrong with it, if anything is, "
+                            "Is this solution right? Say in one sentence what is wrong, if anything is, "
                             "then end with VERDICT: CORRECT or VERDICT: INCORRECT.")
 VERIFIER = Prompt("verifier/1", "$question\nProposed answer: $answer\n"
                                 "Please compute the answer with Python code in a ```python block, then print "
                                 "VERIFIED if the proposed answer is right and FAILED if it is not.")
 FEEDBACK = Prompt("feedback/1", "An earlier solution found $answer, but a check says it is wrong.")
 DISAGREE = Prompt("disagree/1", "An earlier solution found $answer, but a second one found $other.")
-RETRY = Prompt("retry/1", f"$question\n$feedback\n{BOX}")                   # a fresh conversation
-RETRY_PYTHON = Prompt("retry-python/1", PYTHON.text.replace("$question", "$question\n$feedback"))
-AGAIN = Prompt("again/1", f"$feedback Solve it again. {BOX}")               # the next turn of a conversation
+RETRY = Prompt("retry/1", f"$question\n$feedback\n{BOX}")          # in a fresh conversation
+RETRY_PYTHON = Prompt("retry-python/1", f"$question\n$feedback\n{CODE}")
+AGAIN = Prompt("again/1", f"$feedback Solve it again. {BOX}")      # as the next turn of a conversation
 
 # ---- summaries -------------------------------------------------------------------------------------------
 SUMMARY = Prompt("summary/1", "Problem: $question\nSolution: $solution\n"
