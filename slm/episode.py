@@ -1,7 +1,26 @@
-"""The records that travel from the sampler to the grader to the loss. (Stub: the workflow protocol and the
-runner follow.)"""
+"""The records that travel from the sampler to the grader to the loss, and the runner of many workflows.
 
-from dataclasses import dataclass, field
+A workflow is a generator that gets a question and nothing else:
+
+    def solver(question):
+        reply = yield Ask("solver", [user(SOLVER(question=question))])
+        return reply
+
+It yields an Ask (answered with a Reply), a Run (answered with the sandbox's Outcome), a list of those (worked
+on at the same time, answered with a list) or a Draft (an answer held so far, only recorded). It returns the
+answer it stands by: a string, the Reply whose text holds it, or None. An Ask that can't be answered raises
+AskFailed at its yield; in a list it gives a Reply whose `error` is set and whose text is empty.
+"""
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+
+from tqdm import tqdm
+
+from slm import BadInput
 
 
 @dataclass(frozen=True)
@@ -39,3 +58,356 @@ class Reply:
     tokens_in: int = 0
     tokens_out: int = 0
     thinking: str | None = None  # a server's separate reasoning_content
+
+    def message(self) -> dict:
+        """This reply as the next message of its conversation. It carries the reply, so that the tokenizer
+        appends to the ids that were sampled instead of tokenizing the text again."""
+        return {"role": "assistant", "content": self.text, "reply": self}
+
+
+# ---- what a workflow yields ------------------------------------------------------------------------------
+
+@dataclass
+class Ask:
+    """A question to the model in some role. `sampling` names what differs from the run's own Sampling, such
+    as {"temperature": 0.7}; max_tokens never exceeds the run's."""
+    role: str
+    messages: list[dict]
+    sampling: dict = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """Code for the sandbox: one text, or blocks that share their variables. `timeout` in seconds."""
+    code: str | list[str]
+    timeout: float = 5.0
+
+
+@dataclass
+class Draft:
+    """An answer the workflow holds at this point. The first one is the episode's first answer."""
+    answer: str | None
+
+
+class AskFailed(Exception):
+    """Raised inside a workflow at the yield of an Ask that got no reply; the message is the cause."""
+
+
+def user(content: str) -> dict:
+    return {"role": "user", "content": content}
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------
+
+@dataclass
+class Turn:
+    """One Ask and its Reply. `messages` are the prompt, as role and content."""
+    role: str
+    messages: list[dict]
+    text: str
+    finish: str
+    prompt_ids: list[int]
+    ids: list[int]
+    logprobs: list[float]
+    tokens_in: int
+    tokens_out: int
+    error: str | None = None
+
+
+@dataclass
+class CodeRun:
+    """One Run and what came of it."""
+    code: str | list[str]
+    stdout: str
+    error: str | None
+    timed_out: bool
+    seconds: float
+
+
+@dataclass
+class TokenRecord:
+    """A token sequence to train on: mask[i] is 1 where ids[i] was sampled by a trained role, 0 for prompts,
+    tool output and other roles; logprobs[i] is its log-probability when sampled, 0.0 where mask is 0."""
+    ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    def append(self, ids: list[int], logprobs: list[float] | None = None) -> None:
+        self.ids += ids
+        self.mask += [0 if logprobs is None else 1] * len(ids)
+        self.logprobs += [0.0] * len(ids) if logprobs is None else logprobs
+
+
+@dataclass
+class Episode:
+    """One run of one workflow on one problem. `answer` is what it stands by, `response` the text that is
+    graded, `error` why there is no answer; `failures` names all that failed on the way, recovered or not.
+    `group` numbers the problem and `sample` its repetitions (GRPO compares within a group)."""
+    problem_id: str
+    workflow: str = ""
+    group: int = 0
+    sample: int = 0
+    turns: list[Turn] = field(default_factory=list)
+    runs: list[CodeRun] = field(default_factory=list)
+    drafts: list[str | None] = field(default_factory=list)
+    answer: str | None = None
+    response: str = ""
+    error: str | None = None
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def first_answer(self) -> str | None:
+        return self.drafts[0] if self.drafts else self.answer
+
+    @property
+    def tokens_out(self) -> int:
+        return sum(turn.tokens_out for turn in self.turns)
+
+    def records(self, roles: Iterable[str] | None = None) -> list[TokenRecord]:
+        """The episode as token sequences; `roles` are the trained ones (None: all). A turn whose prompt
+        starts with all an earlier record holds continues that record; any other prompt opens a new one.
+        Records without a trained token are left out.
+
+        >>> turns = [Turn("solver", [], "", "stop", [1, 2], [3], [-.5], 2, 1),
+        ...          Turn("solver", [], "", "stop", [1, 2, 3, 9], [4], [-.1], 4, 1)]
+        >>> Episode("p", turns=turns).records()
+        [TokenRecord(ids=[1, 2, 3, 9, 4], mask=[0, 0, 1, 0, 1], logprobs=[0.0, 0.0, -0.5, 0.0, -0.1])]
+        """
+        records: list[TokenRecord] = []
+        for turn in self.turns:
+            fits = [r for r in records if turn.prompt_ids[:len(r.ids)] == r.ids]
+            record = max(fits, key=lambda r: len(r.ids), default=None)
+            if record is None:
+                records.append(record := TokenRecord())
+            record.append(turn.prompt_ids[len(record.ids):])
+            record.append(turn.ids, turn.logprobs if roles is None or turn.role in roles else None)
+        return [r for r in records if any(r.mask)]
+
+    def to_json(self) -> dict:
+        return {**asdict(self), "first_answer": self.first_answer}
+
+    @classmethod
+    def from_json(cls, row: dict) -> "Episode":
+        fields = {k: v for k, v in row.items() if k != "first_answer"}
+        fields["turns"] = [Turn(**turn) for turn in row["turns"]]
+        fields["runs"] = [CodeRun(**run) for run in row["runs"]]
+        return cls(**fields)
+
+
+# ---- running ---------------------------------------------------------------------------------------------
+
+@dataclass
+class Job:
+    """One episode to run. It holds the question and no gold answer, so that no workflow can meet one."""
+    problem_id: str
+    question: str
+    workflow: Callable[[str], Generator]
+    group: int = 0
+    sample: int = 0
+
+
+def jobs_for(problems, workflow: Callable[[str], Generator], samples: int = 1) -> list[Job]:
+    """`samples` jobs for each problem; the problem's place in the list is its group."""
+    return [Job(p.id, p.question, workflow, group, sample)
+            for group, p in enumerate(problems) for sample in range(samples)]
+
+
+def run_episodes(jobs: list[Job], backend, sandbox=None, *, sampling: Sampling = Sampling(), seed: int = 0,
+                 adapters: dict[str, str | None] | None = None, fixed: bool = False, memo: dict | None = None,
+                 on_done: Callable[[Episode], None] | None = None, bar: str | None = None) -> list[Episode]:
+    """Run all jobs at once over one batched backend; the episodes come back in the order of the jobs.
+
+    backend: Sampler or Endpoint. sandbox: needed where a workflow yields a Run. adapters: role -> adapter
+    name, None for the rest. fixed: temperature, top_p and top_k are the run's, whatever an Ask wants (training
+    samples come from one distribution). memo: greedy replies, shared by the calls given the same dict. on_done:
+    called with each episode as it ends. bar: label of a progress bar.
+
+    A sample's seed comes from (seed, problem, sample, step of the workflow), so what else is in the batch
+    doesn't change what is drawn. A failure ends its own episode at most, and is recorded there; an exception
+    that is a workflow's own bug passes through.
+    """
+    runner = _Runner(backend, sandbox, sampling, seed, adapters or {}, fixed, {} if memo is None else memo)
+    lives = [_Live(job) for job in jobs]
+    runner.ready.extend(lives)
+    with tqdm(total=len(jobs), desc=bar, disable=bar is None, unit="ep", smoothing=0.1) as progress:
+        for episode in runner.ended():
+            if on_done:
+                on_done(episode)
+            progress.set_postfix_str(runner.news(), refresh=False)
+            progress.update()
+    return [live.episode for live in lives]
+
+
+def seed_of(seed: int, problem_id: str, step: int) -> int:
+    """A 31-bit seed, the same on every machine."""
+    digest = hashlib.blake2b(f"{seed}/{problem_id}/{step}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class _Live:
+    """A workflow under way: its generator, its episode, and what it waits for."""
+
+    def __init__(self, job: Job):
+        self.job, self.generator = job, job.workflow(job.question)
+        self.episode = Episode(job.problem_id, job.workflow.__name__, job.group, job.sample)
+        self.step = 0           # yields so far, for the seeds
+        self.items: list = []   # the Asks and Runs of its last yield
+        self.got: dict = {}     # place in items -> Reply or Outcome
+        self.listed = False     # whether that yield was a list
+
+
+class _Runner:
+    def __init__(self, backend, sandbox, sampling, seed, adapters, fixed, memo):
+        self.backend, self.sandbox, self.sampling, self.seed = backend, sandbox, sampling, seed
+        self.adapters, self.fixed, self.memo = adapters, fixed, memo
+        self.ready: deque[_Live] = deque()  # have all they waited for
+        self.queue: list = []     # (key, request, who) to submit, who = [(live, place in its items)]
+        self.asked: dict = {}     # (backend ticket, sample) -> (key, who)
+        self.shared: dict = {}    # key of a greedy request under way -> its who, which may still grow
+        self.running: dict = {}   # sandbox ticket -> (live, place)
+        self.tokens, self.unanswered, self.start = 0, 0, time.monotonic()
+
+    def ended(self) -> Iterator[Episode]:
+        """The loop: resume what can go on, hand over its asks, collect replies and outcomes."""
+        while True:
+            while self.ready:
+                live = self.ready.popleft()
+                if self.resume(live):
+                    yield live.episode
+            if not (self.queue or self.asked or self.running):
+                return
+            self.submit()
+            for ticket, i, reply in self.backend.step() if self.asked else ():
+                self.replied(*self.asked.pop((ticket, i)), reply)
+            for ticket, outcome in self.sandbox.poll() if self.running else ():
+                self.deliver(*self.running.pop(ticket), outcome)
+            if self.running and not (self.asked or self.ready):
+                time.sleep(0.001)
+
+    def resume(self, live: _Live) -> bool:
+        """Give a workflow what it waited for and start what it wants next. True when it has ended."""
+        results = self.record(live)
+        failed = next((r.error for r in results if isinstance(r, Reply) and r.error), None)
+        try:
+            if failed and not live.listed:
+                wanted = live.generator.throw(AskFailed(failed))
+            else:
+                wanted = live.generator.send((results if live.listed else results[0]) if live.step else None)
+            while isinstance(wanted, Draft):
+                live.episode.drafts.append(wanted.answer)
+                wanted = next(live.generator)
+        except StopIteration as stop:
+            self.end(live.episode, stop.value)
+            return True
+        except AskFailed:  # the workflow had no use for it
+            self.end(live.episode, None)
+            return True
+        live.listed, live.got = isinstance(wanted, list), {}
+        live.items = wanted if live.listed else [wanted]
+        for place, item in enumerate(live.items):
+            self.begin(live, place, item)
+        if not live.items:
+            self.ready.append(live)
+        live.step += 1
+        return False
+
+    def record(self, live: _Live) -> list:
+        """Write down the results of the last yield, in the order they were asked for."""
+        results = [live.got[place] for place in range(len(live.items))]
+        for item, result in zip(live.items, results):
+            if isinstance(item, Ask):
+                messages = [{"role": m["role"], "content": m["content"]} for m in item.messages]
+                live.episode.turns.append(Turn(
+                    item.role, messages, result.text, result.finish,
+                    result.prompt_ids, result.ids, result.logprobs,
+                    result.tokens_in or len(result.prompt_ids), result.tokens_out or len(result.ids),
+                    result.error))
+                live.episode.failures += [result.error] if result.error else []
+            else:
+                live.episode.runs.append(CodeRun(item.code, result.stdout, result.error, result.timed_out,
+                                                 result.seconds))
+                live.episode.failures += ["sandbox timeout"] if result.timed_out else []
+        return results
+
+    def begin(self, live: _Live, place: int, item: Ask | Run) -> None:
+        """Start an Ask or a Run. A greedy Ask that is word for word another one's shares its reply."""
+        if isinstance(item, Run):
+            self.running[self.sandbox.submit(item.code, item.timeout)] = (live, place)
+            return
+        request = self.request(live, place, item)
+        key = _key(request)
+        if key is None or request.sampling.temperature > 0:
+            self.queue.append((key, request, [(live, place)]))
+        elif key in self.memo:
+            self.deliver(live, place, self.memo[key])
+        elif key in self.shared:
+            self.shared[key].append((live, place))
+        else:
+            self.shared[key] = [(live, place)]
+            self.queue.append((key, request, self.shared[key]))
+
+    def request(self, live: _Live, place: int, ask: Ask) -> Request:
+        want = {k: v for k, v in ask.sampling.items()
+                if not (self.fixed and k in ("temperature", "top_p", "top_k"))}
+        limit = self.sampling.max_tokens
+        want["max_tokens"] = min(want.get("max_tokens", limit), limit)
+        # The samples of a group, and the asks of a list, have neighbouring seeds: they travel as one request.
+        seed = seed_of(self.seed, live.job.problem_id, live.step) + live.job.sample * len(live.items) + place
+        return Request(ask.messages, replace(self.sampling, **want, seed=seed), self.adapters.get(ask.role))
+
+    def submit(self) -> None:
+        """Hand over what is queued; a prompt asked with neighbouring seeds is one request for n samples."""
+        batches: list[list] = []
+        for entry in self.queue:
+            first = batches[-1][0] if batches else None
+            if (first and entry[0] is not None and entry[0] == first[0]
+                    and entry[1].sampling.seed == first[1].sampling.seed + len(batches[-1])):
+                batches[-1].append(entry)
+            else:
+                batches.append([entry])
+        self.queue = []
+        for together in batches:
+            try:
+                ticket = self.backend.submit(replace(together[0][1], n=len(together)))
+            except BadInput as e:  # a prompt longer than the context, for one
+                for key, _, who in together:
+                    self.replied(key, who, Reply("", finish="error", error=str(e)))
+            else:
+                self.asked |= {(ticket, i): (key, who) for i, (key, _, who) in enumerate(together)}
+
+    def replied(self, key: tuple | None, who: list, reply: Reply) -> None:
+        if self.shared.pop(key, None) and not reply.error:
+            self.memo[key] = reply
+        self.tokens += reply.tokens_out or len(reply.ids)
+        for live, place in who:
+            self.deliver(live, place, reply)
+
+    def deliver(self, live: _Live, place: int, result) -> None:
+        live.got[place] = result
+        if len(live.got) == len(live.items):
+            self.ready.append(live)
+
+    def end(self, episode: Episode, result: Reply | str | None) -> None:
+        """Fill in what the workflow stands by, or why it stands by nothing."""
+        from slm.grader import extract
+        if isinstance(result, Reply):
+            episode.response, episode.answer = result.text, extract(result.text)
+        elif result is not None:
+            episode.response, episode.answer = f"\\boxed{{{result}}}", result
+        if episode.answer is None:
+            cut = bool(episode.turns) and episode.turns[-1].finish == "length"
+            causes = [*episode.failures, "no answer before the token limit" if cut else "no answer"]
+            episode.error = causes[0]
+            self.unanswered += 1
+
+    def news(self) -> str:
+        rate = self.tokens / max(time.monotonic() - self.start, 1e-9)
+        return f"{rate:,.0f} tok/s, {self.unanswered} without answer"
+
+
+def _key(request: Request) -> tuple | None:
+    """What requests share that differ in their seed only; None where sampled ids are carried along."""
+    if any("reply" in message for message in request.messages):
+        return None
+    text = tuple((message["role"], message["content"]) for message in request.messages)
+    return request.adapter, replace(request.sampling, seed=0), text
