@@ -1,0 +1,334 @@
+"""Any OpenAI-compatible chat server (a teacher's API, vLLM, llama.cpp) behind the Sampler's protocol.
+
+    endpoint = Endpoint("http://localhost:8000/v1", "Qwen/Qwen2.5-7B-Instruct", workers=200)
+    ticket = endpoint.submit(Request(messages=[{"role": "user", "content": "2 + 2?"}], n=4))
+    while endpoint.pending:
+        for ticket, sample, reply in endpoint.step(): ...
+
+One thread and one HTTP session per worker, so `workers` requests are under way at once. A request is tried
+again, with jittered exponential waits, after 408/409/425/429/5xx, a reset, a time-out, a broken body or an
+empty answer; all workers together honour a Retry-After header. What stays broken comes back as a Reply with
+finish "error". A server that cannot answer at all (bad key, unknown model, wrong address) raises BadInput.
+
+Not covered: streaming, images, function calling, log-probs. Imports no torch.
+"""
+
+import json
+import os
+import random
+import threading
+import time
+from collections import Counter, deque
+from email.utils import parsedate_to_datetime
+from queue import Empty, SimpleQueue
+from urllib.parse import urlsplit
+
+import requests
+
+from slm import BadInput
+from slm.episode import Reply, Request
+
+LARGEST = 8 * 2**20  # bytes of one response body; more is refused unread
+AGAIN = {408, 409, 425, 429}
+DEAD = {401: "refused the key", 402: "wants to be paid", 403: "refused the key",
+        404: "knows no such model or address"}
+GIVE_UP_AFTER = 5    # requests in a row that failed for good: the server counts as dead
+
+
+class _Again(Exception):
+    """This try failed in a way that another may not. `after`: seconds the server asked us to wait."""
+
+    def __init__(self, cause: str, after: float = 0.0):
+        super().__init__(cause)
+        self.after = after
+
+
+class _Refused(Exception):
+    """The server will refuse this request however often it is sent."""
+
+
+class Limiter:
+    """Requests and tokens a minute, shared by all workers: each start books the next free moment.
+
+    Starts are spread evenly, without bursts. `book` takes an estimate of the tokens, `correct` the rest.
+    """
+
+    def __init__(self, requests_per_minute: float | None = None, tokens_per_minute: float | None = None):
+        self.per_request = 60 / requests_per_minute if requests_per_minute else 0.0
+        self.per_token = 60 / tokens_per_minute if tokens_per_minute else 0.0
+        self.next_request = self.next_token = self.resume = 0.0
+        self.lock = threading.Lock()
+
+    def book(self, tokens: float) -> float:
+        """The time (of time.monotonic) at which a request of about `tokens` may start."""
+        with self.lock:
+            start = max(time.monotonic(), self.resume, self.next_request, self.next_token)
+            self.next_request = start + self.per_request
+            self.next_token = start + self.per_token * tokens
+            return start
+
+    def correct(self, tokens: float) -> None:
+        """The booked request used `tokens` more (or, below 0, fewer) than estimated."""
+        with self.lock:
+            self.next_token += self.per_token * tokens
+
+    def pause(self, seconds: float) -> None:
+        with self.lock:
+            self.resume = max(self.resume, time.monotonic() + seconds)
+
+
+class Endpoint:
+    """A chat server as a backend: submit, step, pending, close.
+
+    base_url: up to and without /chat/completions, e.g. https://api.x.ai/v1. key_env: the environment variable
+    that holds the key (the key itself is kept out of every message). timeout: seconds for one whole try.
+    counts: tries by outcome. The queue is unbounded: bound what you submit before you collect.
+    """
+
+    def __init__(self, base_url: str, model: str, key_env: str | None = None, *, workers: int = 32,
+                 timeout: float = 600.0, tries: int = 8, backoff: float = 0.5,
+                 requests_per_minute: float | None = None, tokens_per_minute: float | None = None):
+        if urlsplit(base_url).scheme not in ("http", "https") or not urlsplit(base_url).netloc:
+            raise BadInput(f"endpoint {base_url!r}: expected an address such as http://localhost:8000/v1")
+        self.url = base_url.rstrip("/") + "/chat/completions"
+        self.model, self.timeout, self.tries, self.backoff = model, timeout, tries, backoff
+        self._key = _key(key_env, self.url)
+        self.limiter = Limiter(requests_per_minute, tokens_per_minute)
+        self.counts: Counter[str] = Counter()
+        self.workers = workers
+        self._jobs, self._threads = deque(), []
+        self._more = threading.Semaphore(0)     # one permit for each job in the deque
+        self._done: SimpleQueue = SimpleQueue()
+        self._closed = threading.Event()
+        self._lock = threading.Lock()           # of counts, failed_in_row, mean_out
+        self._dead: str | None = None
+        self._failed_in_row = self._tickets = self._outstanding = 0
+        self._mean_out = 0.0                    # tokens of a reply, running mean
+
+    # ---- the backend protocol ----------------------------------------------------------------------------
+
+    @property
+    def pending(self) -> bool:
+        return self._outstanding > 0
+
+    def submit(self, request: Request) -> int:
+        """Queue `request.n` samples; returns their ticket at once."""
+        if request.messages is None:
+            raise ValueError("an Endpoint needs messages, not token ids")
+        ticket, self._tickets = self._tickets, self._tickets + 1
+        for sample in range(request.n):
+            self._jobs.append((ticket, sample, request))
+            self._outstanding += 1
+            if len(self._threads) < min(self.workers, self._outstanding):
+                thread = threading.Thread(target=self._work, daemon=True)
+                self._threads.append(thread)
+                thread.start()
+            self._more.release()
+        return ticket
+
+    def step(self) -> list[tuple[int, int, Reply]]:
+        """The replies that have landed (ticket, sample, reply); waits up to 50 ms for the first.
+
+        Raises BadInput, in one sentence, when the server cannot answer at all.
+        """
+        landed = []
+        try:
+            while self._outstanding > 0:
+                landed.append(self._done.get(timeout=0.001 if landed else 0.05))
+                self._outstanding -= 1
+        except Empty:
+            pass
+        if self._dead and not landed:  # what was answered is handed out first
+            self.close()
+            raise BadInput(self._dead)
+        return landed
+
+    def close(self) -> None:
+        """Drop what is queued. Requests on the wire end by themselves; their replies are not collected."""
+        self._closed.set()
+        self._jobs.clear()
+        self._outstanding = 0
+        for _ in self._threads:
+            self._more.release()
+
+    # ---- a worker ----------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        with requests.Session() as session:
+            session.trust_env = urlsplit(self.url).hostname not in ("localhost", "127.0.0.1", "::1")
+            while True:
+                self._more.acquire()
+                if self._closed.is_set():
+                    return
+                try:
+                    ticket, sample, request = self._jobs.popleft()
+                except IndexError:
+                    return
+                reply = self._answer(session, self.body(request, sample))
+                if reply:
+                    self._done.put((ticket, sample, reply))
+
+    def _answer(self, session: requests.Session, body: dict) -> Reply | None:
+        """Try until there is a reply; None when the endpoint is closed or dead."""
+        estimate = sum(len(m["content"]) for m in body["messages"]) / 4
+        estimate += self._mean_out or body["max_tokens"] / 2
+        error, wait = "", 0.0
+        for attempt in range(self.tries):
+            if self._closed.wait(wait):
+                return None
+            if self._closed.wait(max(0.0, self.limiter.book(estimate) - time.monotonic())) or self._dead:
+                return None
+            try:
+                reply = self._try(session, body)
+                self.limiter.correct(reply.tokens_in + reply.tokens_out - estimate)
+                return self._note(reply)
+            except _Refused as e:
+                self.limiter.correct(-estimate)
+                return self._note(Reply("", finish="error", error=str(e)), refused=True)
+            except _Again as e:
+                self.limiter.correct(-estimate)
+                self.limiter.pause(e.after)
+                error = str(e)
+                wait = max(e.after, min(60.0, self.backoff * 2**attempt) * random.uniform(0.5, 1.0))
+                with self._lock:
+                    self.counts[error] += 1
+        return self._note(Reply("", finish="error", error=f"{error}, {self.tries} times"))
+
+    def _note(self, reply: Reply, refused: bool = False) -> Reply | None:
+        """Count a finished request. Five failures in a row mean a dead server, and then there is no reply;
+        refusals say so only before the first success, later ones are about their own prompt."""
+        with self._lock:
+            if reply.error is None:
+                self.counts["ok"] += 1
+                self._failed_in_row = 0
+                self._mean_out += (reply.tokens_out - self._mean_out) / min(100, self.counts["ok"])
+                return reply
+            self.counts["refused" if refused else "given up"] += 1
+            if not refused or not self.counts["ok"]:
+                self._failed_in_row += 1
+            alone = reply.error.startswith("no connection") and not self.counts["ok"]
+            if not self._dead and (alone or self._failed_in_row >= GIVE_UP_AFTER):
+                self._dead = (f"{self.url}, model {self.model!r}: {self._failed_in_row} requests failed in a "
+                              f"row, the last with: {reply.error}")
+            return None if self._dead else reply
+
+    def _try(self, session: requests.Session, body: dict) -> Reply:
+        """One HTTP exchange, read to its end within the time-out and the size limit."""
+        deadline = time.monotonic() + self.timeout
+        try:
+            with session.post(self.url, json=body, auth=self._sign, stream=True, allow_redirects=False,
+                              timeout=(min(30.0, self.timeout), self.timeout)) as response:
+                raw = bytearray()
+                for block in response.iter_content(65536):
+                    raw += block
+                    if len(raw) > LARGEST:
+                        raise _Refused(f"a response over {LARGEST >> 20} MB")
+                    if time.monotonic() > deadline:
+                        raise _Again("timeout")
+        except requests.Timeout:
+            raise _Again("timeout") from None
+        except requests.exceptions.ChunkedEncodingError:
+            raise _Again("connection reset") from None
+        except requests.ConnectionError as e:
+            reset = any(word in str(e) for word in ("reset", "aborted", "Disconnected", "timed out"))
+            raise _Again("connection reset" if reset else "no connection") from None
+        except requests.RequestException as e:
+            raise _Refused(type(e).__name__) from None
+        if response.status_code != 200:
+            self._complain(response, raw)
+        return read(raw)
+
+    def _complain(self, response: requests.Response, raw: bytes) -> None:
+        """Raise for a status that is not 200; note a server that will never answer."""
+        status, said = response.status_code, self._said(raw)
+        dead = None
+        if status in AGAIN or status >= 500:
+            raise _Again(f"HTTP {status}", _retry_after(response.headers.get("Retry-After")))
+        if status in (401, 403):
+            said = "(its words are left out: they may quote the key)"
+        if status in DEAD and not (status == 403 and self.counts["ok"]):  # some answer 403 to a single prompt
+            dead = f"the server {DEAD[status]} (HTTP {status}) {said}"
+        elif 300 <= status < 400:
+            dead = f"the server redirects to {response.headers.get('Location')}, use that address"
+        if dead:
+            self._dead = self._dead or f"{self.url}, model {self.model!r}: {dead}".strip()
+        raise _Refused(f"HTTP {status} {said}".strip())
+
+    def _said(self, raw: bytes) -> str:
+        """The server's own words on an error, short, without our key."""
+        text = raw[:2000].decode("utf-8", "replace")
+        try:
+            error = json.loads(raw)["error"]
+            text = str(error["message"] if isinstance(error, dict) else error)
+        except (ValueError, KeyError, TypeError):
+            pass
+        return " ".join((text.replace(self._key, "***") if self._key else text).split())[:200]
+
+    def _sign(self, prepared):
+        # As `auth` rather than as a header, so that a .netrc entry cannot replace it.
+        if self._key:
+            prepared.headers["Authorization"] = f"Bearer {self._key}"
+        return prepared
+
+    def body(self, request: Request, sample: int = 0) -> dict:
+        """The JSON to post. Fields that are not at their neutral value only: servers refuse unknown ones."""
+        s = request.sampling
+        messages = [{"role": m["role"], "content": m["content"]} for m in request.messages]
+        body = {"model": request.adapter or self.model, "messages": messages, "max_tokens": s.max_tokens,
+                "temperature": s.temperature, "seed": s.seed + sample}
+        if s.top_p < 1:
+            body["top_p"] = s.top_p
+        if s.top_k:
+            body["top_k"] = s.top_k
+        if s.stop:
+            body["stop"] = list(s.stop)
+        if messages and messages[-1]["role"] == "assistant":  # go on with it (vLLM's names)
+            body |= {"continue_final_message": True, "add_generation_prompt": False}
+        return body
+
+
+def read(raw: bytes) -> Reply:
+    """The Reply in a response body; reasoning may come in its own field. Raises _Again without one."""
+    try:
+        data = json.loads(raw)
+        choice = data["choices"][0]
+        message, usage = choice["message"], data.get("usage") or {}
+        text = _clean(message.get("content") or "")
+        thinking = _clean(message.get("reasoning_content") or message.get("reasoning") or "") or None
+    except IndexError:
+        raise _Again("empty choices") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise _Again("broken body") from None
+    finish = "length" if choice.get("finish_reason") == "length" else "stop"
+    if choice.get("finish_reason") == "content_filter" or message.get("refusal"):
+        finish = "refused"
+    return Reply(text, finish=finish, thinking=thinking, tokens_in=usage.get("prompt_tokens") or 0,
+                 tokens_out=usage.get("completion_tokens") or (len(text) + len(thinking or "")) // 4)
+
+
+def _clean(text: str) -> str:
+    """Half surrogate pairs, which JSON can carry and UTF-8 cannot, become question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _key(key_env: str | None, url: str) -> str | None:
+    if not key_env:
+        return None
+    key = os.environ.get(key_env, "").strip()
+    if not key:
+        raise BadInput(f"{url}: the environment variable {key_env} is empty; expected this server's key in it")
+    return key
+
+
+def _retry_after(value: str | None) -> float:
+    """Seconds to wait from a Retry-After header: a number or an HTTP date."""
+    if not value:
+        return 0.0
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0
