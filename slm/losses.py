@@ -1,0 +1,202 @@
+"""Log-probabilities, advantages and every training objective, as pure functions.
+
+Losses come back as sums, to be divided once per optimizer step by a global count: how the batch was cut into
+micro-batches, or spread over ranks, then does not change the gradient. Log-probs are (N,) float32 over the trained
+tokens only. Not covered: value functions and token-level rewards, so no PPO critic and no GAE.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def warp(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0) -> torch.Tensor:
+    """(N, V) logits of the distribution that is sampled from: temperature, then top-k, then top-p (nucleus,
+    Holtzman et al. 2020). The sampler and the losses both call this, so they mean the same distribution.
+
+    Each setting is a number or an (N,) tensor with one value a row; temperature > 0; top_k 0 and top_p 1 are off.
+    The most likely token always stays; tokens that are cut get -inf.
+    """
+    column = lambda x: x.unsqueeze(-1) if torch.is_tensor(x) else x
+    if torch.is_tensor(temperature) or temperature != 1.0:
+        logits = logits / column(temperature)
+    cut_k = top_k.any() if torch.is_tensor(top_k) else top_k > 0
+    cut_p = (top_p < 1).any() if torch.is_tensor(top_p) else top_p < 1
+    if not (cut_k or cut_p):
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True)
+    place = torch.arange(logits.shape[-1], device=logits.device)
+    limit = torch.as_tensor(top_k, device=logits.device)
+    kept = place < column(torch.where(limit > 0, limit, logits.shape[-1]))
+    p = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
+    kept &= (p.cumsum(-1) - p < column(top_p)) | (place == 0)
+    return torch.full_like(logits, -torch.inf).scatter(-1, order, ordered.masked_fill(~kept, -torch.inf))
+
+
+# ---- log-probs without the (N, V) matrix -------------------------------------------------------------------
+
+def token_logprobs(model, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0,
+                   chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden (N, D), targets (N,) -> log-prob of each target and entropy of its distribution, both (N,) float32, nats.
+
+    Row i of hidden predicts targets[i]. The (N, V) logits exist `chunk` rows at a time, here and in the backward
+    pass (V is 151,936 for Qwen: 8k tokens would be 5 GB, twice). No gradient flows through the entropy.
+    """
+    weight = model.head_weight
+    if chunk is None:
+        chunk = max(16, (1 << 26 if hidden.is_cuda else 1 << 20) // weight.shape[0])
+    return _TokenLogprobs.apply(hidden, weight, targets, temperature, chunk)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """d logp_t / d hidden_t = (W[target] - softmax_t W) / temperature. Where the head is frozen (LoRA) that direction
+    does not depend on the incoming gradient: the forward pass keeps it, (N, D), and the backward pass only scales it.
+    A trained head needs the softmax again for its own gradient, so there it is recomputed."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature, chunk):
+        w = weight.to(_matmul_dtype(hidden))
+        logp, entropy = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
+        frozen = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        direction = torch.empty_like(hidden) if frozen else None
+        for i in range(0, len(hidden), chunk):
+            rows = slice(i, i + chunk)
+            logits = warp(F.linear(hidden[rows].to(w.dtype), w).float(), temperature)
+            total = logits.logsumexp(-1)
+            logp[rows] = logits.gather(1, targets[rows, None]).squeeze(1) - total
+            p = (logits - total[:, None]).exp_()
+            entropy[rows] = total - torch.linalg.vecdot(p, logits)
+            if frozen:
+                direction[rows] = (w[targets[rows]] - p.to(w.dtype) @ w) / temperature
+        ctx.temperature, ctx.chunk, ctx.dtype = temperature, chunk, w.dtype
+        ctx.save_for_backward(direction, hidden, weight, targets)
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        direction, hidden, weight, targets = ctx.saved_tensors
+        if direction is not None:
+            return (direction * grad[:, None]).to(hidden.dtype), None, None, None, None
+        w = weight.to(ctx.dtype)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(hidden) if grad.any() else 0, ctx.chunk):
+            rows = slice(i, i + ctx.chunk)
+            h = hidden[rows].to(w.dtype)
+            p = warp(F.linear(h, w).float(), ctx.temperature).softmax(-1)
+            p.mul_(-grad[rows, None]).scatter_add_(1, targets[rows, None], grad[rows, None])
+            p = p.div_(ctx.temperature).to(w.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = p @ w
+            if grad_weight is not None:
+                grad_weight += p.T @ h
+        return grad_hidden, grad_weight, None, None, None
+
+
+def _matmul_dtype(x: torch.Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+# ---- supervised ------------------------------------------------------------------------------------------
+
+def sft_loss(logp: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(sum of -log p, number of tokens) over the trained tokens; their quotient is the usual cross-entropy.
+
+    >>> sft_loss(torch.tensor([-1.0, -3.0]))
+    (tensor(4.), 2)
+    """
+    return -logp.sum(), logp.numel()
+
+
+# ---- advantages ------------------------------------------------------------------------------------------
+
+def advantages(rewards: torch.Tensor, groups: torch.Tensor, kind: str) -> torch.Tensor:
+    """Rewards (N,) of episodes and the group (problem) of each (N,) int -> advantages (N,).
+
+    std    (r - mean) / std within the group: GRPO, Shao et al. 2024 (arXiv 2402.03300, section 4.1.2)
+    mean   r - mean within the group: Dr. GRPO, Liu et al. 2025 (arXiv 2503.20783, section 3.2)
+    loo    r - mean of the group's other members: RLOO, Ahmadian et al. 2024 (arXiv 2402.14740, section 3.3)
+    batch  (r - mean) / std over all episodes at once: what the report's code did; has no group baseline
+    none   r itself: the report's formula
+
+    An episode that failed has reward NaN: it gets 0 and is left out of every mean. std is the unbiased one; a spread
+    of zero gives 0.
+
+    >>> advantages(torch.tensor([1., -1., 1., 1.]), torch.tensor([0, 0, 1, 1]), "mean")
+    tensor([ 1., -1.,  0.,  0.])
+    """
+    ok = ~rewards.isnan()
+    if kind == "none":
+        return torch.where(ok, rewards, 0.0)
+    where = torch.zeros_like(groups) if kind == "batch" else groups.unique(return_inverse=True)[1]
+    sums = lambda x: torch.zeros_like(rewards).index_add_(0, where[ok], x[ok])[where]
+    n = sums(torch.ones_like(rewards))
+    centred = rewards - sums(rewards) / n
+    if kind == "loo":
+        result = torch.where(n > 1, centred * n / (n - 1), 0.0)  # r - (sum - r)/(n - 1) = (r - mean) n/(n - 1)
+    elif kind == "mean":
+        result = centred
+    elif kind in ("std", "batch"):
+        std = (sums(centred ** 2) / (n - 1).clamp(min=1)).sqrt()
+        result = torch.where(std > 1e-6, centred / std.clamp(min=1e-6), 0.0)
+    else:
+        raise ValueError(f"advantage {kind!r}: expected std, mean, loo, batch or none")
+    return torch.where(ok, result, 0.0)
+
+
+# ---- policy objectives: per-token losses (N,), to be weighted and summed -------------------------------------
+
+def clipped(logp, old, advantage, low: float, high: float) -> torch.Tensor:
+    """-min(r A, clip(r, 1 - low, 1 + high) A) with r = exp(logp - old), per token (N,).
+
+    PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7) and GRPO (arXiv 2402.03300, eq. 3) with low = high; DAPO's
+    clip-higher (Yu et al. 2025, arXiv 2503.14476, eq. 10) with high > low.
+    """
+    ratio = (logp - old).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def sequence_clipped(logp, old, advantage, sequence, low: float, high: float) -> torch.Tensor:
+    """GSPO (Zheng et al. 2025, arXiv 2507.18071, eq. 5-7): one ratio a sequence, exp(mean of logp - old), clipped as
+    above. `sequence` (N,) int is each token's sequence. Every token carries its sequence's value, so weights of
+    1 / length give the paper's sum."""
+    count = int(sequence.max()) + 1 if len(sequence) else 0
+    zeros = torch.zeros(count, device=logp.device)
+    length = zeros.index_add(0, sequence, torch.ones_like(logp)).clamp(min=1)
+    mean = zeros.index_add(0, sequence, logp - old) / length
+    return clipped(mean[sequence], torch.zeros_like(logp), advantage, low, high)
+
+
+def reinforce(logp, advantage) -> torch.Tensor:
+    """-A log p per token (Williams 1992): the report's objective, no ratio and no clip."""
+    return -advantage * logp
+
+
+def kl(logp, ref, kind: str = "k3") -> torch.Tensor:
+    """Per-token estimate (N,) of KL(policy || reference) from tokens the policy sampled, with gradient.
+
+    k1 = logp - ref, k2 = (logp - ref)^2 / 2, k3 = exp(ref - logp) - 1 - (ref - logp) (Schulman 2020, "Approximating KL
+    divergence"; k3 is GRPO's eq. 4). As a loss, k1's expected gradient is zero, k2's is that of the KL above.
+    """
+    d = ref - logp
+    if kind == "k1":
+        return -d
+    return d.exp() - 1 - d if kind == "k3" else d ** 2 / 2
+
+
+def token_weights(lengths: torch.Tensor, how: str, max_tokens: int = 1) -> tuple[torch.Tensor, int]:
+    """Trained tokens of each sequence (S,) -> (weight of one token of each sequence (S,), global divisor).
+
+    token     every token alike: sum / tokens. DAPO (arXiv 2503.14476, eq. 8)
+    sequence  mean over sequences of their mean token: GRPO (arXiv 2402.03300, eq. 3); short ones weigh more a token
+    constant  sum / (sequences * max_tokens): Dr. GRPO (arXiv 2503.20783, section 3.2), free of length bias
+    """
+    one = torch.ones(len(lengths), device=lengths.device)
+    if how == "token":
+        return one, int(lengths.sum())
+    if how == "sequence":
+        return one / lengths.clamp(min=1), len(lengths)
+    if how == "constant":
+        return one / max_tokens, len(lengths)
+    raise ValueError(f"normalisation {how!r}: expected token, sequence or constant")

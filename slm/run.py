@@ -1,0 +1,279 @@
+"""What a run needs around its loop: device and dtype with the reason, a run directory, schedule, exact resume, ranks.
+
+A run directory holds
+    settings.json     resolved settings, command, versions, fingerprint of the data
+    metrics.jsonl     one line a step          episodes.jsonl   what was sampled and what it earned (GRPO)
+    checkpoints/      step-000123/: trained tensors, optimizer, step; the newest one only
+    adapter/ or model/  the result: PEFT format, or a Hugging Face directory
+
+Everything random in step n is seeded from (seed, n), so a checkpoint needs no generator state and a resumed run
+repeats the bits of an unbroken one (on CPU with the same number of threads; CUDA kernels may differ in the last bit).
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from slm import BadInput
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+# ---- device and dtype --------------------------------------------------------------------------------------
+
+def pick_device(device: str = "auto", dtype: str = "auto", model: str | None = None):
+    """(torch.device, dtype, the reason in words). `model`: `tiny` and what was trained from it is too small to gain
+    from bfloat16 on a CPU. BadInput for a device this machine lacks."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name, there in found.items() if there)
+    elif not found.get(device, False):
+        here = " and ".join(name for name, there in found.items() if there)
+        raise BadInput(f"--device {device}: this machine (or this build of PyTorch) has only {here}")
+    if device == "cuda":
+        torch.cuda.set_device(local := int(os.environ.get("LOCAL_RANK", 0)))
+        major, minor = torch.cuda.get_device_capability()
+        best, why = (torch.bfloat16, "has bf16 units") if major >= 8 else (torch.float32, "has no bf16 units")
+        where, why = torch.device("cuda", local), f"{torch.cuda.get_device_name()} (SM {major}{minor}) {why}"
+    elif device == "mps":
+        where, best, why = torch.device("mps"), torch.float32, "Apple GPU; bf16 is not safe on every macOS"
+    else:
+        where, (best, why) = torch.device("cpu"), _cpu_dtype(model)
+    if dtype != "auto":
+        return where, DTYPES[dtype], f"--dtype; {why}"
+    return where, best, why
+
+
+def _cpu_dtype(model: str | None):
+    if model is not None and is_small(model):
+        return torch.float32, f"CPU, {torch.get_num_threads()} threads; the model is small"
+    rate = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        seconds = []
+        for _ in range(6):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            seconds.append(time.perf_counter() - start)
+        rate[dtype] = 2 * 256 * 1024 ** 2 / min(seconds) / 1e9
+    best = torch.bfloat16 if rate[torch.bfloat16] > 1.3 * rate[torch.float32] else torch.float32
+    return best, (f"CPU, {torch.get_num_threads()} threads; matrix products here: float32 "
+                  f"{rate[torch.float32]:.0f}, bfloat16 {rate[torch.bfloat16]:.0f} GFLOP/s")
+
+
+def is_small(model: str) -> bool:
+    """Whether `model` is tiny, or a directory whose config.json or base model is that small."""
+    if model == "tiny":
+        return True
+    for name in ("config.json", "adapter_config.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            config = json.loads((Path(model) / name).read_text())
+            return config.get("hidden_size", 1024) <= 256 or is_small(config.get("base_model_name_or_path", "-"))
+    return False
+
+
+# ---- the run directory -------------------------------------------------------------------------------------
+
+class RunDir:
+    """One run's folder. A new run refuses a folder that holds one; resume=True refuses different settings or data,
+    cuts what was logged after the checkpoint (torn last lines too) and loads the newest checkpoint."""
+
+    FREE = {"out", "resume", "save_every"}  # settings that may differ between a run and its continuation
+
+    def __init__(self, path, settings: dict, data: str = "", resume: bool = False, log: bool = True):
+        self.path, self.log_here = Path(path), log
+        self.checkpoints = self.path / "checkpoints"
+        old = self._read_settings()
+        if resume:
+            self._compare(old, settings, data)
+        elif old is not None:
+            raise BadInput(f"{self.path} already holds a run: add --resume to continue it, or choose another --out")
+        elif log:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_json(self.path / "settings.json", {
+                "settings": settings, "data": data, "command": " ".join(sys.argv), "versions": versions(),
+                "started": time.strftime("%Y-%m-%d %H:%M:%S")})
+
+    def _read_settings(self) -> dict | None:
+        try:
+            return json.loads((self.path / "settings.json").read_text())
+        except FileNotFoundError:
+            return None
+        except NotADirectoryError:
+            raise BadInput(f"--out {self.path}: a file stands where the folder would be") from None
+        except ValueError as e:
+            raise BadInput(f"{self.path / 'settings.json'} is not readable JSON ({e}); choose another --out") from None
+
+    def _compare(self, old: dict | None, settings: dict, data: str) -> None:
+        if old is None:
+            raise BadInput(f"--resume: {self.path} holds no run to continue (no settings.json)")
+        now = json.loads(json.dumps(settings))
+        for name in sorted(set(now) | set(old["settings"])):
+            if name not in self.FREE and now.get(name) != old["settings"].get(name):
+                raise BadInput(f"--resume: {self.path} was run with {name}={old['settings'].get(name)}, "
+                               f"now it is {now.get(name)}; use the same, or another --out")
+        if data != old["data"]:
+            raise BadInput(f"--resume: the data changed since {self.path} was started "
+                           f"(fingerprint {old['data']}, now {data})")
+
+    def load(self, device="cpu") -> dict | None:
+        """The newest checkpoint's state, or None; log lines of later steps are cut away."""
+        found = sorted(p for p in self.checkpoints.glob("step-*") if not p.name.endswith(".tmp"))
+        state = None
+        if found:
+            file = found[-1] / f"rank{rank()}.pt"
+            try:
+                state = torch.load(file, map_location=device, weights_only=True)
+            except Exception as e:  # a damaged file fails in many ways
+                raise BadInput(f"{file} is not a readable checkpoint ({type(e).__name__}); remove its folder") from None
+        if self.log_here:
+            for log in self.path.glob("*.jsonl"):
+                cut_after(log, state["step"] if state else 0)
+        return state
+
+    def log(self, name: str, *rows: dict) -> None:
+        """Append rows to <name>.jsonl and flush. Each row has a `step`."""
+        if self.log_here:
+            with open(self.path / f"{name}.jsonl", "a") as f:
+                f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def save(self, state: dict) -> None:
+        """Write checkpoints/step-N (N = state["step"]) under a temporary name, rename it, remove the older ones."""
+        final = self.checkpoints / f"step-{state['step']:06d}"
+        part = final.with_name(final.name + ".tmp")
+        part.mkdir(parents=True, exist_ok=True)
+        torch.save(state, part / f"rank{rank()}.pt")
+        barrier()
+        if self.log_here:
+            shutil.rmtree(final, ignore_errors=True)
+            part.rename(final)
+            for old in self.checkpoints.glob("step-*"):
+                if old != final:
+                    shutil.rmtree(old, ignore_errors=True)
+        barrier()
+
+
+def cut_after(log: Path, step: int) -> None:
+    """Keep the lines of a JSON lines file up to the first that is torn or belongs to a step after `step`."""
+    keep = 0
+    with open(log, "rb") as f:
+        for line in f:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError):
+                break
+            keep += len(line)
+    os.truncate(log, keep)
+
+
+def new_path(out: str | None, default: str, resume: bool) -> Path:
+    """--out, or else runs/<default>, runs/<default>-2, ...: the first free one, with --resume the last used one."""
+    if out is not None:
+        return Path(out)
+    n, path = 1, Path("runs") / default
+    while (following := path if n == 1 else path.with_name(f"{default}-{n}")).exists():
+        n, last = n + 1, following
+    return last if resume and n > 1 else following
+
+
+def write_json(path: Path, value) -> None:
+    """Write value to path, whole or not at all."""
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    part.replace(path)
+
+
+def versions() -> dict:
+    """Python, PyTorch and the commit of this checkout where there is one."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5,
+                                cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit}
+
+
+# ---- the loop's helpers ------------------------------------------------------------------------------------
+
+def cosine(step: int, total: int, warmup: float) -> float:
+    """Factor on the learning rate of optimizer step `step` (0-based) of `total`: linear warm-up over the first
+    `warmup` share of the steps, then half a cosine that would reach 0 at step `total`."""
+    first = math.ceil(warmup * total)
+    if step < first:
+        return (step + 1) / (first + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, total - first)))
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed PyTorch (dropout) for one step. Ranks differ."""
+    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank())
+
+
+class Interrupt:
+    """The first Ctrl-C or SIGTERM lets the step finish (`asked` turns true); the second stops at once."""
+
+    def __enter__(self):
+        self.asked, self.old = False, {}
+        with contextlib.suppress(ValueError):  # not in the main thread: leave signals alone
+            self.old = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nfinishing this step, then saving; once more to stop now (and resume from the last checkpoint)",
+              file=sys.stderr)
+
+    def __exit__(self, *_):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+
+def peak_memory(device) -> float:
+    """Peak memory of this process so far, in GB: resident memory, or the GPU's allocations."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+# ---- several processes (torchrun) ----------------------------------------------------------------------------
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def start_ranks(device: torch.device) -> None:
+    """Join the other processes when started by torchrun; alone, do nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def total(values: dict[str, float], device) -> dict[str, float]:
+    """Each value summed over the ranks."""
+    if world() == 1:
+        return values
+    t = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(t)
+    return dict(zip(values, t.tolist()))
