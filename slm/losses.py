@@ -1,8 +1,8 @@
 """Log-probabilities, advantages and every training objective, as pure functions.
 
 Losses come back as sums, to be divided once per optimizer step by a global count: how the batch was cut into
-micro-batches, or spread over ranks, then does not change the gradient. Log-probs are (N,) float32 over the trained
-tokens only. Not covered: value functions and token-level rewards, so no PPO critic and no GAE.
+micro-batches, or spread over ranks, then does not change the gradient. Log-probs are (N,) float32 over the
+trained tokens only. Not covered: value functions and token-level rewards, so no PPO critic and no GAE.
 """
 
 import torch
@@ -13,8 +13,8 @@ def warp(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0) -> torch.Ten
     """(N, V) logits of the distribution that is sampled from: temperature, then top-k, then top-p (nucleus,
     Holtzman et al. 2020). The sampler and the losses both call this, so they mean the same distribution.
 
-    Each setting is a number or an (N,) tensor with one value a row; temperature > 0; top_k 0 and top_p 1 are off.
-    The most likely token always stays; tokens that are cut get -inf.
+    Each setting is a number or an (N,) tensor with one value a row; temperature > 0; top_k 0 and top_p 1 are
+    off. The most likely token always stays; tokens that are cut get -inf.
     """
     column = lambda x: x.unsqueeze(-1) if torch.is_tensor(x) else x
     if torch.is_tensor(temperature) or temperature != 1.0:
@@ -32,14 +32,15 @@ def warp(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0) -> torch.Ten
     return torch.full_like(logits, -torch.inf).scatter(-1, order, ordered.masked_fill(~kept, -torch.inf))
 
 
-# ---- log-probs without the (N, V) matrix -------------------------------------------------------------------
+# ---- log-probs without the (N, V) matrix -----------------------------------------------------------------
 
 def token_logprobs(model, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0,
                    chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """hidden (N, D), targets (N,) -> log-prob of each target and entropy of its distribution, both (N,) float32, nats.
+    """hidden (N, D), targets (N,) -> log-probs of the targets, entropies, both (N,) float32, in nats.
 
-    Row i of hidden predicts targets[i]. The (N, V) logits exist `chunk` rows at a time, here and in the backward
-    pass (V is 151,936 for Qwen: 8k tokens would be 5 GB, twice). No gradient flows through the entropy.
+    Row i of hidden predicts targets[i]. The (N, V) logits exist `chunk` rows at a time, here and in the
+    backward pass (V is 151,936 for Qwen: 8k tokens would be 5 GB, twice). No gradient flows through the
+    entropy.
     """
     weight = model.head_weight
     if chunk is None:
@@ -48,9 +49,10 @@ def token_logprobs(model, hidden: torch.Tensor, targets: torch.Tensor, temperatu
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """d logp_t / d hidden_t = (W[target] - softmax_t W) / temperature. Where the head is frozen (LoRA) that direction
-    does not depend on the incoming gradient: the forward pass keeps it, (N, D), and the backward pass only scales it.
-    A trained head needs the softmax again for its own gradient, so there it is recomputed."""
+    """d logp_t / d hidden_t = (W[target] - softmax_t W) / temperature. Where the head is frozen (LoRA) that
+    direction does not depend on the incoming gradient: the forward pass keeps it, (N, D), and the backward
+    pass only scales it. A trained head needs the softmax again for its own gradient, so there it is
+    recomputed."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
@@ -120,8 +122,8 @@ def advantages(rewards: torch.Tensor, groups: torch.Tensor, kind: str) -> torch.
     batch  (r - mean) / std over all episodes at once: what the report's code did; has no group baseline
     none   r itself: the report's formula
 
-    An episode that failed has reward NaN: it gets 0 and is left out of every mean. std is the unbiased one; a spread
-    of zero gives 0.
+    An episode that failed has reward NaN: it gets 0 and is left out of every mean. std is the unbiased one; a
+    spread of zero gives 0.
 
     >>> advantages(torch.tensor([1., -1., 1., 1.]), torch.tensor([0, 0, 1, 1]), "mean")
     tensor([ 1., -1.,  0.,  0.])
@@ -134,7 +136,7 @@ def advantages(rewards: torch.Tensor, groups: torch.Tensor, kind: str) -> torch.
     n = sums(torch.ones_like(rewards))
     centred = rewards - sums(rewards) / n
     if kind == "loo":
-        result = torch.where(n > 1, centred * n / (n - 1), 0.0)  # r - (sum - r)/(n - 1) = (r - mean) n/(n - 1)
+        result = torch.where(n > 1, centred * n / (n - 1), 0.0)  # equals r - (sum - r) / (n - 1)
     elif kind == "mean":
         result = centred
     elif kind in ("std", "batch"):
@@ -145,22 +147,22 @@ def advantages(rewards: torch.Tensor, groups: torch.Tensor, kind: str) -> torch.
     return torch.where(ok, result, 0.0)
 
 
-# ---- policy objectives: per-token losses (N,), to be weighted and summed -------------------------------------
+# ---- policy objectives: per-token losses (N,), to be weighted and summed ---------------------------------
 
 def clipped(logp, old, advantage, low: float, high: float) -> torch.Tensor:
     """-min(r A, clip(r, 1 - low, 1 + high) A) with r = exp(logp - old), per token (N,).
 
-    PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7) and GRPO (arXiv 2402.03300, eq. 3) with low = high; DAPO's
-    clip-higher (Yu et al. 2025, arXiv 2503.14476, eq. 10) with high > low.
+    PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7) and GRPO (arXiv 2402.03300, eq. 3) with low = high;
+    DAPO's clip-higher (Yu et al. 2025, arXiv 2503.14476, eq. 10) with high > low.
     """
     ratio = (logp - old).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
 
 def sequence_clipped(logp, old, advantage, sequence, low: float, high: float) -> torch.Tensor:
-    """GSPO (Zheng et al. 2025, arXiv 2507.18071, eq. 5-7): one ratio a sequence, exp(mean of logp - old), clipped as
-    above. `sequence` (N,) int is each token's sequence. Every token carries its sequence's value, so weights of
-    1 / length give the paper's sum."""
+    """GSPO (Zheng et al. 2025, arXiv 2507.18071, eq. 5-7): one ratio a sequence, exp(mean of logp - old),
+    clipped as above. `sequence` (N,) int is each token's sequence. Every token carries its sequence's value,
+    so weights of 1 / length give the paper's sum."""
     count = int(sequence.max()) + 1 if len(sequence) else 0
     zeros = torch.zeros(count, device=logp.device)
     length = zeros.index_add(0, sequence, torch.ones_like(logp)).clamp(min=1)
@@ -176,8 +178,9 @@ def reinforce(logp, advantage) -> torch.Tensor:
 def kl(logp, ref, kind: str = "k3") -> torch.Tensor:
     """Per-token estimate (N,) of KL(policy || reference) from tokens the policy sampled, with gradient.
 
-    k1 = logp - ref, k2 = (logp - ref)^2 / 2, k3 = exp(ref - logp) - 1 - (ref - logp) (Schulman 2020, "Approximating KL
-    divergence"; k3 is GRPO's eq. 4). As a loss, k1's expected gradient is zero, k2's is that of the KL above.
+    k1 = logp - ref, k2 = (logp - ref)^2 / 2, k3 = exp(ref - logp) - 1 - (ref - logp) (Schulman 2020,
+    "Approximating KL divergence"; k3 is GRPO's eq. 4). As a loss, k1's expected gradient is zero, k2's is
+    that of the KL above.
     """
     d = ref - logp
     if kind == "k1":
@@ -189,7 +192,8 @@ def token_weights(lengths: torch.Tensor, how: str, max_tokens: int = 1) -> tuple
     """Trained tokens of each sequence (S,) -> (weight of one token of each sequence (S,), global divisor).
 
     token     every token alike: sum / tokens. DAPO (arXiv 2503.14476, eq. 8)
-    sequence  mean over sequences of their mean token: GRPO (arXiv 2402.03300, eq. 3); short ones weigh more a token
+    sequence  mean over sequences of their mean token: GRPO (arXiv 2402.03300, eq. 3); short ones weigh more a
+    token
     constant  sum / (sequences * max_tokens): Dr. GRPO (arXiv 2503.20783, section 3.2), free of length bias
     """
     one = torch.ones(len(lengths), device=lengths.device)

@@ -1,4 +1,4 @@
-"""What a run needs around its loop: device and dtype with the reason, a run directory, schedule, exact resume, ranks.
+"""What a run needs around its loop: device and dtype, a run directory, exact resume, schedule, ranks.
 
 A run directory holds
     settings.json     resolved settings, command, versions, fingerprint of the data
@@ -6,8 +6,9 @@ A run directory holds
     checkpoints/      step-000123/: trained tensors, optimizer, step; the newest one only
     adapter/ or model/  the result: PEFT format, or a Hugging Face directory
 
-Everything random in step n is seeded from (seed, n), so a checkpoint needs no generator state and a resumed run
-repeats the bits of an unbroken one (on CPU with the same number of threads; CUDA kernels may differ in the last bit).
+Everything random in step n is seeded from (seed, n), so a checkpoint needs no generator state and a resumed
+run repeats the bits of an unbroken one (on CPU with the same number of threads; CUDA kernels may differ in
+the last bit).
 """
 
 import contextlib
@@ -29,11 +30,11 @@ from slm import BadInput
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-# ---- device and dtype --------------------------------------------------------------------------------------
+# ---- device and dtype ------------------------------------------------------------------------------------
 
 def pick_device(device: str = "auto", dtype: str = "auto", model: str | None = None):
-    """(torch.device, dtype, the reason in words). `model`: `tiny` and what was trained from it is too small to gain
-    from bfloat16 on a CPU. BadInput for a device this machine lacks."""
+    """(torch.device, dtype, the reason in words). `model`: `tiny` and what was trained from it is too small
+    to gain from bfloat16 on a CPU. BadInput for a device this machine lacks."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         device = next(name for name, there in found.items() if there)
@@ -78,17 +79,18 @@ def is_small(model: str) -> bool:
     for name in ("config.json", "adapter_config.json"):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             config = json.loads((Path(model) / name).read_text())
-            return config.get("hidden_size", 1024) <= 256 or is_small(config.get("base_model_name_or_path", "-"))
+            base = config.get("base_model_name_or_path", "-")
+            return config.get("hidden_size", 1024) <= 256 or is_small(base)
     return False
 
 
-# ---- the run directory -------------------------------------------------------------------------------------
+# ---- the run directory -----------------------------------------------------------------------------------
 
 class RunDir:
-    """One run's folder. A new run refuses a folder that holds one; resume=True refuses different settings or data,
-    cuts what was logged after the checkpoint (torn last lines too) and loads the newest checkpoint."""
+    """One run's folder. A new run refuses a folder that holds one; resume=True refuses different settings or
+    data, cuts what was logged after the checkpoint (torn last lines too) and loads the newest checkpoint."""
 
-    FREE = {"out", "resume", "save_every"}  # settings that may differ between a run and its continuation
+    FREE = frozenset({"out", "resume", "save_every"})  # settings that may differ between a run and its continuation
 
     def __init__(self, path, settings: dict, data: str = "", resume: bool = False, log: bool = True):
         self.path, self.log_here = Path(path), log
@@ -97,7 +99,7 @@ class RunDir:
         if resume:
             self._compare(old, settings, data)
         elif old is not None:
-            raise BadInput(f"{self.path} already holds a run: add --resume to continue it, or choose another --out")
+            raise BadInput(f"{self.path} holds a run already: --resume continues it, another --out starts anew")
         elif log:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "settings.json", {
@@ -112,7 +114,7 @@ class RunDir:
         except NotADirectoryError:
             raise BadInput(f"--out {self.path}: a file stands where the folder would be") from None
         except ValueError as e:
-            raise BadInput(f"{self.path / 'settings.json'} is not readable JSON ({e}); choose another --out") from None
+            raise BadInput(f"{self.path}/settings.json is not JSON ({e}); choose another --out") from None
 
     def _compare(self, old: dict | None, settings: dict, data: str) -> None:
         if old is None:
@@ -135,7 +137,7 @@ class RunDir:
             try:
                 state = torch.load(file, map_location=device, weights_only=True)
             except Exception as e:  # a damaged file fails in many ways
-                raise BadInput(f"{file} is not a readable checkpoint ({type(e).__name__}); remove its folder") from None
+                raise BadInput(f"{file} is not a readable checkpoint ({e}); remove its folder") from None
         if self.log_here:
             for log in self.path.glob("*.jsonl"):
                 cut_after(log, state["step"] if state else 0)
@@ -148,7 +150,7 @@ class RunDir:
                 f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def save(self, state: dict) -> None:
-        """Write checkpoints/step-N (N = state["step"]) under a temporary name, rename it, remove the older ones."""
+        """Write checkpoints/step-N, N = state["step"]: under a temporary name, then renamed; drop older ones."""
         final = self.checkpoints / f"step-{state['step']:06d}"
         part = final.with_name(final.name + ".tmp")
         part.mkdir(parents=True, exist_ok=True)
@@ -178,7 +180,7 @@ def cut_after(log: Path, step: int) -> None:
 
 
 def new_path(out: str | None, default: str, resume: bool) -> Path:
-    """--out, or else runs/<default>, runs/<default>-2, ...: the first free one, with --resume the last used one."""
+    """--out, or else the first free one of runs/<default>, runs/<default>-2, ...; to resume, the last used."""
     if out is not None:
         return Path(out)
     n, path = 1, Path("runs") / default
@@ -197,18 +199,18 @@ def write_json(path: Path, value) -> None:
 def versions() -> dict:
     """Python, PyTorch and the commit of this checkout where there is one."""
     try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=5,
-                                cwd=Path(__file__).parent).stdout.strip()
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                                timeout=5, cwd=Path(__file__).parent).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = ""
     return {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit}
 
 
-# ---- the loop's helpers ------------------------------------------------------------------------------------
+# ---- the loop's helpers ----------------------------------------------------------------------------------
 
 def cosine(step: int, total: int, warmup: float) -> float:
-    """Factor on the learning rate of optimizer step `step` (0-based) of `total`: linear warm-up over the first
-    `warmup` share of the steps, then half a cosine that would reach 0 at step `total`."""
+    """Factor on the learning rate of optimizer step `step` (0-based) of `total`: linear warm-up over the
+    first `warmup` share of the steps, then half a cosine that would reach 0 at step `total`."""
     first = math.ceil(warmup * total)
     if step < first:
         return (step + 1) / (first + 1)
@@ -233,7 +235,7 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nfinishing this step, then saving; once more to stop now (and resume from the last checkpoint)",
+        print("\nfinishing this step, then saving; once more to stop now, back to the last checkpoint",
               file=sys.stderr)
 
     def __exit__(self, *_):
@@ -246,10 +248,11 @@ def peak_memory(device) -> float:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# ---- several processes (torchrun) ----------------------------------------------------------------------------
+# ---- several processes (torchrun) ------------------------------------------------------------------------
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
