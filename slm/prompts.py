@@ -46,10 +46,15 @@ VERIFIER = Prompt("verifier/1", "$question\nProposed answer: $answer\n"
                                 "Please compute the answer with Python code in a ```python block, then print "
                                 "VERIFIED if the proposed answer is right and FAILED if it is not.")
 FEEDBACK = Prompt("feedback/1", "An earlier solution found $answer, but a check says it is wrong.")
+NO_ANSWER = Prompt("no-answer/1", "An earlier solution gave no final answer.")
+UNCLEAR = Prompt("unclear/1", "An earlier solution found $answer, but its reasoning is not clear.")
 DISAGREE = Prompt("disagree/1", "An earlier solution found $answer, but a second one found $other.")
 RETRY = Prompt("retry/1", f"$question\n$feedback\n{BOX}")          # in a fresh conversation
 RETRY_PYTHON = Prompt("retry-python/1", f"$question\n$feedback\n{CODE}")
 AGAIN = Prompt("again/1", f"$feedback Solve it again. {BOX}")      # as the next turn of a conversation
+
+TRANSCRIPT = Prompt("transcript/1", "Problem: $question\n$history\n"
+                                    f"[SOLVER]: Solve it again, minding what the checker said. {BOX}")
 
 # ---- summaries -------------------------------------------------------------------------------------------
 SUMMARY = Prompt("summary/1", "Problem: $question\nSolution: $solution\n"
