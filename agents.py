@@ -1,12 +1,522 @@
-"""Every workflow as a short generator (see slm/episode.py for the protocol)."""
+r"""Stage 4, agents: every workflow as a short generator, and a comparison of them on the same problems.
 
-from slm.episode import Ask, user
-from slm.prompts import SOLVER
+    python agents.py                                   the embedded model, each workflow beside a single pass
+    python agents.py --workflow python_tools --show 3  read what was asked, answered and run
+    python agents.py --model Qwen/Qwen2.5-Math-1.5B-Instruct --data gsm8k --limit 500
+    python agents.py --endpoint http://localhost:8000/v1 --model NAME --data math500
 
+A workflow gets the question and nothing else (slm/episode.py has the protocol). The names are those of the
+SLM-Math report's agents; a docstring says what its agent did, and after "Departs" what is different here. All
+start from a greedy first answer, and those that begin with the standard prompt share the very same call.
+"""
+
+import argparse
+import contextlib
+import re
+import time
+from collections import Counter
+
+from slm.grader import equal, extract
+
+from slm import BadInput, cli, stats
+from slm.episode import Ask, Draft, Episode, Run, Sampling, answer_record, jobs_for, run_episodes, user
+from slm.prompts import (
+    ADVICE,
+    AGAIN,
+    CAREFUL,
+    CHECKER,
+    CRITIC,
+    DISAGREE,
+    EXPLAIN,
+    FEEDBACK,
+    HINT,
+    NO_ANSWER,
+    PYTHON,
+    RETRY,
+    RETRY_PYTHON,
+    SOLVER,
+    SUMMARY,
+    TRANSCRIPT,
+    UNCLEAR,
+    VERIFIER,
+    VERY_CAREFUL,
+)
+
+OTHER = {"temperature": 0.7, "top_p": 0.9}                # a later attempt must be able to differ
+VOTE = {"temperature": 0.7, "top_p": 0.95, "top_k": 50}   # the report's decoding of runs 2 to 5
+CODING = {"stop": ("```output",), "stop_at_box": False}   # the sandbox writes the output, not the model
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+
+
+# ---- what the workflows share ----------------------------------------------------------------------------
+
+def same(a: str | None, b: str | None) -> bool:
+    """Whether two answers are both there and equivalent."""
+    return a is not None and b is not None and equal(a, b)
+
+
+def tally(answers: list[str | None]) -> list[tuple[str, int]]:
+    """Each answer and how often it was given, equivalent ones together; most frequent first, then earliest.
+
+    >>> tally(["0.5", None, "3", "1/2"])
+    [('0.5', 2), ('3', 1)]
+    """
+    counts: list[list] = []
+    for answer in filter(None, answers):
+        for entry in counts:
+            if equal(answer, entry[0]):
+                entry[1] += 1
+                break
+        else:
+            counts.append([answer, 1])
+    return sorted(((a, n) for a, n in counts), key=lambda entry: -entry[1])
+
+
+def settle(answers: list[str | None]) -> str | None:
+    """The end of a workflow whose checker never agreed: the first answer, unless it came up only once and
+    another one three times; the latest answer where the first attempt gave none."""
+    first, counts = answers[0], tally(answers)
+    often = next((a for a, n in counts if n >= 3), None)
+    if first is not None and (often is None or any(same(a, first) and n >= 2 for a, n in counts)):
+        return first
+    return often or next(filter(None, reversed(answers)), None)
+
+
+def blocks_of(text: str) -> list[str]:
+    """The code of every ```python fence, or of bare fences where there is none; a last one may be left open.
+
+    >>> blocks_of("So:\\n```python\\nprint(6 * 7)\\n```\\nDone.")
+    ['print(6 * 7)\\n']
+    """
+    fences = re.findall(r"```(\w*)[^\S\n]*\n(.*?)(?:```|\Z)", text, re.S)
+    named = [code for name, code in fences if name.lower() in ("python", "py", "python3")]
+    return [code for code in named or [code for name, code in fences if not name] if code.strip()]
+
+
+def printed(outcome) -> str | None:
+    """The answer that code printed: its last line with a digit, or the last number there if it has words.
+    None when the code failed or printed no digit. Rounding noise is removed (0.30000000000000004 -> 0.3)."""
+    if outcome is None or outcome.error or outcome.timed_out:
+        return None
+    lines = outcome.stdout.strip().splitlines()
+    line = next((line for line in reversed(lines) if re.search(r"\d", line)), None)
+    if line is None:
+        return None
+    line = line.split("=")[-1].split(":")[-1].strip()
+    words = re.sub(r"sqrt|pi|frac|\bI\b|\be\b", "", line)
+    if re.search(r"[A-Za-z$%]", words) or not line:
+        line = (NUMBER.findall(line) or [None])[-1]
+    return line and re.sub(r"-?\d+\.\d{9,}", lambda m: f"{float(m[0]):.10g}", line)
+
+
+def shown(outcome) -> str:
+    """What a model gets to see of a run, at most 1,000 characters."""
+    text = outcome.stdout.strip()
+    if outcome.error or outcome.timed_out:
+        text = f"{text}\n{outcome.error or 'stopped: time limit'}".strip()
+    return text[-1000:] or "(nothing)"
+
+
+def verdict(text: str) -> bool | None:
+    """True for CORRECT, False for INCORRECT, by the last of the two words; None when neither is said.
+
+    >>> verdict("It looks CORRECT at first, but: INCORRECT"), verdict("Correct."), verdict("Let's see")
+    (False, True, None)
+    """
+    words = re.findall(r"\b(not correct|incorrect|wrong|correct)\b", text.lower())
+    return words[-1] == "correct" if words else None
+
+
+def complaint(answer: str | None) -> str:
+    return FEEDBACK(answer=answer) if answer else NO_ANSWER()
+
+
+def disagreement(answer: str | None, other: str | None) -> str:
+    return DISAGREE(answer=answer or "nothing", other=other or "nothing")
+
+
+def ask(role: str, content: str, **sampling):
+    """One Ask in a fresh conversation."""
+    return (yield Ask(role, [user(content)], sampling))
+
+
+def attempt(answers: list[str | None], messages: list[dict]):
+    """The solver's next try: greedy the first time, then sampled, so that it can differ. Its answer joins
+    the list; the reply is returned."""
+    reply = yield Ask("solver", messages, OTHER if answers else {})
+    answers.append(extract(reply.text))
+    yield Draft(answers[-1])
+    return reply
+
+
+def check(question: str, solution: str, prompt=CHECKER):
+    """The checker's (verdict, words before it) on a solution."""
+    reply = yield from ask("checker", prompt(question=question, solution=solution.strip()), max_tokens=200)
+    return verdict(reply.text), re.split(r"VERDICT", reply.text, flags=re.I)[0].strip()[:300]
+
+
+def code_answer(role: str, content: str, **sampling):
+    """Ask for code, run it, and answer with what it printed, else with the box of the text."""
+    reply = yield from ask(role, content, **CODING, **sampling)
+    return printed((yield from execute(reply.text))) or extract(reply.text)
+
+
+def execute(text: str):
+    """Run the code blocks of a text, variables shared: the outcome, or None where there is no code."""
+    blocks = blocks_of(text)
+    return (yield Run(blocks)) if blocks else None
+
+
+# ---- the workflows ---------------------------------------------------------------------------------------
 
 def solver(question: str):
-    """One pass with the standard prompt."""
-    return (yield Ask("solver", [user(SOLVER(question=question))]))
+    """A single pass with the standard prompt: what every other workflow is compared with."""
+    return (yield from ask("solver", SOLVER(question=question)))
 
 
-WORKFLOWS = {"solver": solver}
+def majority_vote(question: str, runs: int = 5):
+    """Solve once greedily and `runs` - 1 times sampled. An answer given by more than half of the runs that
+    gave one wins; without such a majority the first run's answer stands, or the most frequent if it has none.
+
+    Departs: answers are counted by mathematical equivalence, not as strings; no repetition penalty."""
+    prompt = [user(SOLVER(question=question))]
+    replies = yield [Ask("solver", prompt)] + [Ask("solver", prompt, VOTE) for _ in range(runs - 1)]
+    answers = [extract(reply.text) for reply in replies]
+    yield Draft(answers[0])
+    counts = tally(answers)
+    if counts and counts[0][1] > sum(n for _, n in counts) / 2:
+        return counts[0][0]
+    return answers[0] or (counts[0][0] if counts else None)
+
+
+def python_tools(question: str):
+    """Ask for Python code, run its blocks with shared variables, and answer with the last number printed;
+    where the code fails or prints none, with the box of the text.
+
+    Departs: the model is stopped where it would invent the output; one namespace, so functions work."""
+    return (yield from code_answer("solver", PYTHON(question=question)))
+
+
+def solver_checker_with_tools(question: str, rounds: int = 5):
+    """Solve with code; a checker solves the problem again with code, on its own. Equal answers are accepted;
+    else the solver tries again, told both. Without agreement the first answer stands.
+
+    Departs: the checker is sampled, where a greedy one says the same in each round, and a checker without an
+    answer does not count as agreement."""
+    answers, prompt = [], PYTHON(question=question)
+    for _ in range(rounds):
+        answers.append((yield from code_answer("solver", prompt, **(OTHER if answers else {}))))
+        yield Draft(answers[-1])
+        other = yield from code_answer("checker", PYTHON(question=question), **OTHER)
+        if same(answers[-1], other):
+            return answers[-1]
+        prompt = RETRY_PYTHON(question=question, feedback=disagreement(answers[-1], other))
+    return next(filter(None, answers), None)
+
+
+def solver_checker_stateless(question: str, rounds: int = 5):
+    """Solve; a checker says CORRECT or INCORRECT; if incorrect, solve again in a fresh conversation that
+    names the rejected answer. Ends at the first accepted answer, or as `settle` says.
+
+    Departs: the checker sees the whole question and solution rather than 150 characters and the answer; an
+    unclear verdict rejects; retries are sampled (greedy ones repeat themselves from the third round on)."""
+    answers, content = [], SOLVER(question=question)
+    for _ in range(rounds):
+        reply = yield from attempt(answers, [user(content)])
+        if answers[-1] and (yield from check(question, reply.text))[0]:
+            return answers[-1]
+        content = RETRY(question=question, feedback=complaint(answers[-1]))
+    return settle(answers)
+
+
+def solver_checker_chat(question: str, rounds: int = 5):
+    """As stateless, but the attempts are one conversation, with the feedback as its next user turn. Without
+    an accepted answer, the last one given stands.
+
+    Departs: no oracle (a later version compared with the ground truth); the question is not repeated, as
+    the conversation holds it."""
+    answers, messages = [], [user(SOLVER(question=question))]
+    for _ in range(rounds):
+        reply = yield from attempt(answers, messages)
+        if answers[-1] and (yield from check(question, reply.text))[0]:
+            return answers[-1]
+        messages = messages + [reply.message(), user(AGAIN(feedback=complaint(answers[-1])))]
+    return next(filter(None, reversed(answers)), None)
+
+
+def trivial_chat(question: str, rounds: int = 5):
+    """Solver and checker write one transcript, tagged [SOLVER] and [CHECKER], which is the next prompt. The
+    checker criticises and gives a verdict. Of a long transcript the first and the last six entries stay.
+
+    Departs: every solver prompt holds the question (only the first one did); the checker is greedy."""
+    answers, history, content = [], [], SOLVER(question=question)
+    for _ in range(rounds):
+        reply = yield from attempt(answers, [user(content)])
+        accepted, critique = yield from check(question, reply.text, CRITIC)
+        if accepted and answers[-1]:
+            return answers[-1]
+        history += [f"[SOLVER]: {reply.text.strip()}", f"[CHECKER]: {critique}"]
+        kept = history if len(history) <= 10 else history[:1] + history[-6:]
+        content = TRANSCRIPT(question=question, history="\n".join(kept))
+    return settle(answers)
+
+
+def solver_checker_summarizer(question: str, rounds: int = 5):
+    """As stateless, with a summarizer between the two: the checker sees a short form of the solution (its
+    beginning and its answer; the model's summary where it has none), the solver a digest of the critique.
+
+    Departs: the checker does see the summary, not only the answer; no test of relevance by shared words."""
+    answers, content = [], SOLVER(question=question)
+    for _ in range(rounds):
+        reply = yield from attempt(answers, [user(content)])
+        short = f"{reply.text.strip()[:300]}\nFinal answer: {answers[-1]}"
+        if answers[-1] is None:
+            prompt = SUMMARY(question=question, solution=reply.text)
+            short = (yield from ask("summarizer", prompt, max_tokens=150)).text
+        accepted, critique = yield from check(question, short, CRITIC)
+        if accepted and answers[-1]:
+            return answers[-1]
+        advice = (yield from ask("summarizer", ADVICE(critique=critique), max_tokens=100)).text.split()
+        useful = len(advice) > 2 and len(set(advice)) > 0.3 * len(advice)  # else it is babble
+        feedback = complaint(answers[-1]) + (" " + " ".join(advice) if useful else "")
+        content = RETRY(question=question, feedback=feedback)
+    return settle(answers)
+
+
+def summarizer_chat(question: str, rounds: int = 5):
+    """One conversation of the solver. Each round a checker solves the problem anew in its own; a sentence
+    with both answers is the solver's next turn. Ends when they agree; else the solver's last answer stands.
+
+    Departs: the checker is sampled (a greedy one repeats the solver's own first pass), and a checker without
+    an answer does not count as agreement."""
+    answers, messages = [], [user(SOLVER(question=question))]
+    for _ in range(rounds):
+        reply = yield from attempt(answers, messages)
+        other = extract((yield from ask("checker", SOLVER(question=question), **OTHER)).text)
+        if same(answers[-1], other):
+            return answers[-1]
+        messages = messages + [reply.message(), user(AGAIN(feedback=disagreement(answers[-1], other)))]
+    return next(filter(None, reversed(answers)), None)
+
+
+def plan_and_reflection(question: str):
+    """Solve; solve again, asked to be careful; if the two differ a third time, very carefully. An answer
+    given twice wins, else the first. (The report's agent of this name plans nothing.)"""
+    answers = []
+    for prompt in (SOLVER, CAREFUL, VERY_CAREFUL):
+        yield from attempt(answers, [user(prompt(question=question))])
+        if (counts := tally(answers)) and counts[0][1] >= 2:
+            return counts[0][0]
+    return next(filter(None, answers), None)
+
+
+def base(question: str, rounds: int = 5):
+    """The oldest form: a checker's verdict may be unclear, and then clearer reasoning is asked for. Without
+    an accepted answer, the most frequent one stands.
+
+    Departs: a checker that says neither word is unclear (it used to mean CORRECT), and answers are compared
+    by equivalence ("8" was found within "18")."""
+    answers, content = [], SOLVER(question=question)
+    for _ in range(rounds):
+        reply = yield from attempt(answers, [user(content)])
+        accepted, critique = yield from check(question, reply.text, CRITIC)
+        if accepted and answers[-1]:
+            return answers[-1]
+        unclear = accepted is None and answers[-1]
+        feedback = UNCLEAR(answer=answers[-1]) if unclear else f"{complaint(answers[-1])} {critique}"
+        content = RETRY(question=question, feedback=feedback)
+    return next((answer for answer, _ in tally(answers)), None)
+
+
+def verify(question: str, answer: str):
+    """Whether code written by the verifier confirms an answer: by the word it prints, else by the number."""
+    reply = yield from ask("verifier", VERIFIER(question=question, answer=answer), **CODING)
+    outcome = yield from execute(reply.text)
+    words = re.findall(r"VERIFIED|FAILED", outcome.stdout) if outcome else []
+    return words[-1] == "VERIFIED" if words else same(printed(outcome), answer)
+
+
+def solver_verifier(question: str, rounds: int = 3):
+    """Solve, with code allowed. A box that the code's output confirms is accepted. Otherwise a verifier
+    writes code to test the output, then the box, and the first it confirms is accepted; else solve again,
+    told what failed. Ends early when an answer comes twice in a row; without an accepted one the last stands.
+
+    Departs: a verifier whose code prints a number and no verdict is judged by that number."""
+    answers, content = [], HINT(question=question)
+    for round in range(rounds):
+        reply = yield from ask("solver", content, **CODING, **(OTHER if round else {}))
+        outcome, box = (yield from execute(reply.text)), extract(reply.text)
+        output = printed(outcome)
+        answers.append(output or box)
+        yield Draft(answers[-1])
+        if same(output, box) or (round and same(answers[-1], answers[-2])):
+            return answers[-1]
+        failed = outcome is not None and (outcome.error or outcome.timed_out)  # then its box can't be trusted
+        for candidate in () if failed else filter(None, (output, box)):
+            if (yield from verify(question, candidate)):
+                return candidate
+        feedback = f"The code failed: {shown(outcome)[-200:]}" if failed else complaint(answers[-1])
+        content = RETRY(question=question, feedback=feedback)
+    return next(filter(None, reversed(answers)), None)
+
+
+def code_feedback(question: str):
+    """Solve, with code allowed; run each block by itself, show the model what was printed as the next turn of
+    its conversation, and take the box it then writes, else the last number printed. Without code the first
+    answer stands."""
+    messages = [user(HINT(question=question))]
+    reply = yield Ask("solver", messages, CODING)
+    yield Draft(extract(reply.text))
+    outcomes = yield [Run(block, timeout=10) for block in blocks_of(reply.text)]
+    if not outcomes:
+        return reply
+    output = "\n".join(shown(outcome) for outcome in outcomes)
+    last = yield Ask("solver", [*messages, reply.message(), user(EXPLAIN(output=output))])
+    return extract(last.text) or next(filter(None, map(printed, reversed(outcomes))), None)
+
+
+WORKFLOWS = {fn.__name__: fn for fn in (
+    solver, majority_vote, python_tools, solver_checker_stateless, solver_checker_with_tools,
+    solver_checker_chat, solver_checker_summarizer, summarizer_chat, trivial_chat, plan_and_reflection, base,
+    solver_verifier, code_feedback)}
+
+
+# ---- running and comparing them --------------------------------------------------------------------------
+
+PAPER = {"max_tokens": 2048, "limit": 500, "workflow": "all"}
+TINY = {"max_tokens": 320, "limit": 200,
+        "workflow": "majority_vote,python_tools,solver_checker_stateless,solver_checker_with_tools"}
+
+
+def main(args: argparse.Namespace) -> None:
+    from slm.sandbox import Sandbox
+
+    from slm.problems import fingerprint, load
+    from slm.run import RunDir, new_path, write_json
+
+    names = chosen(args.workflow)
+    problems = load(args.data, args.split, args.limit)
+    args.out = str(new_path(args.out, f"agents-{args.model.rstrip('/').split('/')[-1]}", False))
+    cli.show(vars(args))
+    backend, adapters = open_backend(args)
+    run = RunDir(args.out, vars(args), fingerprint(problems))
+    memo, results = {}, {}
+    with contextlib.closing(backend), contextlib.closing(Sandbox(args.workers)) as sandbox:
+        for name in names:
+            start = time.monotonic()
+            episodes = run_episodes(
+                jobs_for(problems, WORKFLOWS[name]), backend, sandbox, seed=args.seed, adapters=adapters,
+                sampling=Sampling(args.max_tokens, stop_at_box=True), memo=memo, bar=name)
+            seconds = time.monotonic() - start
+            records = [answer_record(p, e) for p, e in zip(problems, episodes)]
+            run.log("episodes", *({"step": 0, **e.to_json(), "correct": r["correct"]}
+                                  for e, r in zip(episodes, records)))
+            results[name] = {**summary(records, results.get("solver", {}).get("right")), "seconds": seconds}
+            for problem, episode, record in list(zip(problems, episodes, records))[:args.show]:
+                print(transcript(episode, problem.question, record))
+    write_json(run.path / "table.json", results)
+    print(table(results, len(problems)))
+    print(f"every prompt, reply and code run: {run.path / 'episodes.jsonl'}")
+
+
+def chosen(workflows: str) -> list[str]:
+    """The workflows to run: the solver first, since the others are compared with it."""
+    names = list(WORKFLOWS) if workflows == "all" else [name.strip() for name in workflows.split(",")]
+    for name in names:
+        if name not in WORKFLOWS:
+            raise BadInput(f"--workflow {name!r} is none; expected all, or some of {', '.join(WORKFLOWS)}")
+    return list(dict.fromkeys(["solver", *names]))
+
+
+def open_backend(args: argparse.Namespace):
+    """(a Sampler or an Endpoint, role -> adapter name)."""
+    if args.endpoint:
+        from slm.endpoint import Endpoint
+        return Endpoint(args.endpoint, args.model, key_env=args.key_env), {}
+    from slm import checkpoint, lora
+    from slm.run import pick_device
+    from slm.sampler import Sampler
+    device, dtype, reason = pick_device(args.device, args.dtype, args.model)
+    print(f"{args.model} on {device}, {str(dtype).removeprefix('torch.')}: {reason}")
+    model, tokenizer = checkpoint.load(args.model, device, dtype)
+    adapters = {}
+    for given in args.adapter:
+        role, _, folder = given.rpartition("=")
+        lora.load(model, checkpoint.resolve(folder), adapters.setdefault(role or "*", role or "all"))
+    return Sampler(model, tokenizer), adapters
+
+
+def summary(records: list[dict], alone: list[bool] | None) -> dict:
+    """The figures of one workflow; `alone` is what the single pass got right on the same problems."""
+    n = len(records)
+    right, first = [r["correct"] for r in records], [r["first_correct"] for r in records]
+    return {
+        "right": right, "accuracy": sum(right) / n, "interval": stats.wilson(sum(right), n),
+        "first_accuracy": sum(first) / n,
+        "improved": sum(r and not f for r, f in zip(right, first)),
+        "degraded": sum(f and not r for r, f in zip(right, first)),
+        "over_solver": stats.paired(alone or right, right),
+        "asks": sum(r["asks"] for r in records) / n, "tokens": sum(r["tokens"] for r in records) / n,
+        "failures": dict(Counter(re.sub(r"\d+", "#", cause) for r in records for cause in r["failures"])),
+        "no_answer": sum(r["answer"] is None for r in records)}
+
+
+def table(results: dict[str, dict], n: int) -> str:
+    """One line a workflow, and a line for what failed."""
+    head = (f"{'workflow':26}{'correct %':>10}{'95 %':>14}{'over solver, 95 %':>24}{'first %':>9}{'impr.':>6}"
+            f"{'degr.':>6}{'asks':>6}{'tokens':>8}{'s':>7}")
+    lines = [f"\n{n} problems; a greedy call that several workflows share is made and timed once", head]
+    for name, r in results.items():
+        (low, high), (diff, below, above) = r["interval"], r["over_solver"]
+        gain = "" if name == "solver" else f"{100 * diff:+.1f} [{100 * below:+.1f}, {100 * above:+.1f}]"
+        span = f"{100 * low:.1f}-{100 * high:.1f}"
+        lines.append(f"{name:26}{100 * r['accuracy']:>10.1f}{span:>14}{gain:>24}"
+                     f"{100 * r['first_accuracy']:>9.1f}{r['improved']:>6}{r['degraded']:>6}{r['asks']:>6.1f}"
+                     f"{r['tokens']:>8.0f}{r['seconds']:>7.1f}")
+    for name, r in results.items():
+        failures = r["failures"] | ({"without an answer": r["no_answer"]} if r["no_answer"] else {})
+        if failures:
+            lines.append(f"  {name}: " + ", ".join(f"{count} {cause}" for cause, count in failures.items()))
+    return "\n".join(lines)
+
+
+def transcript(episode: Episode, question: str, record: dict) -> str:
+    """An episode to read: each prompt's last message, each reply, each code run in its place."""
+    lines = ["=" * 100, f"{episode.workflow}: {question}"]
+    for i, turn in enumerate(episode.turns):
+        prompt = turn.messages[-1]["content"].replace(question, "(question)")
+        lines += [f"---- to the {turn.role}: {prompt.strip()}", f"---- the {turn.role}: {turn.text.strip()}"]
+        for run in episode.runs:
+            if run.turn == i:
+                result = run.stdout.strip() + (f"\n{run.error.strip()}" if run.error else "")
+                lines.append(f"---- the sandbox ({run.seconds:.2f} s): {result.strip()}")
+    mark = "right" if record["correct"] else f"wrong, it is {record['gold']}"
+    held = ", ".join(map(str, episode.drafts))
+    lines.append(f"==== answer {episode.answer} ({mark})" + (f", after {held}" if held else "")
+                 + (f"; failed on the way: {', '.join(episode.failures)}" if episode.failures else ""))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    p = cli.parser(__doc__)
+    group = p.add_argument_group("what runs")
+    group.add_argument("--workflow", help="names with commas between them, or all: " + ", ".join(WORKFLOWS)
+                       + f" (tiny: {TINY['workflow']}; else all); solver is always run, to compare with")
+    group.add_argument("--data", default="tiny", help="a data set's name or a JSON lines file (default tiny)")
+    group.add_argument("--split", default="test", help="train, test or unseen (default test)")
+    group.add_argument("--limit", type=cli.positive, help="number of problems (500; tiny: 200)")
+    group.add_argument("--show", type=cli.positive, default=0, metavar="N", help="print N transcripts")
+    group.add_argument("--out", help="run directory (default runs/agents-MODEL)")
+    group = p.add_argument_group("what answers")
+    group.add_argument("--model", default="tiny", help="tiny, a directory or hub id; the endpoint's name")
+    group.add_argument("--adapter", action="append", default=[], metavar="[ROLE=]DIR",
+                       help="LoRA adapter for a role (solver, checker, verifier, summarizer), or for all")
+    group.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server: http://localhost:8000/v1")
+    group.add_argument("--key-env", metavar="NAME", help="environment variable with the endpoint's key")
+    group.add_argument("--max-tokens", type=cli.positive, help="new tokens of a reply (2048; tiny: 320)")
+    group.add_argument("--seed", type=int, default=0, help="of the sampled replies (default 0)")
+    group = p.add_argument_group("machine")
+    group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    group.add_argument("--workers", type=cli.positive, default=2, help="code runs at a time (default 2)")
+    cli.run(main, cli.resolve(p.parse_args(), PAPER, TINY))

@@ -9,7 +9,8 @@ A workflow is a generator that gets a question and nothing else:
 It yields an Ask (answered with a Reply), a Run (answered with the sandbox's Outcome), a list of those (worked
 on at the same time, answered with a list) or a Draft (an answer held so far, only recorded). It returns the
 answer it stands by: a string, the Reply whose text holds it, or None. An Ask that can't be answered raises
-AskFailed at its yield; in a list it gives a Reply whose `error` is set and whose text is empty.
+AskFailed at its yield; a workflow that doesn't catch it ends there, and its first Draft stands. In a list it
+gives a Reply whose `error` is set and whose text is empty.
 """
 
 import hashlib
@@ -116,7 +117,8 @@ class Turn:
 
 @dataclass
 class CodeRun:
-    """One Run and what came of it."""
+    """One Run and what came of it; `turn` is the place in turns of the reply it followed."""
+    turn: int
     code: str | list[str]
     stdout: str
     error: str | None
@@ -194,6 +196,23 @@ class Episode:
         return cls(**fields)
 
 
+def answer_record(problem, episode: Episode) -> dict:
+    """An episode graded, as one line of answers.jsonl. The ids are those of the turn that gave the response,
+    or of the solver's last turn where the answer comes from several."""
+    from slm.grader import grade
+    result = grade(episode.response, problem.gold)
+    first = grade(f"\\boxed{{{episode.drafts[0]}}}", problem.gold) if episode.drafts else result
+    said = ([t for t in episode.turns if t.text == episode.response]
+            or [t for t in episode.turns if t.role == "solver"] or episode.turns)
+    return {
+        "id": problem.id, "question": problem.question, "gold": problem.gold, "response": episode.response,
+        "answer": episode.answer, "correct": result.correct, "reason": episode.error or result.reason,
+        "first_answer": episode.first_answer, "first_correct": first.correct, "workflow": episode.workflow,
+        "sample": episode.sample, "failures": episode.failures, "asks": len(episode.turns),
+        "tokens": episode.tokens_out, "prompt_ids": said[-1].prompt_ids if said else [],
+        "ids": said[-1].ids if said else [], "finish": said[-1].finish if said else "error"}
+
+
 # ---- running ---------------------------------------------------------------------------------------------
 
 @dataclass
@@ -218,9 +237,9 @@ def run_episodes(jobs: list[Job], backend, sandbox=None, *, sampling: Sampling =
     """Run all jobs at once over one batched backend; the episodes come back in the order of the jobs.
 
     backend: Sampler or Endpoint. sandbox: needed where a workflow yields a Run. adapters: role -> adapter
-    name, None for the rest. fixed: temperature, top_p and top_k are the run's, whatever an Ask wants (training
-    samples come from one distribution). memo: greedy replies, shared by the calls given the same dict. on_done:
-    called with each episode as it ends. bar: label of a progress bar.
+    name, "*" for the other roles. fixed: temperature, top_p and top_k are the run's, whatever an Ask wants
+    (training samples come from one distribution). memo: greedy replies, shared by calls given the same dict.
+    on_done: called with each episode as it ends. bar: label of a progress bar.
 
     A sample's seed comes from (seed, problem, sample, step of the workflow), so what else is in the batch
     doesn't change what is drawn. A failure ends its own episode at most, and is recorded there; an exception
@@ -299,8 +318,8 @@ class _Runner:
         except StopIteration as stop:
             self.end(live.episode, stop.value)
             return True
-        except AskFailed:  # the workflow had no use for it
-            self.end(live.episode, None)
+        except AskFailed:  # the workflow did not catch it: what it held first stands
+            self.end(live.episode, next(filter(None, live.episode.drafts), None))
             return True
         live.listed, live.got = isinstance(wanted, list), {}
         live.items = wanted if live.listed else [wanted]
@@ -324,8 +343,9 @@ class _Runner:
                     result.error))
                 live.episode.failures += [result.error] if result.error else []
             else:
-                live.episode.runs.append(CodeRun(item.code, result.stdout, result.error, result.timed_out,
-                                                 result.seconds))
+                live.episode.runs.append(CodeRun(
+                    len(live.episode.turns) - 1, item.code, result.stdout, result.error, result.timed_out,
+                    result.seconds))
                 live.episode.failures += ["sandbox timeout"] if result.timed_out else []
         return results
 
@@ -353,7 +373,8 @@ class _Runner:
         want["max_tokens"] = min(want.get("max_tokens", limit), limit)
         # The samples of a group, and the asks of a list, have neighbouring seeds: they travel as one request.
         seed = seed_of(self.seed, live.job.problem_id, live.step) + live.job.sample * len(live.items) + place
-        return Request(ask.messages, replace(self.sampling, **want, seed=seed), self.adapters.get(ask.role))
+        adapter = self.adapters.get(ask.role, self.adapters.get("*"))
+        return Request(ask.messages, replace(self.sampling, **want, seed=seed), adapter)
 
     def submit(self) -> None:
         """Hand over what is queued; a prompt asked with neighbouring seeds is one request for n samples."""
