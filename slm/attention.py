@@ -1,0 +1,217 @@
+"""The ways tokens attend, and the only place that knows padding, masks and back ends.
+
+An attend object is called once a layer, `attend(layer, q (T,H,E), k (T,K,E), v (T,K,E)) -> (T,H,E)`, with queries and
+keys already rotated, and computes softmax(q k' / sqrt(E)) v (Vaswani et al. 2017, arXiv:1706.03762, eq. 1) over the keys
+that the query's sequence has so far.
+
+* Packed: many whole sequences in a row, each token sees its own sequence up to itself. Training and log-probs.
+* Prefill, Decode: the same with a KV cache, for the sampler.
+
+On CUDA in half precision Packed runs PyTorch's variable-length flash attention (Dao 2023, arXiv:2307.08691); elsewhere
+sequences of near length are padded on the right into a few batches for scaled_dot_product_attention. Under a causal mask
+nobody sees what stands to their right, so the padding needs no mask, and its own output is dropped.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slm.model import Config
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # an older or a trimmed PyTorch
+    varlen_attn = None
+
+WASTE = 1.25  # a batch of padded sequences may be this much larger than its tokens
+
+
+class Packed:
+    """Attention over sequences packed one behind the other: causal inside each, nothing across.
+
+    lengths: tokens of each sequence, in order, all of 1 or more; T is their sum.
+    positions: (T,) int64, each token's place in its own sequence.
+    """
+
+    def __init__(self, lengths: list[int], device="cpu"):
+        self.lengths = list(lengths)
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"sequence lengths must be 1 or more: {self.lengths}")
+        self.positions = _ranges(self.lengths).to(device)
+        self.longest = max(self.lengths)
+        ends = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        self.bounds = ends.to(device)
+        self.batches = None
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if flash(q):
+            return varlen_attn(q, k, v, self.bounds, self.bounds, self.longest, self.longest, **CAUSAL,
+                               enable_gqa=q.shape[1] != k.shape[1])
+        if self.batches is None:
+            self.batches = Batches(self.lengths, q.device)
+        return self.batches(q, k, v)
+
+
+CAUSAL = {"window_size": (-1, 0)}  # varlen_attn's way to say causal
+
+
+def flash(q: Tensor) -> bool:
+    """Whether this tensor goes to the variable-length flash kernel."""
+    return varlen_attn is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+
+
+class Batches:
+    """The sequences of a pack as few right-padded batches.
+
+    >>> [(rows, length) for rows, length in Batches([5, 90, 6, 100, 5], "cpu").shapes]
+    [(3, 6), (2, 100)]
+    """
+
+    def __init__(self, lengths: list[int], device):
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        groups: list[list[int]] = []
+        tokens = 0  # in the open group
+        for i in order:
+            if not groups or (len(groups[-1]) + 1) * lengths[i] > WASTE * (tokens + lengths[i]):
+                groups.append([])
+                tokens = 0
+            groups[-1].append(i)
+            tokens += lengths[i]
+        self.shapes = [(len(group), lengths[group[-1]]) for group in groups]
+        self.even = len(set(lengths)) == 1  # nothing to move or to pad
+        if self.even:
+            return
+        size, starts = torch.tensor(lengths), torch.tensor([0, *lengths]).cumsum(0)
+        slots, back, base = [], torch.empty(int(size.sum()), dtype=torch.long), 0
+        for group, (rows, longest) in zip(groups, self.shapes):
+            members, place = torch.tensor(group), torch.arange(longest)
+            real = place < size[members, None]
+            token = torch.where(real, starts[members, None] + place, starts[members, None])
+            back[token[real]] = base + real.flatten().nonzero()[:, 0]
+            slots.append(token.flatten())
+            base += rows * longest
+        self.slots, self.back = torch.cat(slots).to(device), back.to(device)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not self.even:
+            q, k, v = (x.index_select(0, self.slots) for x in (q, k, v))
+        sizes = [rows * length for rows, length in self.shapes]
+        parts = [_causal(*(x.unflatten(0, shape) for x in part))
+                 for shape, *part in zip(self.shapes, q.split(sizes), k.split(sizes), v.split(sizes))]
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return out if self.even else out.index_select(0, self.back)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (S, L, H, E), k and v (S, L, K, E) -> (S * L, H, E)."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
+                                         enable_gqa=q.shape[2] != k.shape[2])
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _ranges(lengths: list[int]) -> Tensor:
+    """[3, 2] -> tensor([0, 1, 2, 0, 1])"""
+    return torch.cat([torch.arange(n) for n in lengths])
+
+
+# ---- with a KV cache (sampler.py) --------------------------------------------------------------------------
+
+class KVCache:
+    """Keys and values of `slots` sequences of up to `length` tokens: k[layer] and v[layer], (slots, K, length, E).
+
+    On a CPU the keys lie in memory as (slots, K, E, length): scores are then a row-major product, twice as fast in
+    bfloat16. What no sequence has written yet is zero, never NaN: it is multiplied by attention weights of 0.
+    """
+
+    def __init__(self, config: Config, device="cpu", dtype=torch.float32):
+        self.layers, self.heads, self.size = config.layers, config.kv_heads, config.head_size
+        self.device, self.dtype = torch.device(device), dtype
+        self.token_bytes = 2 * config.layers * config.kv_heads * config.head_size * dtype.itemsize
+        self.clear()
+
+    def clear(self) -> None:
+        """Give all memory back."""
+        self.slots = self.length = 0
+        self.k, self.v = [self._zeros(keys=True)] * self.layers, [self._zeros()] * self.layers
+
+    def _zeros(self, keys: bool = False) -> Tensor:
+        shape = (self.slots, self.heads, self.length, self.size)
+        if keys and self.device.type == "cpu":
+            return torch.zeros(*shape[:2], self.size, self.length, dtype=self.dtype).transpose(2, 3)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def resize(self, slots: int, length: int) -> None:
+        """Change the capacity, one layer after the other; what fits into the new one is kept."""
+        s, n = min(self.slots, slots), min(self.length, length)
+        self.slots, self.length = slots, length
+        for tensors, keys in ((self.k, True), (self.v, False)):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = self._zeros(keys)
+                tensors[layer][:s, :, :n] = old[:s, :, :n]
+
+    def copy(self, source: int, targets: list[int], n: int) -> None:
+        """Copy the first n tokens of a slot to other slots."""
+        for x in self.k + self.v:
+            for target in targets:
+                x[target, :, :n] = x[source, :, :n]
+
+    def swap(self, a: int, b: int, n: int) -> None:
+        """Exchange the first n tokens of two slots."""
+        if a != b:
+            for x in self.k + self.v:
+                x[[a, b], :, :n] = x[[b, a], :, :n]
+
+
+class Prefill:
+    """New tokens of some slots, packed. segments: (slot, tokens already in the cache, new tokens) of each.
+
+    A token sees what its slot holds and, of the new ones, those up to itself."""
+
+    def __init__(self, cache: KVCache, segments: list[tuple[int, int, int]]):
+        self.cache, self.segments = cache, segments
+        lengths = [n for _, _, n in segments]
+        packed = Packed(lengths, cache.device)
+        starts, slots = torch.tensor([s[1] for s in segments]), torch.tensor([s[0] for s in segments])
+        repeat = lambda x: x.repeat_interleave(torch.tensor(lengths)).to(cache.device)
+        self.positions, self.rows = packed.positions + repeat(starts), repeat(slots)
+        self.packed = None if starts.any() else packed
+        self.seen = [torch.ones(n, start + n, dtype=torch.bool, device=cache.device).tril(start)
+                     for _, start, n in segments] if starts.any() else []
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.cache.k[layer], self.cache.v[layer]
+        keys[self.rows, :, self.positions] = k
+        values[self.rows, :, self.positions] = v
+        if self.packed:
+            return self.packed(layer, q, k, v)
+        out = []
+        for (slot, start, n), new, seen in zip(self.segments, q.split([s[2] for s in self.segments]), self.seen):
+            span = slice(slot, slot + 1), slice(None), slice(start + n)
+            out.append(F.scaled_dot_product_attention(
+                new.transpose(0, 1)[None], keys[span].contiguous(), values[span], attn_mask=seen,
+                enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1))
+        return torch.cat(out)
+
+
+class Decode:
+    """One new token for each of the first B slots. positions (B,): where it goes; it sees 0 .. position.
+
+    The query heads that share a key head are the rows of one product, so keys and values are read once and in place.
+    longest: above every position, for callers that know it without asking the device."""
+
+    def __init__(self, cache: KVCache, positions: Tensor, longest: int):
+        self.cache, self.positions = cache, positions
+        self.span = min(-(-longest // 32) * 32, cache.length)
+        self.rows = torch.arange(len(positions), device=cache.device)
+        hidden = torch.arange(self.span, device=cache.device) > positions[:, None]
+        bias = torch.zeros(hidden.shape, dtype=cache.dtype, device=cache.device).masked_fill_(hidden, -torch.inf)
+        self.bias = bias.repeat_interleave(cache.heads, 0)[:, None]  # (B K, 1, L)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self.cache.k[layer], self.cache.v[layer]
+        keys[self.rows, :, self.positions] = k
+        values[self.rows, :, self.positions] = v
+        keys, values = (x[:len(q), :, :self.span].flatten(0, 1) for x in (keys, values))  # (B K, L, E)
+        queries = q.reshape(len(keys), -1, q.shape[-1])                                   # (B K, H / K, E)
+        scores = torch.baddbmm(self.bias, queries, keys.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+        return torch.bmm(scores.softmax(-1), values).view_as(q)

@@ -1,0 +1,182 @@
+"""Qwen2 over packed tokens.
+
+One module is trained, sampled from and used as its own reference. It sees T tokens in a row, the sequences one behind
+the other without padding, each token with its position inside its own sequence:
+
+    x = embed[ids]                                              (T, D)
+    for every layer:
+        h = x + W_o attend(rope(W_q n), rope(W_k n), W_v n)     n = norm(x)
+        x = h + W_down (silu(W_gate m) * W_up m)                m = norm(h)
+    logits = head norm(x)                                       (T, V)
+
+* norm: RMSNorm, x / sqrt(mean(x^2) + eps) * weight           Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4
+* rope: rotary position embedding, see `rope` and `rotate`    Su et al. 2021, arXiv:2104.09864, eq. 34
+* grouped-query attention: H query heads share K key/value heads, H / K each    Ainslie et al. 2023, arXiv:2305.13245
+* SwiGLU feed-forward                                         Shazeer 2020, arXiv:2002.05202, eq. 6
+* the whole: biases on q, k and v only; head tied to the embedding in small models     Qwen2 report, arXiv:2407.10671
+
+Who may look at whom is not decided here: `attend` is an object of attention.py that knows where sequences begin and
+end, with or without a cache. Parameter names are those of Hugging Face checkpoints. Not covered: sliding windows,
+rope scaling, dropout; `Config.from_hf` refuses them by name.
+
+Shapes: T tokens, D hidden size, H query heads, K key/value heads, E head size, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from slm import BadInput
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a model. `positions` is the longest context; `bias` says whether q, k and v have biases."""
+    vocab: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    positions: int = 32768
+    rope_theta: float = 1e6
+    norm_eps: float = 1e-6
+    tied: bool = True
+    bias: bool = True
+
+    @classmethod
+    def from_hf(cls, config: dict, where: str = "config.json") -> "Config":
+        """Read a Hugging Face `config.json`. What this model does not do is refused with a BadInput naming it."""
+        def refuse(key, value, expected):
+            raise BadInput(f"{where}: {key} is {value!r}, expected {expected}")
+
+        if config.get("model_type") != "qwen2":
+            refuse("model_type", config.get("model_type"), "'qwen2', the one architecture this project runs")
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for key in names:
+            if not isinstance(config.get(key), int) or config[key] < 1:
+                refuse(key, config.get(key), "a whole number of 1 or more")
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
+            refuse("rope scaling", kind, "none: scaled rope is not supported")
+        for key, allowed in (("hidden_act", "silu"), ("use_sliding_window", False), ("quantization_config", None)):
+            if config.get(key, allowed) != allowed:
+                refuse(key, config[key], f"{allowed!r}; nothing else is supported")
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads") or heads
+        head_size = config.get("head_dim") or hidden // heads
+        if heads % kv_heads or head_size % 2:
+            refuse("heads", f"{heads} query, {kv_heads} key/value, size {head_size}", "query heads in equal groups")
+        return cls(*(config[key] for key in names), kv_heads, head_size,
+                   positions=config.get("max_position_embeddings", 32768),
+                   rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+                   norm_eps=config.get("rms_norm_eps", 1e-6), tied=config.get("tie_word_embeddings", False),
+                   bias=config.get("attention_bias", True))
+
+    def to_hf(self) -> dict:
+        """The `config.json` that transformers (4 and 5) and `from_hf` read."""
+        out = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": self.vocab,
+               "hidden_size": self.hidden, "intermediate_size": self.intermediate, "num_hidden_layers": self.layers,
+               "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_size,
+               "hidden_act": "silu", "max_position_embeddings": self.positions, "rope_theta": self.rope_theta,
+               "rms_norm_eps": self.norm_eps, "tie_word_embeddings": self.tied, "attention_dropout": 0.0,
+               "use_sliding_window": False, "use_cache": True}
+        return out if self.bias else {**out, "attention_bias": False}
+
+
+def rope(positions: Tensor, theta: float, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (T, 1, E), of the angles position * theta^(-2i/E), i = 0 .. E/2-1, twice in a row.
+    The angles are computed in float32 whatever the model's dtype: at position 4,096 bfloat16 is off by a turn."""
+    frequency = theta ** -(torch.arange(0, size, 2, device=positions.device).float() / size)
+    angle = positions.float()[:, None, None] * frequency
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i+E/2}) of x (T, heads, E) by their angles."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: Config, index: int):
+        super().__init__()
+        self.index, self.head_size = index, c.head_size
+        self.q_proj = nn.Linear(c.hidden, c.heads * c.head_size, bias=c.bias)
+        self.k_proj = nn.Linear(c.hidden, c.kv_heads * c.head_size, bias=c.bias)
+        self.v_proj = nn.Linear(c.hidden, c.kv_heads * c.head_size, bias=c.bias)
+        self.o_proj = nn.Linear(c.heads * c.head_size, c.hidden, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_size)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(attend(self.index, rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden, c.intermediate, bias=False)
+        self.up_proj = nn.Linear(c.hidden, c.intermediate, bias=False)
+        self.down_proj = nn.Linear(c.intermediate, c.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, c: Config, index: int):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c, index), MLP(c)
+        self.input_layernorm = RMSNorm(c.hidden, c.norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden, c.norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen2(nn.Module):
+    """`recompute = True` keeps only each layer's input for the backward pass and computes the rest a second time:
+    about a third more time, and activations of one layer instead of all."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.recompute = config, False
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab, config.hidden),
+            "layers": nn.ModuleList(Layer(config, i) for i in range(config.layers)),
+            "norm": RMSNorm(config.hidden, config.norm_eps)})
+        if not config.tied:
+            self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
+
+    def forward(self, ids: Tensor, positions: Tensor, attend) -> Tensor:
+        """ids (T,), positions (T,) -> the hidden states after the last norm (T, D). No logits: (T, V) is the largest
+        tensor of all, and whoever needs logits needs them of few tokens."""
+        x = self.model.embed_tokens(ids)
+        cos, sin = rope(positions, self.config.rope_theta, self.config.head_size, x.dtype)
+        for layer in self.model.layers:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, attend)
+        return self.model.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden (N, D) -> (N, V) in the model's dtype."""
+        return F.linear(hidden, self.model.embed_tokens.weight) if self.config.tied else self.lm_head(hidden)
