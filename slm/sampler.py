@@ -1,0 +1,496 @@
+"""Sample replies from the model that is being trained: continuous batching over one cache.
+
+A language model writes one token at a time, and each token needs all the weights once. On their way from memory
+they could serve many sequences, so sequences are decoded together, in rows of one batch. Replies have ragged
+lengths, though: a fixed batch runs until its longest reply is done while the finished rows do useless work.
+*Continuous* batching decides anew at every step who is in the batch:
+
+    step():  waiting requests take the free rows and are prefilled (all prompt tokens in one packed pass)
+             every row decodes one token
+             rows that met a stop id, a stop string, a complete box or their limit leave
+
+What a token needs from those before it, their keys and values in each layer, is kept in the KV cache, one slot a
+row. Row i lives in slot i: when a row leaves, the last one moves into its place, so that the batch is always the
+first slots of the cache and attention needs no gather. A finished row's slot is kept until the room is wanted; a
+prompt that starts like a kept or running row (the next turn of a conversation, a common system prompt, a sample
+of the same prompt) copies that part instead of computing it.
+
+When rows outgrow the cache, the newest goes back to the waiting line with what it has written, and is prefilled
+again later: slower, never stuck. Random numbers are a hash of (seed, prompt, place in the reply), so a reply does
+not depend on what else is in the batch. In bfloat16 that holds up to rounding only: matrix products of other
+shapes round differently (measured and shown in every RL run). The weights are the trainer's own tensors, used as
+they are at each step.
+
+Not covered: beam search, speculative decoding, more than one device (use a vLLM server through endpoint.py).
+"""
+
+import contextlib
+import re
+import time
+import warnings
+import zlib
+from array import array
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from tqdm import tqdm
+
+from slm import BadInput
+from slm.attention import Decode, KVCache, Prefill
+from slm.episode import Reply, Request, Sampling
+from slm.losses import warp
+
+PREFILL_TOKENS = 4096  # in one packed pass
+SHARED_TOKENS = 32     # a shorter common prefix is computed rather than copied
+BOX = re.compile(r"\\boxed\s*\{")
+
+
+@dataclass(eq=False)
+class Row:
+    """One reply under way, or finished and kept for its cached prefix."""
+    ticket: int
+    sample: int
+    tokens: list[int]    # the prompt and what is written so far
+    prompt: int          # tokens of the prompt
+    limit: int           # tokens that may be written
+    sampling: Sampling
+    adapter: str | None
+    key: int             # of its random numbers
+    logprobs: list[float] = field(default_factory=list)
+    cached: int = 0      # leading tokens whose keys and values are in its slot
+    finish: str | None = None
+    filled: bool = False # whether all its tokens but the last have keys and values in its slot
+    used: int = 0        # step at which it left
+
+    def __post_init__(self):
+        s = self.sampling
+        self.watch = {c for stop in s.stop for c in (stop[-1], "\ufffd")} | ({"}"} if s.stop_at_box else set())
+
+
+class Sampler:
+    """submit() requests, step() until nothing is pending; or generate() for a list of them.
+
+    max_batch: rows decoded together. cache_tokens: room of the KV cache, rows times the longest one's length.
+    """
+
+    def __init__(self, model, tokenizer, max_batch: int | None = None, cache_tokens: int | None = None):
+        self.model, self.tokenizer = model, tokenizer
+        self.device = next(model.parameters()).device
+        self.max_batch = max_batch or (256 if self.device.type == "cuda" else 64)
+        self.cache = KVCache(model.config, self.device, next(model.parameters()).dtype)
+        self.cache_tokens = cache_tokens or self._affordable_tokens()
+        self.waiting: deque[Row] = deque()
+        self.slots: list[Row | None] = []   # running rows first, then kept ones and gaps
+        self.running = 0
+        self.finished: list[Row] = []
+        self.controls: Controls | None = None  # of the running rows; None after any change among them
+        self.prefill_tokens = PREFILL_TOKENS
+        self.steps = self.tickets = self.tokens = 0
+        self.weights = None                    # fingerprint of the weights the cache was computed with
+        self.pieces: dict[int, str] = {}
+
+    # ---- the protocol --------------------------------------------------------------------------------------
+
+    @property
+    def pending(self) -> bool:
+        return bool(self.waiting or self.running or self.finished)
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; its n replies come out of step() under the ticket returned. Raises BadInput, naming
+        the value, for what can't be sampled. A reply ends early ("length") where context or cache end."""
+        tokens = request.ids if request.ids is not None else self.tokenizer.chat(request.messages)
+        s, room = request.sampling, min(self.model.config.positions, self.cache_tokens)
+        wrong = (not tokens and "an empty prompt"
+                 or len(tokens) >= room and f"a prompt of {len(tokens)} tokens; the model and its cache hold {room} "
+                                            "with the reply"
+                 or s.max_tokens < 1 and f"max_tokens {s.max_tokens}; expected 1 or more"
+                 or not 0 <= s.temperature < float("inf") and f"temperature {s.temperature}; expected 0 or more"
+                 or not 0 < s.top_p <= 1 and f"top_p {s.top_p}; expected above 0 and at most 1"
+                 or s.top_k < 0 and f"top_k {s.top_k}; expected 0 (off) or more"
+                 or not all(0 <= t < self.model.config.vocab for t in tokens) and "a token id outside the vocabulary"
+                 )
+        if wrong:
+            raise BadInput(f"request {self.tickets} asks for {wrong}")
+        self._check_weights()
+        salt = zlib.crc32(array("q", tokens).tobytes())
+        for i in range(request.n):
+            self.waiting.append(Row(self.tickets, i, list(tokens), len(tokens), min(s.max_tokens, room - len(tokens)),
+                                    s, request.adapter, (s.seed + i) << 32 ^ salt))
+        self.tickets += 1
+        return self.tickets - 1
+
+    def step(self) -> list[tuple[int, int, Reply]]:
+        """Let waiting requests in, decode one round, and hand out what finished: (ticket, sample, reply)."""
+        training = self.model.training
+        if training:
+            self.model.eval()
+        try:
+            with torch.inference_mode():
+                self._admit()
+                if self.running:
+                    self._decode()
+        except RuntimeError as e:
+            if not _out_of_memory(e) or len(self.slots) + len(self.waiting) == 0:
+                raise
+            self._shrink(e)
+        finally:
+            if training:
+                self.model.train()
+        self.steps += 1
+        done, self.finished = self.finished, []
+        return [(row.ticket, row.sample, self._reply(row)) for row in done]
+
+    def close(self) -> None:
+        """Forget every request and give the cache's memory back."""
+        self.waiting.clear()
+        self.finished.clear()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop all that is cached; what is running is prefilled again."""
+        self.waiting.extendleft(reversed(self.slots[:self.running]))
+        for row in self.waiting:
+            row.cached, row.filled = 0, False
+        self.slots, self.running, self.controls = [], 0, None
+        self.cache.clear()
+
+    def generate(self, requests: list[Request], progress: bool = True) -> list[list[Reply]]:
+        """All replies, in the order of the requests, n to each. After Ctrl-C: those that are finished."""
+        assert not self.pending, "generate() on a sampler with pending requests would lose their replies"
+        try:
+            place = {self.submit(request): i for i, request in enumerate(requests)}
+        except BadInput:
+            self.waiting.clear()
+            raise
+        replies: list[list] = [[None] * request.n for request in requests]
+        start, tokens = time.monotonic(), self.tokens
+        bar = tqdm(total=sum(r.n for r in requests), disable=not progress, unit="reply", smoothing=0.1)
+        try:
+            while self.pending:
+                for ticket, sample, reply in self.step():
+                    replies[place[ticket]][sample] = reply
+                    bar.update()
+                rate = (self.tokens - tokens) / (time.monotonic() - start)
+                bar.set_postfix_str(f"{rate:,.0f} tok/s, {self.running} running, {len(self.waiting)} waiting",
+                                    refresh=False)
+        except KeyboardInterrupt:
+            self.close()
+            print(f"\nstopped: {bar.n} of {bar.total} replies are finished")
+        finally:
+            bar.close()
+        return [[reply for reply in group if reply is not None] for group in replies]
+
+    # ---- who is in the batch -------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Give waiting requests the free rows, as far as the cache has room, and prefill them."""
+        while True:
+            pack: list[Row] = []
+            twins: list[tuple[Row, Row]] = []  # (row, one of the pack with the same prompt): copied, not computed
+            room = self.prefill_tokens
+            while self.waiting and self.running < self.max_batch and room > 0:
+                row = self.waiting[0]
+                twin = pack[-1] if pack and pack[-1].tokens == row.tokens and pack[-1].adapter == row.adapter else None
+                source, shared = (None, 0) if twin else self._prefix(row, [r for r in self.slots if r and r.filled])
+                if not twin and self._prefix(row, pack)[1] >= shared + SHARED_TOKENS:
+                    break  # once the pack is computed there is more to copy
+                if not self._seat(row, source, shared):
+                    break
+                self.waiting.popleft()
+                if twin:
+                    twins.append((row, twin))
+                else:
+                    pack.append(row)
+                    room -= len(row.tokens) - row.cached
+            if not pack:
+                return
+            self._prefill(pack, twins)
+
+    def _prefix(self, row: Row, rows: list[Row]) -> tuple[Row | None, int]:
+        """The row that shares the longest prefix with this one, and that length (0: not worth a copy). The last
+        token is never part of it: its hidden state is needed for the first new token."""
+        best, longest = None, SHARED_TOKENS - 1
+        for other in rows:
+            most = min(len(row.tokens), len(other.tokens)) - 1
+            if most > longest and other.adapter == row.adapter and other.tokens[longest] == row.tokens[longest]:
+                shared = _common(row.tokens, other.tokens, most)
+                if shared > longest:
+                    best, longest = other, shared
+        return best, longest if best else 0
+
+    def _seat(self, row: Row, source: Row | None, shared: int) -> bool:
+        """Put a row into the slot after the last running one; False when the cache has no room for it."""
+        slot, longest = self.running, max([len(r.tokens) for r in self.slots[:self.running]] + [len(row.tokens)])
+        slack = SHARED_TOKENS if slot else 1  # some room to write, or it would soon be sent back
+        if not self._fit(slot + 1, longest + slack):
+            return False
+        there = self.slots[slot]
+        if there is not None and there is not source and (away := self._spare_slot(source)) != slot:
+            self.cache.copy(slot, [away], len(there.tokens))
+            self.slots[away] = there
+        row.cached = shared if source in self.slots else 0
+        if row.cached and source is not there:
+            self.cache.copy(self.slots.index(source), [slot], shared)
+        self.slots[slot] = row
+        self.running += 1
+        self.controls = None
+        return True
+
+    def _spare_slot(self, source: Row | None) -> int:
+        """A slot for a kept row that must make way: a free one, or else that of the one kept longest."""
+        kept = range(self.running, len(self.slots))
+        free = next((i for i in kept if self.slots[i] is None), None)
+        return free if free is not None else min((i for i in kept if self.slots[i] is not source),
+                                                 key=lambda i: self.slots[i].used)
+
+    def _fit(self, slots: int, length: int) -> bool:
+        """Make the cache hold this many slots of this length; False when cache_tokens forbids it. Grows in large
+        steps, and keeps room for finished rows where there is some."""
+        cache = self.cache
+        if slots <= cache.slots and length <= cache.length:
+            return True
+        roomy = cache.length if length <= cache.length else min(_round(length * 3 // 2), self.model.config.positions)
+        fitting = [n for n in (roomy, _round(length), length) if n >= length and n * slots <= self.cache_tokens]
+        if not fitting:
+            return False
+        wish = min(self.max_batch, self.running + len(self.waiting)) * 3 // 2
+        count = max(slots, min(max(cache.slots, wish), self.cache_tokens // fitting[0]))
+        cache.resize(count, fitting[0])
+        kept = [r if r and len(r.tokens) <= fitting[0] else None for r in self.slots[:count]]
+        self.slots = kept + [None] * (count - len(kept))
+        return True
+
+    def _leave(self) -> None:
+        """Take the finished rows out of the batch; the last running rows move into their slots."""
+        for i in reversed(range(self.running)):
+            row = self.slots[i]
+            if row.finish:
+                self.running -= 1
+                self.cache.swap(i, self.running, max(len(row.tokens), len(self.slots[self.running].tokens)))
+                self.slots[i], self.slots[self.running] = self.slots[self.running], row
+                row.used, self.controls = self.steps, None
+                self.finished.append(row)
+
+    def _preempt(self) -> None:
+        """Send the newest row back to the waiting line."""
+        self.running -= 1
+        row, self.slots[self.running] = self.slots[self.running], None
+        row.filled, row.cached, self.controls = False, 0, None
+        self.waiting.appendleft(row)
+
+    # ---- the two passes ------------------------------------------------------------------------------------
+
+    def _prefill(self, pack: list[Row], twins: list[tuple[Row, Row]]) -> None:
+        """Compute the prompts of the pack, copy them to its twins, and draw the first new token of each."""
+        last, todo = {}, pack
+        while todo:
+            segments, room = [], self.prefill_tokens
+            for row in todo:
+                count = min(len(row.tokens) - row.cached, room)
+                if count:
+                    segments.append((row, row.cached, count))
+                room -= count
+            attend = Prefill(self.cache, [(self.slots.index(row), start, n) for row, start, n in segments])
+            ids = [t for row, start, n in segments for t in row.tokens[start:start + n]]
+            hidden = self._forward(torch.tensor(ids, device=self.device), attend.positions, attend,
+                                   [(row.adapter, n) for row, _, n in segments])
+            end = 0
+            for row, _, n in segments:
+                row.cached, end = row.cached + n, end + n
+                last[row] = hidden[end - 1]
+            todo = [row for row in todo if row.cached < len(row.tokens)]
+        for row in pack:
+            copies = [self.slots.index(twin) for twin, original in twins if original is row]
+            if copies:
+                self.cache.copy(self.slots.index(row), copies, len(row.tokens))
+        rows = pack + [twin for twin, _ in twins]
+        hidden = torch.stack([last[row] for row in pack] + [last[original] for _, original in twins])
+        self._accept(rows, [Controls(rows, self.device).draw(self.model.logits(hidden))])
+        self._leave()
+
+    def _decode(self) -> None:
+        """One more token for every running row."""
+        while not self._fit(self.running, max(len(row.tokens) for row in self.slots[:self.running])):
+            self._preempt()
+        rows = self.slots[:self.running]
+        if self.controls is None:
+            self.controls = Controls(rows, self.device)
+        c = self.controls
+        attend = Decode(self.cache, c.position, max(len(row.tokens) for row in rows))
+        hidden = self._forward(c.last, c.position, attend, [(row.adapter, 1) for row in rows])
+        self._accept(rows, [c.draw(self.model.logits(hidden))])
+        self._leave()
+
+    def _forward(self, ids, positions, attend, adapters: list[tuple[str | None, int]]) -> torch.Tensor:
+        """Hidden states (T, D), each row of the batch with its own adapter; None is what the model has active."""
+        mixed = any(name is not None for name, _ in adapters)
+        if mixed:
+            from slm import lora
+        with lora.use(self.model, adapters) if mixed else contextlib.nullcontext():
+            return self.model(ids, positions, attend)
+
+    def _accept(self, rows: list[Row], draws: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Append what was drawn, one (ids, logprobs) a step, and see who is done."""
+        for ids, logprobs in draws:
+            for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist()):
+                if row.finish:
+                    continue
+                if logprob != logprob:
+                    raise FloatingPointError(f"request {row.ticket}, sample {row.sample}: the logits are NaN at token "
+                                             f"{len(row.logprobs)} of its reply (step {self.steps} of the sampler)")
+                row.filled = True
+                row.tokens.append(token)
+                row.logprobs.append(logprob)
+                self.tokens += 1
+                row.finish = ("stop" if token in self.tokenizer.stop_ids else
+                              self._stopped(row, token) if row.watch else None)
+                if row.finish is None and len(row.logprobs) == row.limit:
+                    row.finish = "length"
+
+    def _stopped(self, row: Row, token: int) -> str | None:
+        """"box" or "stop_string" if this token completed one. The reply is decoded only when the token's own
+        text could: it holds the last character (or part of a character, shown as U+FFFD)."""
+        piece = self.pieces.get(token)
+        if piece is None:
+            piece = self.pieces[token] = self.tokenizer.decode([token], skip_special=False)
+        if not (row.watch & set(piece)):
+            return None
+        text = self.tokenizer.decode(row.tokens[row.prompt:])
+        if any(stop in text for stop in row.sampling.stop):
+            return "stop_string"
+        return "box" if row.sampling.stop_at_box and _boxed(text) else None
+
+    def _reply(self, row: Row) -> Reply:
+        ids = row.tokens[row.prompt:]
+        text = self.tokenizer.decode(ids)
+        if row.finish == "stop_string":  # like a server: the ids are all that was sampled, the text ends before
+            text = text[:min(i for i in map(text.find, row.sampling.stop) if i >= 0)]
+        return Reply(text, ids, row.logprobs, row.finish, row.tokens[:row.prompt], None, row.prompt, len(ids))
+
+    # ---- faults --------------------------------------------------------------------------------------------
+
+    def _shrink(self, error: Exception) -> None:
+        """Out of memory: halve the batch and the cache, and put what was running back in line."""
+        if self.max_batch == 1 or not (self.running or self.waiting):
+            raise error
+        self.max_batch = max(1, (self.running or self.max_batch) // 2)
+        self.prefill_tokens = max(256, self.prefill_tokens // 2)
+        held = self.cache.slots * self.cache.length
+        self.forget()
+        needed = max(row.prompt + row.limit for row in self.waiting)
+        self.cache_tokens = max(needed, min(self.cache_tokens, held or self.cache_tokens) // 2)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        warnings.warn(f"out of memory: sampling goes on with at most {self.max_batch} rows and "
+                      f"{self.cache_tokens:,} cached tokens", stacklevel=3)
+
+    def _check_weights(self) -> None:
+        """Forget what was cached with other weights (seen by the version counters of the parameters)."""
+        if not self.running:
+            now = hash(tuple((id(p), p._version) for p in self.model.parameters()))
+            if now != self.weights:
+                self.forget()
+            self.weights = now
+
+    def _affordable_tokens(self) -> int:
+        """Tokens of cache in 2 GiB, or in half of what is free on a GPU."""
+        room = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else 2 << 30
+        return max(room // self.cache.token_bytes, 2048)
+
+
+class Controls:
+    """What a batch of rows (B,) needs to draw its next tokens, as tensors on the device."""
+
+    def __init__(self, rows: list[Row], device: torch.device):
+        tensor = lambda values, dtype=torch.int64: torch.tensor(values, dtype=dtype, device=device)
+        s = [row.sampling for row in rows]
+        self.last = tensor([row.tokens[-1] for row in rows])
+        self.position = tensor([len(row.tokens) - 1 for row in rows])
+        self.place = tensor([len(row.logprobs) for row in rows])
+        self.sampled = any(x.temperature > 0 for x in s)
+        if self.sampled:
+            self.key = tensor([row.key for row in rows])
+            self.greedy = tensor([x.temperature == 0 for x in s], torch.bool)
+            self.temperature = tensor([x.temperature or 1.0 for x in s], torch.float32)
+        # Greedy is not a distribution: its log-probs are those of the untruncated one at temperature 1.
+        self.top_k = tensor([x.top_k for x in s]) if any(x.top_k and x.temperature for x in s) else 0
+        self.top_p = (tensor([x.top_p if x.temperature else 1.0 for x in s], torch.float32)
+                      if any(x.top_p < 1 and x.temperature for x in s) else 1.0)
+
+    def draw(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """logits (B, V) -> ids (B,), log-probs (B,) float32; these tokens become the rows' last ones."""
+        logits = logits.float()
+        best = logits.argmax(-1)
+        if self.sampled:
+            warped = warp(logits, self.temperature, self.top_k, self.top_p)
+            total = warped.logsumexp(-1, keepdim=True)
+            drawn = categorical((warped - total).exp_(), uniform(self.key, self.place))
+            ids = torch.where(self.greedy, best, drawn)
+            logprobs = (warped.gather(1, ids[:, None]) - total).squeeze(1)
+        else:
+            ids = best
+            logprobs = logits.gather(1, ids[:, None]).squeeze(1) - logits.logsumexp(-1)
+        self.last, self.position, self.place = ids, self.position + 1, self.place + 1
+        return ids, logprobs
+
+
+def uniform(key: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Numbers in [0, 1), (B,) float32 with 24 random bits, from int64 keys and places: splitmix64 (Steele et al.
+    2014, "Fast splittable pseudorandom number generators") of place in the stream of key."""
+    def mix(z):
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+            z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
+        return z
+    z = mix(mix(key) + (place + 1) * -0x61C8864680B583EB)
+    return ((z >> 40) & 0xFFFFFF).float() * 2.0 ** -24
+
+
+def categorical(p: torch.Tensor, u: torch.Tensor, width: int = 64) -> torch.Tensor:
+    """Draw from probabilities p (B, V) by inverting their cumulative sum at u (B,) -> ids (B,). The sum runs over
+    blocks of `width` first, then inside the block that was hit: one pass over the vocabulary."""
+    if p.shape[1] % width:
+        p = torch.nn.functional.pad(p, (0, -p.shape[1] % width))
+    blocks = p.view(len(p), -1, width)
+    block, rest = _invert(blocks.sum(-1), u)
+    inside = blocks[torch.arange(len(p), device=p.device), block]
+    return block * width + _invert(inside, rest, scaled=True)[0]
+
+
+def _invert(mass: torch.Tensor, u: torch.Tensor, scaled: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """First index at which the cumulative mass (B, N) exceeds u (of the total, unless scaled), and how far into its
+    mass. Rounding can't select an index of mass 0: the target is kept just below the total."""
+    sums = mass.cumsum(-1)
+    total = sums[:, -1]
+    target = torch.minimum(u if scaled else u * total, total * (1 - 1e-6))
+    index = torch.searchsorted(sums, target[:, None], right=True).clamp_(max=mass.shape[1] - 1)
+    before = (sums - mass).gather(1, index).squeeze(1)
+    return index.squeeze(1), (target - before).clamp_(min=0)
+
+
+def _boxed(text: str) -> bool:
+    """Whether a \\boxed{...} is complete, its braces balanced."""
+    for start in BOX.finditer(text):
+        depth = 1
+        for brace in re.finditer(r"\\.|[{}]", text[start.end():], re.DOTALL):
+            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+            if depth == 0:
+                return True
+    return False
+
+
+def _common(a: list[int], b: list[int], most: int) -> int:
+    """Length of the common prefix of two lists, at most `most`, by bisection on slices."""
+    low = 0
+    while low < most:
+        middle = (low + most + 1) // 2
+        low, most = (middle, most) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+def _round(length: int) -> int:
+    return -(-length // 64) * 64
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
