@@ -128,12 +128,12 @@ def fingerprint(problems: list[Problem]) -> str:
 
 
 def _tiny(split: str, limit: int | None) -> list[Problem]:
-    from slm.tiny.world import problems
+    from slm.tiny import world
     if split not in ("train", "test", "unseen"):
         raise BadInput(f"tiny has no {split!r} split, only train, test and unseen")
     source = "tiny-unseen" if split == "unseen" else "tiny"
-    return [Problem(str(row["id"]), row["question"], str(row["answer"]), source)
-            for row in problems(split, limit)]
+    return [Problem(story.id, story.question, story.answer, source, world.solve(story, "detailed"))
+            for story in world.problems(split, limit)]
 
 
 def _origin(path: Path) -> tuple[str, str]:
@@ -155,8 +155,8 @@ def _rows(path: Path) -> list[tuple[int, dict]]:
     if text.lstrip().startswith("["):
         try:
             rows = list(enumerate(json.loads(text), 1))
-        except ValueError as e:
-            raise BadInput(f"{path}: not valid JSON: {e}") from None
+        except (ValueError, RecursionError) as e:
+            raise BadInput(f"{path}: not valid JSON ({e})") from None
     else:
         rows = []
         for line, content in enumerate(text.split("\n"), 1):
