@@ -8,6 +8,8 @@ trained tokens only. Not covered: value functions and token-level rewards, so no
 import torch
 import torch.nn.functional as F
 
+from slm.attention import Packed
+
 
 def warp(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0) -> torch.Tensor:
     """(N, V) logits of the distribution that is sampled from: temperature, then top-k, then top-p (nucleus,
@@ -42,7 +44,7 @@ def token_logprobs(model, hidden: torch.Tensor, targets: torch.Tensor, temperatu
     backward pass (V is 151,936 for Qwen: 8k tokens would be 5 GB, twice). No gradient flows through the
     entropy.
     """
-    weight = model.head_weight
+    weight = (model.model.embed_tokens if model.config.tied else model.lm_head).weight
     if chunk is None:
         chunk = max(16, (1 << 26 if hidden.is_cuda else 1 << 20) // weight.shape[0])
     return _TokenLogprobs.apply(hidden, weight, targets, temperature, chunk)
@@ -93,6 +95,37 @@ class _TokenLogprobs(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight += p.T @ h
         return grad_hidden, grad_weight, None, None, None
+
+
+def pack(lengths: list[int], tokens: int) -> list[list[int]]:
+    """Cut sequences into micro-batches of at most `tokens` tokens (or of one sequence), like lengths
+    together.
+
+    >>> pack([5, 90, 6, 100], tokens=110)
+    [[0, 2, 1], [3]]
+    """
+    batches: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not batches or lengths[i] > room:
+            batches.append([])
+            room = tokens
+        batches[-1].append(i)
+        room -= lengths[i]
+    return batches
+
+
+def score(model, ids: list[list[int]], masks: list[list[int]], temperature: float = 1.0):
+    """Sequences and their masks (1 = trained) -> log-prob and entropy of each trained token (N,), in order.
+
+    A sequence's first token is predicted by nothing, so its mask must be 0.
+    """
+    device = next(model.parameters()).device
+    attend = Packed([len(x) for x in ids], device)
+    flat = torch.tensor([t for x in ids for t in x], device=device)
+    trained = torch.tensor([m for x in masks for m in x]).nonzero().squeeze(1).to(device)
+    hidden = model(flat, attend.positions, attend)
+    return token_logprobs(model, hidden[trained - 1], flat[trained], temperature)
 
 
 def _matmul_dtype(x: torch.Tensor) -> torch.dtype:

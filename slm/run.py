@@ -12,6 +12,7 @@ the last bit).
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -24,6 +25,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from slm import BadInput
 
@@ -90,7 +93,7 @@ class RunDir:
     """One run's folder. A new run refuses a folder that holds one; resume=True refuses different settings or
     data, cuts what was logged after the checkpoint (torn last lines too) and loads the newest checkpoint."""
 
-    FREE = frozenset({"out", "resume", "save_every"})  # settings that may differ between a run and its continuation
+    FREE = frozenset({"out", "resume", "save_every"})  # what may differ between a run and its continuation
 
     def __init__(self, path, settings: dict, data: str = "", resume: bool = False, log: bool = True):
         self.path, self.log_here = Path(path), log
@@ -99,7 +102,7 @@ class RunDir:
         if resume:
             self._compare(old, settings, data)
         elif old is not None:
-            raise BadInput(f"{self.path} holds a run already: --resume continues it, another --out starts anew")
+            raise BadInput(f"{self.path} holds a run already: continue it with --resume, or change --out")
         elif log:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "settings.json", {
@@ -150,7 +153,7 @@ class RunDir:
                 f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def save(self, state: dict) -> None:
-        """Write checkpoints/step-N, N = state["step"]: under a temporary name, then renamed; drop older ones."""
+        """Write checkpoints/step-N, N = state["step"]: a temporary name first; drop older ones."""
         final = self.checkpoints / f"step-{state['step']:06d}"
         part = final.with_name(final.name + ".tmp")
         part.mkdir(parents=True, exist_ok=True)
@@ -180,13 +183,18 @@ def cut_after(log: Path, step: int) -> None:
 
 
 def new_path(out: str | None, default: str, resume: bool) -> Path:
-    """--out, or else the first free one of runs/<default>, runs/<default>-2, ...; to resume, the last used."""
+    """--out, or the first free one of runs/<default>, runs/<default>-2, ...; to resume, the last used."""
     if out is not None:
         return Path(out)
     n, path = 1, Path("runs") / default
     while (following := path if n == 1 else path.with_name(f"{default}-{n}")).exists():
         n, last = n + 1, following
     return last if resume and n > 1 else following
+
+
+def fingerprint(value) -> str:
+    """A short hash of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def write_json(path: Path, value) -> None:
@@ -220,6 +228,18 @@ def cosine(step: int, total: int, warmup: float) -> float:
 def seed_step(seed: int, step: int) -> None:
     """Seed PyTorch (dropout) for one step. Ranks differ."""
     torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank())
+
+
+def update(optimizer, parameters, lr: float, clip: float) -> float:
+    """One optimizer step with the gradients' norm cut to `clip`; returns the norm before the cut."""
+    parameters = list(parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
 
 
 class Interrupt:
@@ -280,3 +300,97 @@ def total(values: dict[str, float], device) -> dict[str, float]:
     t = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     dist.all_reduce(t)
     return dict(zip(values, t.tolist()))
+
+
+# ---- trained tensors and optimizer: out of a model and back in, exactly ----------------------------------
+
+def training_state(step: int, parameters: dict[str, torch.nn.Parameter], optimizer) -> dict:
+    """What RunDir.save needs to continue after `step` steps; of sharded tensors this rank's part."""
+    moments = [{k: _local(v) for k, v in optimizer.state.get(p, {}).items()} for p in parameters.values()]
+    tensors = {n: _local(p.detach()) for n, p in parameters.items()}
+    return {"step": step, "parameters": tensors, "moments": moments}
+
+
+def restore(state: dict, parameters: dict[str, torch.nn.Parameter], optimizer) -> int:
+    """Put a training_state back; returns its step."""
+    if set(state["parameters"]) != set(parameters):
+        raise BadInput("the checkpoint holds other tensors than this run trains")
+    with torch.no_grad():
+        for (name, p), moments in zip(parameters.items(), state["moments"]):
+            _local(p).copy_(state["parameters"][name])
+            like = lambda v, p=p: DTensor.from_local(v, p.device_mesh, p.placements) if (
+                isinstance(p, DTensor) and v.dim()) else v
+            if moments:
+                optimizer.state[p] = {k: like(v) for k, v in moments.items()}
+    return state["step"]
+
+
+def _local(x):
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def shard(model) -> None:
+    """Split weights, gradients and moments over the ranks with PyTorch's FSDP2; alone, do nothing. Gradients
+    are summed, not averaged: the losses divide by the global count."""
+    if world() == 1:
+        return
+    for part in (*model.model.layers, model):
+        fully_shard(part, reshard_after_forward=False)
+        part.set_gradient_divide_factor(1.0)
+
+
+@contextlib.contextmanager
+def whole(model):
+    """Inside, every rank holds the full weights: to sample without a collective a token, and to save."""
+    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for part in parts:
+        part.unshard()
+    yield
+    for part in parts:
+        part.reshard()
+
+
+def last_micro_batch(model, last: bool) -> None:
+    """Ranks meet only in a step's last micro-batch, so they may have different numbers of them."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
+
+
+# ---- before the start ------------------------------------------------------------------------------------
+
+def marked(tokenizer, ids: list[int], mask: list[int]) -> str:
+    """The text of a sequence with its trained tokens in green, or between > and < where colours don't
+    show."""
+    start, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else (">>", "<<")
+    text, i = "", 0
+    while i < len(ids):
+        j = next((k for k in range(i, len(ids)) if mask[k] != mask[i]), len(ids))
+        piece = tokenizer.decode(ids[i:j], skip_special=False)
+        text, i = text + (f"{start}{piece}{end}" if mask[i] else piece), j
+    return text
+
+
+def parameters(model) -> tuple[list, list]:
+    """All parameters, and those that are trained."""
+    every = list(model.parameters())
+    return every, [p for p in every if p.requires_grad]
+
+
+def memory(model, tokens: int) -> str:
+    """Predicted peak memory of a training step, in words: weights, gradients and moments, activations of
+    `tokens`.
+
+    Activations a token and layer: what the backward pass keeps, about 9 D + 2 (H + K) E + 5 times the
+    feed-forward width; with `recompute` one layer's and D for each of the others. Within about 25 % where it
+    was measured.
+    """
+    c = model.config
+    size = next(model.parameters()).element_size()
+    every, trained = (sum(p.numel() for p in ps) for ps in parameters(model))
+    layer = 9 * c.hidden + 2 * (c.heads + c.kv_heads) * c.head_size + 5 * c.intermediate
+    kept = layer + c.hidden * c.layers if model.recompute else layer * c.layers
+    parts = {"weights": every * size, "gradients and moments": trained * 12,
+             "activations": tokens * kept * size}
+    words = ", ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items())
+    return f"predicted peak {sum(parts.values()) / 1e9:.1f} GB ({words})"

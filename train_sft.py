@@ -1,0 +1,314 @@
+"""Stage 2: supervised fine-tuning on worked solutions, LoRA or full, solver or verifier data.
+
+    python train_sft.py                                         the embedded model, a minute
+    python train_sft.py --full
+    python train_sft.py --model Qwen/Qwen2.5-Math-1.5B --data runs/data/records.jsonl
+    torchrun --nproc_per_node 8 train_sft.py ...                the same on 8 GPUs
+
+Data: JSON lines with `question` and `response` (what make_data.py writes; the standard prompt is put around
+the question), or with `messages`: a list of role and content, where every assistant message is trained on.
+The loss is taken on responses and the token that ends them. Rows longer than --max-length are left out and
+counted.
+
+A batch is --batch sequences; it is packed without padding and cut into micro-batches of --micro-tokens.
+Losses are sums, divided by the batch's number of trained tokens: the cut does not change the gradient.
+"""
+
+import contextlib
+import json
+import math
+import random
+import re
+import time
+from pathlib import Path
+
+from slm import BadInput, cli
+
+PAPER = {"batch": 128, "epochs": 2, "max_length": 2048, "micro_tokens": 8192, "dropout": 0.05, "warmup": 0.03,
+         "weight_decay": 0.01, "save_every": 20}
+TINY = {"batch": 64, "max_length": 1024, "micro_tokens": 4096, "dropout": 0.0, "save_every": 1000}
+RATES = {"paper": {"lora": 1e-4, "full": 5e-5}, "tiny": {"lora": 3e-3, "full": 1e-3}}
+TARGETS = {"qkvo": ("q_proj", "k_proj", "v_proj", "o_proj"), "qv": ("q_proj", "v_proj")}
+
+
+def options():
+    p = cli.parser(__doc__)
+    both = lambda name: f"default {PAPER[name]}, tiny {TINY.get(name, PAPER[name])}"
+    g = p.add_argument_group("model and data")
+    g.add_argument("--model", default="tiny", help="tiny, a directory or a hub id (default tiny)")
+    g.add_argument("--data", help="JSON lines; for tiny: default the newest run of make_data.py")
+    g.add_argument("--limit", type=cli.positive, help="only the first rows")
+    g.add_argument("--max-length", type=cli.positive, help=f"tokens a row may have ({both('max_length')})")
+    g.add_argument("--train-on", choices=("response", "all"), default="response",
+                   help="tokens in the loss; `all` is what the report did (default response)")
+    g = p.add_argument_group("what is trained")
+    how = g.add_mutually_exclusive_group()
+    how.add_argument("--lora", action="store_true", help="a LoRA adapter (the default)")
+    how.add_argument("--full", action="store_true", help="all weights")
+    g.add_argument("--rank", type=cli.positive, default=16, help="LoRA rank (default 16)")
+    g.add_argument("--alpha", type=float, default=32.0, help="LoRA scale is alpha / rank (default 32)")
+    g.add_argument("--dropout", type=float, help=f"on the adapter's input ({both('dropout')})")
+    g.add_argument("--targets", choices=TARGETS, default="qkvo",
+                   help="qkvo, or qv as in the report's runs (default qkvo)")
+    g = p.add_argument_group("optimization")
+    g.add_argument("--lr", type=float, help="learning rate (default LoRA 1e-4, full 5e-5; tiny 3e-3, 1e-3)")
+    g.add_argument("--batch", type=cli.positive, help=f"sequences a step ({both('batch')})")
+    g.add_argument("--epochs", type=cli.positive, help=f"({both('epochs')})")
+    g.add_argument("--warmup", type=float, help=f"share of the steps, then cosine ({both('warmup')})")
+    g.add_argument("--weight-decay", type=float, help=f"({both('weight_decay')})")
+    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default 1)")
+    g.add_argument("--micro-tokens", type=cli.positive,
+                   help=f"tokens in memory at once ({both('micro_tokens')})")
+    g.add_argument("--recompute", action="store_true", help="less memory for a third more time")
+    g = p.add_argument_group("run")
+    g.add_argument("--out", help="run directory (default runs/sft-<model>-<lora or full>)")
+    g.add_argument("--resume", action="store_true", help="continue the run in --out")
+    g.add_argument("--save-every", type=cli.positive, help=f"steps ({both('save_every')})")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    return p
+
+
+# ---- data ------------------------------------------------------------------------------------------------
+
+def read(data: str | None, limit: int | None) -> tuple[list[list[dict]], str]:
+    """Conversations and, in words, where they come from: a file of records, or the worked solutions of a
+    problem set. For tiny the default is the newest run of make_data.py, or else the tiny world's own
+    solutions."""
+    from slm import problems
+    if data is None:
+        made = sorted(Path("runs").glob("data-*/records.jsonl"), key=lambda p: p.stat().st_mtime)
+        if not made:
+            print("no run of make_data.py found: training on the tiny world's own solutions")
+        data = str(made[-1]) if made else "tiny"
+    path = Path(data)
+    if path.is_file() and not _is_problem_set(path):
+        return read_rows(path, limit), data
+    known = [p for p in problems.load(data, "train", limit) if p.solution]
+    if not known:
+        raise BadInput(f"--data {data}: problems without solutions; make_data.py gets them from a teacher")
+    return [conversation(p.question, written_out(p)) for p in known], f"{data}, its worked solutions"
+
+
+def conversation(question: str, response: str) -> list[dict]:
+    from slm.episode import user
+    from slm.prompts import SOLVER
+    return [user(SOLVER(question=question)), {"role": "assistant", "content": response}]
+
+
+def written_out(problem) -> str:
+    """A worked solution without GSM8K's <<48/2=24>> notes, with its answer in a box."""
+    text = re.sub("<<.*?>>", "", problem.solution)
+    return text if "\\boxed" in text else f"{text}\nThe answer is \\boxed{{{problem.gold}}}."
+
+
+def _is_problem_set(path: Path) -> bool:
+    with path.open(encoding="utf-8", errors="replace") as f, contextlib.suppress(ValueError, TypeError):
+        row = json.loads(next((line for line in f if line.strip()), ""))
+        return "response" not in row and "messages" not in row and any(k in row for k in ("answer", "gold"))
+    return False
+
+
+def read_rows(path: Path, limit: int | None) -> list[list[dict]]:
+    """The conversations of a JSON lines file. BadInput names the line that is none."""
+    rows = []
+    with path.open(encoding="utf-8", errors="replace") as f:
+        for n, line in enumerate(f, 1):
+            if line.strip():
+                rows.append(_messages(line, f"{path} line {n}"))
+            if len(rows) == limit:
+                break
+    if not rows:
+        raise BadInput(f"{path}: no rows in it; expected JSON lines with question and response, or messages")
+    return rows
+
+
+def _messages(line: str, where: str) -> list[dict]:
+    try:
+        row = json.loads(line)
+    except ValueError as e:
+        raise BadInput(f"{where} is not JSON: {e}") from None
+    if not isinstance(row, dict):
+        raise BadInput(f"{where}: expected an object, found {line.strip()[:40]}")
+    if isinstance(row.get("question"), str) and isinstance(row.get("response"), str):
+        return conversation(row["question"], row["response"])
+    messages = row.get("messages")
+    if not isinstance(messages, list):
+        raise BadInput(f"{where}: expected question and response, or messages; found {', '.join(row)}")
+    is_text = lambda m: isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
+    if not all(map(is_text, messages)) or not any(m["role"] == "assistant" for m in messages):
+        raise BadInput(f"{where}: messages must be a list of role and content, at least one of the assistant")
+    return messages
+
+
+def encode(tokenizer, messages: list[dict], train_on: str = "response") -> tuple[list[int], list[int]]:
+    """A conversation -> ids and mask; 1 on assistant messages and their end token, with `all` on
+    everything."""
+    ids, mask = [], []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = tokenizer.chat(messages[:i], generation=True)
+        if prompt[:len(ids)] != ids:
+            raise BadInput("the chat template rewrites earlier turns: several of them can't be one sequence")
+        reply = [*tokenizer.encode(message["content"]), tokenizer.end_of_turn]
+        mask += [0] * (len(prompt) - len(ids)) + [1] * len(reply)
+        ids = prompt + reply
+    if train_on == "all":
+        mask = [0] + [1] * (len(ids) - 1)
+    return ids, mask
+
+
+def fitting(tokenizer, conversations, args) -> list[tuple[list[int], list[int]]]:
+    """Encoded rows of at most --max-length tokens; says how many are longer."""
+    rows = [encode(tokenizer, messages, args.train_on) for messages in conversations]
+    fit = [row for row in rows if len(row[0]) <= args.max_length]
+    if len(fit) < len(rows):
+        print(f"left out: {len(rows) - len(fit)} of {len(rows)} rows are longer than --max-length "
+              f"{args.max_length} (the longest has {max(len(ids) for ids, _ in rows)} tokens)")
+    if not fit:
+        raise BadInput(f"--max-length {args.max_length}: all {len(rows)} rows are longer")
+    return fit
+
+
+def batches(n: int, size: int, epochs: int, seed: int) -> list[list[int]]:
+    """Row numbers of every step: each epoch in its own order, its last batch as small as it comes."""
+    steps = []
+    for epoch in range(epochs):
+        order = list(range(n))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        steps += [order[i:i + size] for i in range(0, n, size)]
+    return steps
+
+
+# ---- training --------------------------------------------------------------------------------------------
+
+def main(args):
+    import torch
+
+    from slm import checkpoint, lora, run
+    size = "tiny" if run.is_small(args.model) else "paper"
+    args.lr = args.lr or RATES[size]["full" if args.full else "lora"]
+    cli.resolve(args, {**PAPER, **TINY} if size == "tiny" else PAPER, {})
+    if args.data is None and size != "tiny":
+        raise BadInput("--data is missing: records of make_data.py, or gsm8k for its worked solutions")
+    device, dtype, reason = run.pick_device(args.device, args.dtype, args.model)
+    run.start_ranks(device)
+    torch.manual_seed(args.seed)  # the adapter's initial values
+
+    model, tokenizer = checkpoint.load(args.model, device, torch.float32 if args.full else dtype)
+    model.recompute = args.recompute
+    if not args.full:
+        lora.add(model, args.rank, args.alpha, TARGETS[args.targets], args.dropout)
+    conversations, source = read(args.data, args.limit)
+    args.max_length = min(args.max_length, model.config.positions)
+    rows = fitting(tokenizer, conversations, args)
+    steps = batches(len(rows), args.batch, args.epochs, args.seed)
+
+    out = run.new_path(args.out, f"sft-{name(args.model)}-{'full' if args.full else 'lora'}", args.resume)
+    args.dtype = str(dtype).removeprefix("torch.")
+    rundir = run.RunDir(out, vars(args), run.fingerprint(rows), args.resume, log=run.rank() == 0)
+    if run.rank() == 0:
+        cli.show(vars(args))
+        introduce(model, tokenizer, rows, steps, source, device, dtype, reason, args)
+    train(model, rows, steps, rundir, device, dtype, args)
+    finish(model, tokenizer, out, args)
+
+
+def name(model: str) -> str:
+    """A model's name for a folder: Qwen/Qwen2.5-Math-1.5B -> qwen2.5-math-1.5b."""
+    return Path(model).name.lower()
+
+
+def introduce(model, tokenizer, rows, steps, source, device, dtype, reason, args):
+    """What is about to happen, before it does."""
+    from slm import run
+    tokens, trained = (sum(len(ids) for ids, _ in rows), sum(sum(mask) for _, mask in rows))
+    every, updated = (sum(p.numel() for p in ps) for ps in run.parameters(model))
+    print(f"device: {device}, {str(dtype).removeprefix('torch.')} ({reason})")
+    print(f"model: {args.model}, {every:,} parameters, {updated:,} trained "
+          f"({'all' if args.full else f'LoRA rank {args.rank} on {args.targets}'})")
+    print(f"data: {source}, {len(rows):,} rows, {tokens:,} tokens, {trained / tokens:.0%} in the loss")
+    print(f"work: {args.epochs} epochs, {len(steps)} steps of {args.batch} rows, "
+          f"{args.epochs * tokens:,} tokens; {run.memory(model, args.micro_tokens)}")
+    print("the first row, trained tokens marked:\n" + run.marked(tokenizer, *rows[0]))
+
+
+def train(model, rows, steps, rundir, device, dtype, args):
+    """All steps from the last checkpoint on; saves at intervals, when asked to stop, and at the end."""
+    import torch
+    from tqdm import tqdm
+
+    from slm import run
+    run.shard(model)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), weight_decay=args.weight_decay)
+    state = rundir.load(device) if args.resume else None
+    start = run.restore(state, trained, optimizer) if state else 0
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.full and dtype == torch.bfloat16)
+    model.train()
+    bar = tqdm(total=len(steps), initial=start, unit="step", disable=run.rank() > 0)
+    with run.Interrupt() as stop, bar:
+        for step in range(start, len(steps)):
+            began = time.perf_counter()
+            run.seed_step(args.seed, step)
+            lr = args.lr * run.cosine(step, len(steps), args.warmup)
+            with autocast:
+                batch = [rows[i] for i in steps[step]]
+                row = one_step(model, batch, trained, optimizer, lr, args, stop.asked)
+            rate = row["tokens"] / (time.perf_counter() - began)
+            stopped = row.pop("stop") > 0
+            rundir.log("metrics", {"step": step + 1, **row, "lr": lr, "tokens_per_s": round(rate)})
+            bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tok/s")
+            bar.update()
+            if stopped or (step + 1) % args.save_every == 0 or step + 1 == len(steps):
+                rundir.save(run.training_state(step + 1, trained, optimizer))
+            if stopped:
+                raise KeyboardInterrupt
+
+
+def one_step(model, batch, trained, optimizer, lr, args, stop=False) -> dict:
+    """One optimizer step on a batch of (ids, mask): sums over micro-batches and ranks, one division."""
+    from slm import run
+    from slm.losses import pack, score, sft_loss
+    count = sum(sum(mask) for _, mask in batch)
+    mine = batch[run.rank()::run.world()]
+    weight = 1 / count if mine else 0.0  # a rank without a row still has to meet the others
+    mine = mine or batch[:1]
+    micro = pack([len(ids) for ids, _ in mine], args.micro_tokens)
+    loss_sum = 0.0
+    for i, members in enumerate(micro):
+        run.last_micro_batch(model, i == len(micro) - 1)
+        logp, _ = score(model, [mine[j][0] for j in members], [mine[j][1] for j in members])
+        loss, _ = sft_loss(logp)
+        (loss * weight).backward()
+        loss_sum += loss.item() * weight
+    norm = run.update(optimizer, trained.values(), lr, args.clip)
+    sums = run.total({"loss": loss_sum, "stop": float(stop)}, logp.device)
+    if not math.isfinite(sums["loss"]):
+        raise BadInput(f"the loss is {sums['loss']}: lower --lr {args.lr}, or use --dtype float32")
+    return {**sums, "grad_norm": norm, "tokens": sum(len(ids) for ids, _ in batch), "trained_tokens": count}
+
+
+def finish(model, tokenizer, out, args):
+    """Write the result under its final name, and say what to do with it."""
+    from slm import checkpoint, lora, run
+    result = out / ("model" if args.full else "adapter")
+    with run.whole(model):
+        if run.rank() == 0 and args.full:
+            checkpoint.save(model, tokenizer, result, source=args.model)
+        elif run.rank() == 0:
+            lora.save(model, result, base=args.model)
+    run.barrier()
+    if run.rank() == 0:
+        last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        print(f"loss {last['loss']:.4f} after {last['step']} steps; the result is {result}")
+        print(f"next: python eval.py --model {result}")
+        print("  or: python train_grpo.py " + (f"--model {result}" if args.full else
+                                               f"--model {args.model} --adapter {result}"))
+
+
+if __name__ == "__main__":
+    args = options().parse_args()
+    cli.run(main, args)
