@@ -5,8 +5,11 @@ imports the rest of the package inside its main function.
 """
 
 import argparse
+import contextlib
 import errno
+import json
 import sys
+from pathlib import Path
 
 from slm import BadInput
 
@@ -24,16 +27,29 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def resolve(args: argparse.Namespace, paper: dict, tiny: dict) -> argparse.Namespace:
-    """Fill every option that was left at None: from `tiny` when the model is `tiny`, else from `paper`.
+    """Fill every option that was left at None: from `tiny` for `tiny` and what was trained from it, else from
+    `paper`.
 
     >>> resolve(argparse.Namespace(model="tiny", lr=None, k=4), {"lr": 1e-4, "k": 2}, {"lr": 3e-3})
     Namespace(model='tiny', lr=0.003, k=4)
     """
-    defaults = {**paper, **tiny} if args.model == "tiny" else paper
+    defaults = {**paper, **tiny} if is_small(args.model) else paper
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
+
+
+def is_small(model: str) -> bool:
+    """Whether `model` is tiny, or a directory whose config.json or base model is that small."""
+    if model == "tiny":
+        return True
+    for name in ("config.json", "adapter_config.json"):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            config = json.loads((Path(model) / name).read_text())
+            base = config.get("base_model_name_or_path", "-")
+            return config.get("hidden_size", 1024) <= 256 or is_small(base)
+    return False
 
 
 def show(settings: dict) -> None:

@@ -29,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from slm import BadInput
+from slm.cli import is_small
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -73,18 +74,6 @@ def _cpu_dtype(model: str | None):
     best = torch.bfloat16 if rate[torch.bfloat16] > 1.3 * rate[torch.float32] else torch.float32
     return best, (f"CPU, {torch.get_num_threads()} threads; matrix products here: float32 "
                   f"{rate[torch.float32]:.0f}, bfloat16 {rate[torch.bfloat16]:.0f} GFLOP/s")
-
-
-def is_small(model: str) -> bool:
-    """Whether `model` is tiny, or a directory whose config.json or base model is that small."""
-    if model == "tiny":
-        return True
-    for name in ("config.json", "adapter_config.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            config = json.loads((Path(model) / name).read_text())
-            base = config.get("base_model_name_or_path", "-")
-            return config.get("hidden_size", 1024) <= 256 or is_small(base)
-    return False
 
 
 # ---- the run directory -----------------------------------------------------------------------------------
