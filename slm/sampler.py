@@ -1,30 +1,31 @@
 """Sample replies from the model that is being trained: continuous batching over one cache.
 
-A language model writes one token at a time, and each token needs all the weights once. On their way from memory
-they could serve many sequences, so sequences are decoded together, in rows of one batch. Replies have ragged
-lengths, though: a fixed batch runs until its longest reply is done while the finished rows do useless work.
+A language model writes one token at a time, and every token needs all the weights once. On their way from
+memory they can serve many sequences, so sequences are decoded together, as the rows of one batch. But
+replies have ragged lengths: a fixed batch runs until its longest reply is done, its finished rows idle.
 *Continuous* batching decides anew at every step who is in the batch:
 
-    step():  waiting requests take the free rows and are prefilled (all prompt tokens in one packed pass)
+    step():  waiting requests take the free rows and are prefilled: all their prompt tokens in one packed pass
              every row decodes one token
              rows that met a stop id, a stop string, a complete box or their limit leave
 
-What a token needs from those before it, their keys and values in each layer, is kept in the KV cache, one slot a
-row. Row i lives in slot i: when a row leaves, the last one moves into its place, so that the batch is always the
-first slots of the cache and attention needs no gather. A finished row's slot is kept until the room is wanted; a
-prompt that starts like a kept or running row (the next turn of a conversation, a common system prompt, a sample
-of the same prompt) copies that part instead of computing it.
+What a token needs from those before it, their keys and values in every layer, is kept in the KV cache, one
+slot a row. Row i lives in slot i: when a row leaves, the last one moves into its place, so the batch is
+always the first slots of the cache and attention reads them where they lie. The slot of a row that left is
+kept until its room is wanted. A prompt that starts like a kept or running row (the next turn of a
+conversation, another sample of the same prompt, a common system prompt) copies that part instead of
+computing it.
 
-When rows outgrow the cache, the newest goes back to the waiting line with what it has written, and is prefilled
-again later: slower, never stuck. Random numbers are a hash of (seed, prompt, place in the reply), so a reply does
-not depend on what else is in the batch. In bfloat16 that holds up to rounding only: matrix products of other
-shapes round differently (measured and shown in every RL run). The weights are the trainer's own tensors, used as
-they are at each step.
+When rows outgrow the cache, the newest goes back to the waiting line with what it has written and is
+prefilled again later: slower, never stuck. Random numbers are a hash of (seed, prompt, place in the reply),
+so a reply does not depend on what else is in the batch. In bfloat16 that holds up to rounding: matrix
+products of other shapes round differently (every RL run measures and shows it). The weights are the
+trainer's own tensors, taken as they are at each step.
 
-Not covered: beam search, speculative decoding, more than one device (use a vLLM server through endpoint.py).
+Not covered: beam search, speculative decoding, more than one device (a vLLM server through endpoint.py is).
 """
 
-import contextlib
+import math
 import re
 import time
 import warnings
@@ -36,7 +37,7 @@ from dataclasses import dataclass, field
 import torch
 from tqdm import tqdm
 
-from slm import BadInput
+from slm import BadInput, lora
 from slm.attention import Decode, KVCache, Prefill
 from slm.episode import Reply, Request, Sampling
 from slm.losses import warp
@@ -64,8 +65,9 @@ class Row:
     used: int = 0        # step at which it left
 
     def __post_init__(self):
-        s = self.sampling
-        self.watch = {c for stop in s.stop for c in (stop[-1], "\ufffd")} | ({"}"} if s.stop_at_box else set())
+        self.watch = {c for stop in self.sampling.stop for c in (stop[-1], "\ufffd")}
+        if self.sampling.stop_at_box:
+            self.watch.add("}")
 
 
 class Sampler:
@@ -97,26 +99,32 @@ class Sampler:
         return bool(self.waiting or self.running or self.finished)
 
     def submit(self, request: Request) -> int:
-        """Queue a request; its n replies come out of step() under the ticket returned. Raises BadInput, naming
-        the value, for what can't be sampled. A reply ends early ("length") where context or cache end."""
-        tokens = request.ids if request.ids is not None else self.tokenizer.chat(request.messages)
-        s, room = request.sampling, min(self.model.config.positions, self.cache_tokens)
-        wrong = (not tokens and "an empty prompt"
-                 or len(tokens) >= room and f"a prompt of {len(tokens)} tokens; the model and its cache hold {room} "
-                                            "with the reply"
-                 or s.max_tokens < 1 and f"max_tokens {s.max_tokens}; expected 1 or more"
-                 or not 0 <= s.temperature < float("inf") and f"temperature {s.temperature}; expected 0 or more"
-                 or not 0 < s.top_p <= 1 and f"top_p {s.top_p}; expected above 0 and at most 1"
-                 or s.top_k < 0 and f"top_k {s.top_k}; expected 0 (off) or more"
-                 or not all(0 <= t < self.model.config.vocab for t in tokens) and "a token id outside the vocabulary"
-                 )
-        if wrong:
-            raise BadInput(f"request {self.tickets} asks for {wrong}")
+        """Queue a request; its n replies come out of step() under the ticket returned. BadInput names what
+        can't be sampled. Where the context or the cache ends, a reply ends with "length"."""
+        s, context = request.sampling, self.model.config.positions
+        tokens = self.tokenizer.chat(request.messages) if request.ids is None else request.ids
+        room = min(context, self.cache_tokens) - len(tokens)
+        for wrong, what, expected in (
+                (not tokens, "an empty prompt", "a token at least"),
+                (room < 1, f"a prompt of {len(tokens)} tokens", f"fewer than {room + len(tokens)}, what the "
+                 f"{'model' if context <= self.cache_tokens else 'KV cache'} holds with the reply"),
+                (tokens and not 0 <= min(tokens) <= max(tokens) < self.model.config.vocab,
+                 "a token outside the vocabulary", f"ids from 0 to {self.model.config.vocab - 1}"),
+                (s.max_tokens < 1, f"max_tokens {s.max_tokens}", "1 or more"),
+                (not 0 <= s.temperature < math.inf, f"temperature {s.temperature}", "0 or more"),
+                (not 0 < s.top_p <= 1, f"top_p {s.top_p}", "more than 0 and at most 1"),
+                (s.top_k < 0, f"top_k {s.top_k}", "0 (off) or more"),
+                (request.n < 1, f"{request.n} samples", "1 or more"),
+                (request.adapter not in (None, *lora.names(self.model)), f"adapter {request.adapter!r}",
+                 f"one of {lora.names(self.model)}")):
+            if wrong:
+                raise BadInput(f"request {self.tickets} has {what}; expected {expected}")
         self._check_weights()
+        adapter = request.adapter or self.model.lora.active
         salt = zlib.crc32(array("q", tokens).tobytes())
-        for i in range(request.n):
-            self.waiting.append(Row(self.tickets, i, list(tokens), len(tokens), min(s.max_tokens, room - len(tokens)),
-                                    s, request.adapter, (s.seed + i) << 32 ^ salt))
+        self.waiting.extend(
+            Row(self.tickets, i, list(tokens), len(tokens), min(s.max_tokens, room), s, adapter,
+                ((s.seed + i) << 32 ^ salt) % 2 ** 63) for i in range(request.n))
         self.tickets += 1
         return self.tickets - 1
 
@@ -187,14 +195,16 @@ class Sampler:
         """Give waiting requests the free rows, as far as the cache has room, and prefill them."""
         while True:
             pack: list[Row] = []
-            twins: list[tuple[Row, Row]] = []  # (row, one of the pack with the same prompt): copied, not computed
+            twins: list[tuple[Row, Row]] = []  # (row, one of the pack with the same prompt, to be copied)
             room = self.prefill_tokens
             while self.waiting and self.running < self.max_batch and room > 0:
                 row = self.waiting[0]
-                twin = pack[-1] if pack and pack[-1].tokens == row.tokens and pack[-1].adapter == row.adapter else None
-                source, shared = (None, 0) if twin else self._prefix(row, [r for r in self.slots if r and r.filled])
-                if not twin and self._prefix(row, pack)[1] >= shared + SHARED_TOKENS:
-                    break  # once the pack is computed there is more to copy
+                twin = next((r for r in pack[-1:] if (r.tokens, r.adapter) == (row.tokens, row.adapter)), None)
+                source, shared = None, 0
+                if twin is None:
+                    source, shared = self._prefix(row, [r for r in self.slots if r and r.filled])
+                    if self._prefix(row, pack)[1] >= shared + SHARED_TOKENS:
+                        break  # once the pack is computed there is more to copy
                 if not self._seat(row, source, shared):
                     break
                 self.waiting.popleft()
@@ -208,12 +218,13 @@ class Sampler:
             self._prefill(pack, twins)
 
     def _prefix(self, row: Row, rows: list[Row]) -> tuple[Row | None, int]:
-        """The row that shares the longest prefix with this one, and that length (0: not worth a copy). The last
-        token is never part of it: its hidden state is needed for the first new token."""
+        """The row that shares the longest prefix with this one, and that length (0: not worth a copy). The
+        last token is never part of it: its hidden state is needed for the first new token."""
         best, longest = None, SHARED_TOKENS - 1
         for other in rows:
             most = min(len(row.tokens), len(other.tokens)) - 1
-            if most > longest and other.adapter == row.adapter and other.tokens[longest] == row.tokens[longest]:
+            if (most > longest and other.tokens[longest] == row.tokens[longest]
+                    and other.adapter == row.adapter):
                 shared = _common(row.tokens, other.tokens, most)
                 if shared > longest:
                     best, longest = other, shared
@@ -221,8 +232,9 @@ class Sampler:
 
     def _seat(self, row: Row, source: Row | None, shared: int) -> bool:
         """Put a row into the slot after the last running one; False when the cache has no room for it."""
-        slot, longest = self.running, max([len(r.tokens) for r in self.slots[:self.running]] + [len(row.tokens)])
-        slack = SHARED_TOKENS if slot else 1  # some room to write, or it would soon be sent back
+        slot = self.running
+        longest = max(len(r.tokens) for r in [row, *self.slots[:slot]])
+        slack = SHARED_TOKENS if slot else 0  # some room to write, or it would soon be sent back
         if not self._fit(slot + 1, longest + slack):
             return False
         there = self.slots[slot]
@@ -245,13 +257,14 @@ class Sampler:
                                                  key=lambda i: self.slots[i].used)
 
     def _fit(self, slots: int, length: int) -> bool:
-        """Make the cache hold this many slots of this length; False when cache_tokens forbids it. Grows in large
-        steps, and keeps room for finished rows where there is some."""
+        """Make the cache hold this many slots of this length; False when cache_tokens forbids it. Grows in
+        large steps, and keeps room for finished rows where there is some."""
         cache = self.cache
         if slots <= cache.slots and length <= cache.length:
             return True
-        roomy = cache.length if length <= cache.length else min(_round(length * 3 // 2), self.model.config.positions)
-        fitting = [n for n in (roomy, _round(length), length) if n >= length and n * slots <= self.cache_tokens]
+        most = min(self.model.config.positions, self.cache_tokens)
+        roomy = cache.length if length <= cache.length else min(_round(length * 3 // 2), most)
+        fitting = [n for n in (roomy, min(_round(length), most), length) if n * slots <= self.cache_tokens]
         if not fitting:
             return False
         wish = min(self.max_batch, self.running + len(self.waiting)) * 3 // 2
@@ -323,11 +336,8 @@ class Sampler:
         self._leave()
 
     def _forward(self, ids, positions, attend, adapters: list[tuple[str | None, int]]) -> torch.Tensor:
-        """Hidden states (T, D), each row of the batch with its own adapter; None is what the model has active."""
-        mixed = any(name is not None for name, _ in adapters)
-        if mixed:
-            from slm import lora
-        with lora.use(self.model, adapters) if mixed else contextlib.nullcontext():
+        """Hidden states (T, D), each row of the batch with its own adapter."""
+        with lora.use(self.model, adapters if len({name for name, _ in adapters}) > 1 else adapters[0][0]):
             return self.model(ids, positions, attend)
 
     def _accept(self, rows: list[Row], draws: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -337,8 +347,9 @@ class Sampler:
                 if row.finish:
                     continue
                 if logprob != logprob:
-                    raise FloatingPointError(f"request {row.ticket}, sample {row.sample}: the logits are NaN at token "
-                                             f"{len(row.logprobs)} of its reply (step {self.steps} of the sampler)")
+                    raise FloatingPointError(
+                        f"request {row.ticket}, sample {row.sample}: the logits are NaN at token "
+                        f"{len(row.logprobs)} of its reply (step {self.steps} of the sampler)")
                 row.filled = True
                 row.tokens.append(token)
                 row.logprobs.append(logprob)
@@ -349,8 +360,8 @@ class Sampler:
                     row.finish = "length"
 
     def _stopped(self, row: Row, token: int) -> str | None:
-        """"box" or "stop_string" if this token completed one. The reply is decoded only when the token's own
-        text could: it holds the last character (or part of a character, shown as U+FFFD)."""
+        """"box" or "stop_string" if this token completed one. The reply is decoded only when the token's
+        text could: it holds the last character (or a part of a character, shown as U+FFFD)."""
         piece = self.pieces.get(token)
         if piece is None:
             piece = self.pieces[token] = self.tokenizer.decode([token], skip_special=False)
@@ -436,8 +447,8 @@ class Controls:
 
 
 def uniform(key: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Numbers in [0, 1), (B,) float32 with 24 random bits, from int64 keys and places: splitmix64 (Steele et al.
-    2014, "Fast splittable pseudorandom number generators") of place in the stream of key."""
+    """Numbers in [0, 1), (B,) float32 with 24 random bits, from int64 keys and places: splitmix64 (Steele
+    et al. 2014, "Fast splittable pseudorandom number generators") of place in the stream of key."""
     def mix(z):
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
             z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
@@ -447,8 +458,8 @@ def uniform(key: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
 
 
 def categorical(p: torch.Tensor, u: torch.Tensor, width: int = 64) -> torch.Tensor:
-    """Draw from probabilities p (B, V) by inverting their cumulative sum at u (B,) -> ids (B,). The sum runs over
-    blocks of `width` first, then inside the block that was hit: one pass over the vocabulary."""
+    """Draw from probabilities p (B, V) by inverting their cumulative sum at u (B,) -> ids (B,). The sum runs
+    over blocks of `width` first, then inside the block that was hit: one pass over the vocabulary."""
     if p.shape[1] % width:
         p = torch.nn.functional.pad(p, (0, -p.shape[1] % width))
     blocks = p.view(len(p), -1, width)
@@ -458,8 +469,8 @@ def categorical(p: torch.Tensor, u: torch.Tensor, width: int = 64) -> torch.Tens
 
 
 def _invert(mass: torch.Tensor, u: torch.Tensor, scaled: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """First index at which the cumulative mass (B, N) exceeds u (of the total, unless scaled), and how far into its
-    mass. Rounding can't select an index of mass 0: the target is kept just below the total."""
+    """First index at which the cumulative mass (B, N) exceeds u (of the total, unless scaled), and how far
+    into its mass. Rounding can't select an index of mass 0: the target is kept just below the total."""
     sums = mass.cumsum(-1)
     total = sums[:, -1]
     target = torch.minimum(u if scaled else u * total, total * (1 - 1e-6))
