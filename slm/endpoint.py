@@ -192,7 +192,9 @@ class Endpoint:
                 wait = max(e.after, min(60.0, self.backoff * 2**attempt) * random.uniform(0.5, 1.0))
                 with self._lock:
                     self.counts[error] += 1
-        return self._note(Reply("", finish="error", error=f"{error}, {self.tries} times"))
+                if error == "no connection" and attempt == 2 and not self.counts["ok"]:
+                    break  # nobody has ever answered there
+        return self._note(Reply("", finish="error", error=f"{error}, {attempt + 1} times"))
 
     def _note(self, reply: Reply, refused: bool = False) -> Reply | None:
         """Count a finished request. Five failures in a row mean a dead server, and then there is no reply;
@@ -316,7 +318,7 @@ def _key(key_env: str | None, url: str) -> str | None:
         return None
     key = os.environ.get(key_env, "").strip()
     if not key:
-        raise BadInput(f"{url}: the environment variable {key_env} is empty; expected this server's key in it")
+        raise BadInput(f"{url}: the environment variable {key_env} is empty, but should hold its key")
     return key
 
 
