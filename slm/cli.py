@@ -45,7 +45,7 @@ def is_small(model: str) -> bool:
     if model == "tiny":
         return True
     for name in ("config.json", "adapter_config.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
             config = json.loads((Path(model) / name).read_text())
             base = config.get("base_model_name_or_path", "-")
             return config.get("hidden_size", 1024) <= 256 or is_small(base)
