@@ -1,4 +1,4 @@
-"""The tiny world: word problems of 1 to 5 steps, from templates.txt (training) and unseen.txt (never trained).
+"""The tiny world: word problems of 1 to 5 steps, from templates.txt (training) and unseen.txt (never seen).
 
 A Story is one problem with its solution as a list of Steps. From it this module writes every text that the
 embedded model and its teacher need: the question, a terse answer, worked solutions (equations only, or with
@@ -214,6 +214,14 @@ def tell(template: Template, rng: random.Random, id: str = "") -> Story:
 
 def is_test(question: str) -> bool:
     return int(hashlib.sha1(question.encode()).hexdigest(), 16) % 10 == 0
+
+
+def training_story(rng: random.Random) -> Story:
+    """A story for pretraining: of any training template, never one of the test set."""
+    while True:
+        story = tell(rng.choice(templates()), rng)
+        if not is_test(story.question):
+            return story
 
 
 @lru_cache(maxsize=8)

@@ -1,0 +1,102 @@
+r"""What the embedded model read before you met it: an endless stream of documents about the tiny world.
+
+Like a real base model it has seen sums, terse answers, worked solutions, Python with its output, chat turns,
+checks of right and wrong solutions, and a little of everything else, with <think> and \boxed. It has never
+seen the solver's prompt that asks for steps and a box (prompts.SOLVER): in a chat it mostly blurts out an
+answer. Turning what it knows into what it does is the work of SFT and GRPO.
+"""
+
+import random
+from collections.abc import Iterator
+from fractions import Fraction
+
+from slm import prompts
+from slm.tiny import world
+from slm.tiny.world import Story, number, solve
+
+END = "<|endoftext|>"
+TURN, STOP = "<|im_start|>", "<|im_end|>"
+
+
+def chat(*turns: str) -> str:
+    """user, assistant, user, ... as ChatML, without a system turn."""
+    roles = ("user", "assistant")
+    return "\n".join(f"{TURN}{roles[i % 2]}\n{turn}{STOP}" for i, turn in enumerate(turns)) + "\n"
+
+
+def code(story: Story) -> str:
+    """A fenced program, its output and the answer, as one assistant turn."""
+    return (f"```python\n{solve(story, 'python')}\n```" + prompts.OUTPUT(output=story.answer)
+            + f"The answer is \\boxed{{{story.answer}}}.")
+
+
+def thought(story: Story, style: str) -> str:
+    """A teacher's reasoning trace: <think>, the steps restated, the box."""
+    inner = world.plan(story) if style == "plan" else solve(story, style)
+    told = solve(story, "short").replace("\n", " ") if style == "plan" else world.restate(story)
+    return f"<think>\n{inner}\n</think>\n{told}\nTherefore, the answer is \\boxed{{{story.answer}}}."
+
+
+def check(story: Story, rng: random.Random) -> str:
+    """A chat in which a right or a wrong solution is checked by doing the steps again."""
+    shown = story if rng.random() < 0.5 else world.corrupt(story, rng)
+    verdict = "CORRECT" if shown is story else "INCORRECT"
+    solution = solve(shown, rng.choice(("short", "short", "terse"))).replace("\n", " ")
+    work = " ".join(world.equation(step, detailed=False) + "." for step in story.steps)
+    return chat(prompts.CHECKER(question=story.question, solution=solution), f"{work}\n{verdict}")
+
+
+def sums(rng: random.Random) -> str:
+    """Six lines of arithmetic of the sizes that the problems need, plain or spelled out."""
+    lines = []
+    detailed = rng.random() < 0.6
+    while len(lines) < 6:
+        op = rng.choice("++--***//%")
+        a = rng.randint(2, 99) if rng.random() < 0.7 else rng.randint(100, 900)
+        b = rng.randint(2, 12) if op in "*/" and rng.random() < 0.8 else rng.randint(2, 99)
+        if op == "%":
+            a, b = rng.choice((5, 10, 15, 20, 25, 30, 40, 50, 60, 75)), rng.randint(4, 100) * 5
+        if op == "/":
+            a *= b
+        value = world.compute(Fraction(a), op, Fraction(b))
+        if 0 < value <= world.LARGEST and value.denominator == 1:
+            step = world.Step("", "", op, "", Fraction(a), Fraction(b), value, "")
+            lines.append(world.equation(step, detailed))
+    return "\n".join(lines)
+
+
+def document(rng: random.Random) -> str:
+    """One document, its kind drawn by weight."""
+    story = world.training_story(rng)
+    question, answer = story.question, number(story.steps[-1].value)
+    kinds = {
+        "sums": 18, "terse": 10, "short": 15, "detailed": 20, "python": 5, "thought": 5,
+        "chat terse": 6, "chat short": 3, "chat python": 10, "check": 8}
+    match rng.choices(list(kinds), kinds.values())[0]:
+        case "sums":
+            text = sums(rng)
+        case "terse":
+            text = f"Question: {question}\nAnswer: {answer}"
+        case "short" | "detailed" as style:
+            end = rng.choice((f"Answer: {answer}", f"The answer is {answer}.", f"\\boxed{{{answer}}}"))
+            text = f"Question: {question}\nSolution:\n{solve(story, style)}\n{end}"
+        case "python":
+            text = f"# {question}\n{solve(story, 'python')}\n# {answer}"
+        case "thought":
+            text = f"Question: {question}\n{thought(story, rng.choice(('plan', 'short', 'detailed')))}"
+        case "chat terse":
+            text = chat(question, solve(story, "terse"))
+        case "chat short":
+            text = chat(question, f"{solve(story, 'short')}\nThe answer is {answer}.")
+        case "chat python":
+            text = chat(prompts.PYTHON(question=question), code(story))
+        case "check":
+            text = check(story, rng)
+    return text + END
+
+
+def documents(seed: int) -> Iterator[str]:
+    """The corpus, endless, the same for the same seed."""
+    rng = random.Random(f"tiny corpus {seed}")
+    while True:
+        yield document(rng)

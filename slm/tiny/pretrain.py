@@ -1,0 +1,159 @@
+"""Rebuild the embedded model: its tokenizer and its weights, from the corpus, with fixed seeds.
+
+    python -m slm.tiny.pretrain --out slm/tiny        (README: how long it takes, on what)
+
+A Qwen2 of 2.6 million parameters reads documents of corpus.py, packed, in float32. Muon updates the matrices
+(Jordan et al. 2024, kellerjordan.github.io/posts/muon), AdamW the rest; the weights are stored in bfloat16.
+"""
+
+import json
+import math
+import re
+import time
+from pathlib import Path
+
+from slm import cli, prompts
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+VOCABULARY = 1280
+SHAPE = {"hidden": 192, "intermediate": 512, "layers": 6, "heads": 6, "kv_heads": 2, "head_size": 32,
+         "positions": 1024, "rope_theta": 10000.0}
+# Qwen2.5's pre-tokenizer: words with their space, digits one by one, punctuation, line breaks
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+         r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
+
+
+def build_tokenizer(out: Path) -> None:
+    """Train a byte-level BPE on the corpus and the project's prompts; write the files to `out`."""
+    from itertools import islice
+
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    from slm.tiny.corpus import documents
+
+    t = Tokenizer(models.BPE())
+    t.normalizer = normalizers.NFC()
+    t.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    t.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - len(SPECIAL), show_progress=False,
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    texts = [re.sub(r"<\|.*?\|>", "", text) for text in islice(documents(0), 20000)]
+    asked = [p.text for p in vars(prompts).values() if isinstance(p, prompts.Prompt)]
+    t.train_from_iterator(texts + 20 * asked, trainer)
+    t.add_special_tokens(SPECIAL)
+    out.mkdir(parents=True, exist_ok=True)
+    t.save(str(out / "tokenizer.json"))
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": SPECIAL[0], "pad_token": SPECIAL[0],
+                "bos_token": None, "unk_token": None, "model_max_length": SHAPE["positions"],
+                "add_prefix_space": False, "clean_up_tokenization_spaces": False,
+                "chat_template": CHAT_TEMPLATE}
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+
+def batches(encode, tokens: int, seed: int):
+    """Packs of whole documents, each of about `tokens` tokens: lists of id lists."""
+    from slm.tiny.corpus import documents
+
+    pack, size = [], 0
+    for text in documents(seed):
+        ids = encode(text)
+        pack.append(ids)
+        size += len(ids)
+        if size >= tokens:
+            yield pack
+            pack, size = [], 0
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """A factor: up over the first 2 %, flat, then down to 0 over the last 40 %."""
+    return min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.4 * steps))
+
+
+def train(out: Path, steps: int, tokens: int, seed: int) -> None:
+    import torch
+    import torch.nn.functional as F
+    from tokenizers import Tokenizer
+
+    from slm.attention import Packed
+    from slm.model import Config, Qwen2
+
+    torch.manual_seed(seed)
+    bpe = Tokenizer.from_file(str(out / "tokenizer.json"))
+    model = Qwen2(Config(vocab=VOCABULARY, **SHAPE))
+    initialize(model)
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
+    optimizers = [torch.optim.Muon(matrices, lr=MUON, weight_decay=0.01, momentum=0.95),
+                  torch.optim.AdamW(others, lr=ADAM, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of {tokens} tokens")
+    start, seen = time.time(), 0
+    for step, pack in zip(range(steps), batches(lambda text: bpe.encode(text).ids, tokens, seed)):
+        for optimizer, peak in zip(optimizers, (MUON, ADAM)):
+            optimizer.param_groups[0]["lr"] = peak * learning_rate(step, steps)
+        ids = torch.tensor([i for row in pack for i in row])
+        attend = Packed([len(row) for row in pack])
+        last = attend.bounds[1:].long() - 1
+        target = ids.roll(-1)
+        target[last] = -100  # a document's last token predicts nothing
+        loss = F.cross_entropy(model.logits(model(ids, attend.positions, attend)), target)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        seen += len(ids)
+        if step % 50 == 0 or step == steps - 1:
+            rate = seen / (time.time() - start)
+            print(f"step {step} loss {loss.item():.4f} tokens/s {rate:.0f} "
+                  f"left {(steps - step) * tokens / rate / 60:.1f} min", flush=True)
+        if step % 500 == 499:
+            store(model, out)
+    store(model, out)
+
+
+MUON, ADAM = 0.02, 0.004
+
+
+def initialize(model) -> None:
+    import torch
+
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            last = name.endswith(("o_proj.weight", "down_proj.weight"))
+            deep = math.sqrt(2 * SHAPE["layers"]) if last else 1
+            torch.nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5 / deep)
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(p)
+
+
+def store(model, out: Path) -> None:
+    """The Hugging Face files of the weights, in bfloat16."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = model.config.to_hf() | {"eos_token_id": VOCABULARY - 3, "torch_dtype": "bfloat16"}
+    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    stops = {"eos_token_id": [VOCABULARY - 1, VOCABULARY - 3], "do_sample": False}
+    (out / "generation_config.json").write_text(json.dumps(stops, indent=1) + "\n", encoding="utf-8")
+    weights = {n: p.detach().to(torch.bfloat16).contiguous() for n, p in model.state_dict().items()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def main(args) -> None:
+    build_tokenizer(args.out)
+    train(args.out, args.steps, args.tokens, args.seed)
+
+
+if __name__ == "__main__":
+    p = cli.parser(__doc__)
+    p.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder to write (default runs/tiny)")
+    p.add_argument("--steps", type=cli.positive, default=2600, help="optimizer steps (default 2600)")
+    p.add_argument("--tokens", type=cli.positive, default=8192, help="tokens a step, about (default 8192)")
+    p.add_argument("--seed", type=int, default=1, help="corpus and initialization (default 1)")
+    cli.run(main, p.parse_args())
