@@ -1,0 +1,353 @@
+"""Score any model, adapter, endpoint or workflow; compare saved runs; grade saved answers again.
+
+    python eval.py                                        the embedded model on its 500 test problems, greedy
+    python eval.py --data tiny,tiny-unseen --adapter runs/sft-tiny-lora/adapter
+    python eval.py --model Qwen/Qwen2.5-Math-1.5B --data gsm8k,math500
+    python eval.py --workflow majority_vote               any workflow of agents.py
+    python eval.py --endpoint http://localhost:8000/v1 --model NAME --data math500
+    python eval.py --compare runs/a runs/b                one table, differences paired problem by problem
+    python eval.py --regrade runs/a                       today's grader on the answers of runs/a
+
+Greedy decoding and the standard prompt unless told otherwise: the same for every row of a table. Each answer
+is written as it lands (answers.jsonl: question, gold, response, answer, correct and why, token ids, finish),
+so a stopped run goes on with --resume. In float32 an answer does not depend on the batch; in bfloat16 it may.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from slm import BadInput, cli, stats
+
+PAPER = {"max_tokens": 2048, "limit": 500}
+TINY = {"max_tokens": 320}
+NOT_SETTINGS = ("compare", "regrade", "resume")
+DECODING = ("samples", "temperature", "max_tokens")
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.compare:
+        print(table([Saved(path) for path in args.compare]))
+    elif args.regrade:
+        regrade(Saved(args.regrade))
+    else:
+        evaluate(args)
+
+
+# ---- scoring ---------------------------------------------------------------------------------------------
+
+def evaluate(args: argparse.Namespace) -> None:
+    from slm.sandbox import Sandbox
+
+    from agents import WORKFLOWS, open_backend
+    from slm import problems, report
+    from slm.run import RunDir, new_path, write_json
+
+    if args.workflow not in WORKFLOWS:
+        raise BadInput(f"--workflow {args.workflow!r} is none; expected one of {', '.join(WORKFLOWS)}")
+    if args.samples > 1 and args.temperature == 0:
+        raise BadInput(f"--samples {args.samples} at temperature 0 draws the same answer each time; "
+                       "add --temperature 0.7, for one")
+    sets = {name: problems.load(name, args.split, args.limit) for name in args.data.split(",")}
+    data = problems.fingerprint([p for items in sets.values() for p in items])
+    args.out = str(new_path(args.out, f"eval-{label(args)}", args.resume))
+    cli.show({k: v for k, v in vars(args).items() if k not in NOT_SETTINGS})
+    backend, adapters = open_backend(args)
+    if args.batch:
+        setattr(backend, "workers" if args.endpoint else "max_batch", args.batch)
+    run = RunDir(args.out, saved_settings(args), data, args.resume)
+    answers = run.path / "answers.jsonl"
+    done = complete_lines(answers) if args.resume else []
+    results = {}
+    with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox, answers.open("a") as file:
+        for name, items in sets.items():
+            rows = [row for row in done if row["data"] == name]
+            start = time.monotonic()
+            jobs = missing(items, rows, WORKFLOWS[args.workflow], args.samples)
+            rows += answer(name, items, jobs, backend, adapters, sandbox, args, file)
+            results[name] = {**score(rows, len(items)), "seconds": round(time.monotonic() - start, 1)}
+            print(line(name, results[name]) if len(results) > 1 else HEAD + "\n" + line(name, results[name]))
+    write_json(run.path / "summary.json", {"model": args.model, "workflow": args.workflow, "data": results})
+    print(f"answers, settings and a page to read: {report.write(run.path)}\n"
+          f"compare with another run: python eval.py --compare {args.out} OTHER")
+
+
+def missing(items, rows: list[dict], workflow, samples: int) -> list:
+    """The jobs that have no answer in `rows` yet."""
+    from slm.episode import jobs_for
+    have = {(row["id"], row["sample"]) for row in rows}
+    return [job for job in jobs_for(items, workflow, samples) if (job.problem_id, job.sample) not in have]
+
+
+def answer(name, items, jobs, backend, adapters, sandbox, args, file) -> list[dict]:
+    """Run the jobs; each answer is graded and written to `file` as it lands."""
+    from slm.episode import Sampling, answer_record, run_episodes
+    rows = []
+
+    def keep(episode):
+        rows.append({**answer_record(items[episode.group], episode), "data": name})
+        file.write(json.dumps(rows[-1], ensure_ascii=False) + "\n")
+        file.flush()
+
+    sampling = Sampling(args.max_tokens, args.temperature, stop_at_box=True)
+    run_episodes(jobs, backend, sandbox, sampling=sampling, seed=args.seed, adapters=adapters, on_done=keep,
+                 bar=name)
+    return rows
+
+
+def complete_lines(path: Path) -> list[dict]:
+    """The rows of an answers file; a torn last line is cut off the file."""
+    rows, keep = [], 0
+    if path.exists():
+        with path.open("rb") as f:
+            for text in f:
+                with contextlib.suppress(ValueError):
+                    rows.append(json.loads(text))
+                    keep += len(text)
+                    continue
+                break
+        os.truncate(path, keep)
+    return rows
+
+
+def saved_settings(args: argparse.Namespace) -> dict:
+    """What identifies the run: the options, prompt and grader, and a fingerprint of the weights used."""
+    from slm import checkpoint, grader, prompts
+    settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
+    settings |= {"prompt": prompts.SOLVER.id, "grader": short_hash(Path(grader.__file__).read_bytes())}
+    if not args.endpoint:
+        folders = [checkpoint.resolve(p) for p in (args.model, *(a.rpartition("=")[2] for a in args.adapter))]
+        files = sorted(f for folder in folders for f in folder.glob("*.safetensors"))
+        settings["weights"] = short_hash(b"".join(edges(f) for f in files))
+    return settings
+
+
+def edges(path: Path) -> bytes:
+    """Size, first and last megabyte: enough to tell two checkpoints apart without reading gigabytes."""
+    with path.open("rb") as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(0)
+        first = f.read(1 << 20)
+        f.seek(max(0, size - (1 << 20)))
+        return str(size).encode() + first + f.read()
+
+
+def short_hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def label(args: argparse.Namespace) -> str:
+    """A run's default name: what answered, and how."""
+    folder = Path(args.adapter[-1].rpartition("=")[2] if args.adapter else args.model)
+    name = folder.parent.name if folder.name in ("adapter", "model") else folder.name
+    return name if args.workflow == "solver" else f"{name}-{args.workflow}"
+
+
+# ---- figures ---------------------------------------------------------------------------------------------
+
+HEAD = (f"{'data':28}{'problems':>9}{'correct %':>11}{'95 %':>13}{'truncated':>11}{'no answer':>11}"
+        f"{'seconds':>9}")
+
+
+def score(rows: list[dict], problems: int) -> dict:
+    """The figures of one data set. With several samples a problem, accuracy is the mean over problems of the
+    share right (pass@1); its interval draws problems again, not samples."""
+    shares = share_right(rows)
+    samples = len(rows) // problems
+    right = sum(row["correct"] for row in rows)
+    counts = Counter()
+    for row in rows:
+        counts[row["id"]] += row["correct"]
+    ks = [k for k in (2 ** i for i in range(1, 11)) if k <= samples]
+    return {
+        "problems": problems, "samples": samples, "right": right, "accuracy": right / len(rows),
+        "interval": interval(list(shares.values())),
+        "pass_at": {k: sum(stats.pass_at_k(samples, c, k) for c in counts.values()) / problems for k in ks},
+        "truncated": sum(row["finish"] == "length" for row in rows),
+        "no_answer": sum(row["answer"] is None for row in rows),
+        "failures": dict(Counter(cause for row in rows for cause in row["failures"])),
+        "tokens": sum(row["tokens"] for row in rows)}
+
+
+def share_right(rows: list[dict]) -> dict[str, float]:
+    """Problem id -> share of its samples that are right, in the order of first appearance by id."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["id"]].append(row["correct"])
+    return {id: sum(groups[id]) / len(groups[id]) for id in sorted(groups)}
+
+
+def interval(shares: list[float]) -> tuple[float, float]:
+    """95 % of an accuracy: Wilson for one sample a problem, else a bootstrap over problems."""
+    if all(share in (0, 1) for share in shares):
+        return stats.wilson(int(sum(shares)), len(shares))
+    return stats.bootstrap(shares)
+
+
+def line(name: str, s: dict) -> str:
+    low, high = s["interval"]
+    text = (f"{name[-27:]:28}{s['problems']:>9}{100 * s['accuracy']:>11.1f}{span(low, high):>13}"
+            f"{s['truncated']:>11}{s['no_answer']:>11}{s['seconds']:>9.1f}")
+    for k, value in s["pass_at"].items():
+        text += f"\n{'':28}{f'pass@{k}':>9}{100 * value:>11.1f}"
+    return text + "".join(f"\n  {count} x {cause}" for cause, count in s["failures"].items())
+
+
+def span(low: float, high: float) -> str:
+    return f"{100 * low:.1f}-{100 * high:.1f}"
+
+
+# ---- saved runs ------------------------------------------------------------------------------------------
+
+class Saved:
+    """An evaluation read back: name, settings, rows by data set."""
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+        self.name = self.path.name or str(self.path)
+        if not (self.path / "answers.jsonl").is_file():
+            raise BadInput(f"{path}: no answers.jsonl there; expected a run directory of eval.py")
+        if not (self.path / "summary.json").is_file():
+            raise BadInput(f"{path}: this evaluation is not finished; repeat its command with --resume")
+        self.settings = json.loads((self.path / "settings.json").read_text())["settings"]
+        self.rows = defaultdict(list)
+        for n, text in enumerate((self.path / "answers.jsonl").read_text().splitlines(), 1):
+            try:
+                row = json.loads(text)
+                self.rows[row["data"]].append(row)
+            except (ValueError, KeyError, TypeError):
+                raise BadInput(f"{path}/answers.jsonl line {n}: not an answer of eval.py") from None
+
+    def problems(self, data: str) -> dict:
+        return {row["id"]: (row["question"], row["gold"]) for row in self.rows[data]}
+
+
+def table(runs: list[Saved]) -> str:
+    """Saved runs on the same problems with the same decoding, one line a run and data set.
+
+    Differences are paired: Newcombe's method 10 for one sample a problem, else a bootstrap over problems; p
+    is the exact McNemar test against the row above.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        refuse_unlike(first, run)
+    how = ", ".join(f"{name} {first.settings[name]}" for name in DECODING)
+    lines = [f"{'':30}{'correct %':>10}{'95 %':>13}{'over the first, 95 %':>25}"
+             f"{'over the row above, 95 %':>27}{'p':>8}"]
+    for data in first.rows:
+        lines.append(f"{data}: {len(first.problems(data))} problems, {how}")
+        shares = [share_right(run.rows[data]) for run in runs]
+        for i, run in enumerate(runs):
+            values = list(shares[i].values())
+            low, high = interval(values)
+            text = f"  {run.name[-27:]:28}{100 * sum(values) / len(values):>10.1f}{span(low, high):>13}"
+            if i:
+                above = list(shares[i - 1].values())
+                text += f"{difference(list(shares[0].values()), values):>25}{difference(above, values):>27}"
+                text += f"{stats.mcnemar(above, values):>8.3f}" if first.settings["samples"] == 1 else ""
+            lines.append(text)
+    return "\n".join(lines)
+
+
+def refuse_unlike(a: Saved, b: Saved) -> None:
+    """BadInput, in one sentence, where two runs can't stand in one table."""
+    if set(a.rows) != set(b.rows):
+        raise BadInput(f"{a.path} was scored on {', '.join(a.rows)} and {b.path} on {', '.join(b.rows)}; "
+                       "compare runs on the same data")
+    for data in a.rows:
+        if a.problems(data) != b.problems(data):
+            raise BadInput(f"{a.path} and {b.path} were scored on different problems of {data}; "
+                           "give both the same --split and --limit")
+    for name in DECODING:
+        if a.settings[name] != b.settings[name]:
+            raise BadInput(f"{a.path} was decoded with {name} {a.settings[name]} and {b.path} with "
+                           f"{b.settings[name]}; compare runs with the same decoding")
+
+
+def difference(a: list[float], b: list[float]) -> str:
+    """b - a in points with its 95 % interval."""
+    if all(x in (0, 1) for x in a + b):
+        d, low, high = stats.paired(a, b)
+    else:
+        gains = [y - x for x, y in zip(a, b)]
+        d, (low, high) = sum(gains) / len(gains), stats.bootstrap(gains)
+    return f"{100 * d:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def regrade(run: Saved) -> None:
+    """Grade a run's saved responses again, show every change, and write answers and summary anew. What was
+    there is kept as answers.before-regrade.jsonl."""
+    from slm.grader import grade
+    from slm.run import write_json
+    summary = json.loads((run.path / "summary.json").read_text())
+    changed = 0
+    for data, rows in run.rows.items():
+        for row in rows:
+            now = grade(row["response"], row["gold"])
+            if now.correct != row["correct"]:
+                changed += 1
+                print(f"{data} {row['id']}: gold {row['gold']!r}, answer {now.answer!r}: "
+                      f"{verdict(row['correct'])} ({row['reason']}) -> {verdict(now.correct)} ({now.reason})")
+            row |= {"correct": now.correct, "answer": now.answer}
+            row["reason"] = now.reason if now.answer else row["reason"]
+        before, seconds = summary["data"][data]["accuracy"], summary["data"][data]["seconds"]
+        summary["data"][data] = {**score(rows, len(run.problems(data))), "seconds": seconds}
+        print(f"{data}: {100 * before:.1f} % -> {100 * summary['data'][data]['accuracy']:.1f} % right")
+    print(f"{changed} of {sum(map(len, run.rows.values()))} answers graded differently")
+    if changed:
+        answers, part = run.path / "answers.jsonl", run.path / "answers.jsonl.tmp"
+        with part.open("w") as f:
+            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for rows in run.rows.values()
+                         for row in rows)
+        answers.replace(run.path / "answers.before-regrade.jsonl")
+        part.replace(answers)
+        write_json(run.path / "summary.json", summary)
+
+
+def verdict(correct: bool) -> str:
+    return "right" if correct else "wrong"
+
+
+def options() -> argparse.ArgumentParser:
+    p = cli.parser(__doc__)
+    both = lambda name: f"default {PAPER[name]}; tiny {TINY.get(name, PAPER[name])}"
+    g = p.add_argument_group("what is scored")
+    g.add_argument("--model", default="tiny",
+                   help="tiny, a directory, a hub id, or the endpoint's model (default tiny)")
+    g.add_argument("--adapter", action="append", default=[], metavar="[ROLE=]DIR",
+                   help="LoRA adapter on top, for one role of a workflow or for all")
+    g.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server: http://localhost:8000/v1")
+    g.add_argument("--key-env", metavar="NAME", help="environment variable that holds the endpoint's key")
+    g.add_argument("--workflow", default="solver", metavar="NAME",
+                   help="of agents.py (default solver: a single pass)")
+    g = p.add_argument_group("problems")
+    g.add_argument("--data", default="tiny", metavar="A,B",
+                   help="names (tiny, tiny-unseen, gsm8k, math, math500, aime24, amc23, ...) or JSON lines "
+                        "files, with commas between them (default tiny)")
+    g.add_argument("--split", default="test", help="train, test or unseen (default test)")
+    g.add_argument("--limit", type=cli.positive, help=f"the first N problems of each set ({both('limit')})")
+    g = p.add_argument_group("decoding")
+    g.add_argument("--samples", type=cli.positive, default=1, metavar="K",
+                   help="answers a problem (default 1)")
+    g.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    g.add_argument("--max-tokens", type=cli.positive, help=f"new tokens of a reply ({both('max_tokens')})")
+    g.add_argument("--seed", type=int, default=0, help="of the sampled replies (default 0)")
+    g = p.add_argument_group("run")
+    g.add_argument("--out", help="run directory (default runs/eval-MODEL)")
+    g.add_argument("--resume", action="store_true", help="go on with a stopped run")
+    g.add_argument("--batch", type=cli.positive, help="replies decoded at once (default 64, on a GPU 256)")
+    g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    g = p.add_argument_group("saved runs, instead of scoring")
+    g.add_argument("--compare", nargs="+", metavar="RUN", help="a table of runs on the same problems")
+    g.add_argument("--regrade", metavar="RUN", help="grade the saved answers again, print what changes")
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main, cli.resolve(options().parse_args(), PAPER, TINY))
