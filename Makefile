@@ -1,0 +1,45 @@
+# make demo    the whole pipeline on the embedded model, offline, minutes on two CPU cores
+# make test    every fast test; make test-slow and make test-parity need minutes, or real weights
+# make bench   side-by-side measurements against peers
+# Each sets up .venv by itself. Another Python (3.11 or newer): make demo PYTHON=python3.12
+
+PYTHON ?= python3
+PY := .venv/bin/python
+# one thread a worker: two pytest workers share two cores
+TEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest
+
+.PHONY: demo test test-slow test-parity bench lint clean
+
+demo: .venv/.run
+	PYTHON=$(PY) bash recipes/demo.sh
+
+test: .venv/.dev
+	$(TEST) -n 2
+
+test-slow: .venv/.dev
+	$(TEST) -m slow
+
+test-parity: .venv/.dev
+	$(TEST) -m parity -s
+
+bench: .venv/.dev
+	for b in grader sandbox sampler; do $(PY) bench/$$b.py || exit 1; done
+
+lint: .venv/.dev
+	$(PY) -m ruff check .
+
+clean:
+	rm -rf .venv runs
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; try: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/.run: requirements.txt | .venv/bin/python
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/.dev: requirements-dev.txt requirements.txt | .venv/bin/python
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@ .venv/.run
