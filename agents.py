@@ -16,10 +16,9 @@ import re
 import time
 from collections import Counter
 
-from slm.grader import equal, extract
-
 from slm import BadInput, cli, stats
 from slm.episode import Ask, Draft, Episode, Run, Sampling, answer_record, jobs_for, run_episodes, user
+from slm.grader import equal, extract
 from slm.prompts import (
     ADVICE,
     AGAIN,
@@ -31,6 +30,7 @@ from slm.prompts import (
     FEEDBACK,
     HINT,
     NO_ANSWER,
+    OUTPUT,
     PYTHON,
     RETRY,
     RETRY_PYTHON,
@@ -109,6 +109,11 @@ def printed(outcome) -> str | None:
     return line and re.sub(r"-?\d+\.\d{9,}", lambda m: f"{float(m[0]):.10g}", line)
 
 
+def stated(text: str) -> str | None:
+    """The answer in a text that may have code in it, whose numbers are no answers: then only a box counts."""
+    return extract(text, strict="```" in text)
+
+
 def shown(outcome) -> str:
     """What a model gets to see of a run, at most 1,000 characters."""
     text = outcome.stdout.strip()
@@ -150,15 +155,16 @@ def attempt(answers: list[str | None], messages: list[dict]):
 
 
 def check(question: str, solution: str, prompt=CHECKER):
-    """The checker's (verdict, words before it) on a solution."""
-    reply = yield from ask("checker", prompt(question=question, solution=solution.strip()), max_tokens=200)
+    """The checker's (verdict, words before it) on a solution, of which it sees no thinking."""
+    solution = solution.split("</think>")[-1].strip()
+    reply = yield from ask("checker", prompt(question=question, solution=solution), max_tokens=256)
     return verdict(reply.text), re.split(r"VERDICT", reply.text, flags=re.I)[0].strip()[:300]
 
 
 def code_answer(role: str, content: str, **sampling):
-    """Ask for code, run it, and answer with what it printed, else with the box of the text."""
+    """Ask for code, run it, and answer with what it printed, else with what the text states."""
     reply = yield from ask(role, content, **CODING, **sampling)
-    return printed((yield from execute(reply.text))) or extract(reply.text)
+    return printed((yield from execute(reply.text))) or stated(reply.text)
 
 
 def execute(text: str):
@@ -345,7 +351,7 @@ def solver_verifier(question: str, rounds: int = 3):
     answers, content = [], HINT(question=question)
     for round in range(rounds):
         reply = yield from ask("solver", content, **CODING, **(OTHER if round else {}))
-        outcome, box = (yield from execute(reply.text)), extract(reply.text)
+        outcome, box = (yield from execute(reply.text)), stated(reply.text)
         output = printed(outcome)
         answers.append(output or box)
         yield Draft(answers[-1])
@@ -361,18 +367,24 @@ def solver_verifier(question: str, rounds: int = 3):
 
 
 def code_feedback(question: str):
-    """Solve, with code allowed; run each block by itself, show the model what was printed as the next turn of
-    its conversation, and take the box it then writes, else the last number printed. Without code the first
-    answer stands."""
+    """Solve, with code allowed; run each block by itself, show the model what was printed, and take the
+    answer it then gives, else the last number printed. Without code the first answer stands.
+
+    Departs: where the model stopped to wait for the output, its turn goes on after it; else the output is the
+    next turn, as it was."""
     messages = [user(HINT(question=question))]
     reply = yield Ask("solver", messages, CODING)
-    yield Draft(extract(reply.text))
+    yield Draft(stated(reply.text))
     outcomes = yield [Run(block, timeout=10) for block in blocks_of(reply.text)]
     if not outcomes:
         return reply
     output = "\n".join(shown(outcome) for outcome in outcomes)
-    last = yield Ask("solver", [*messages, reply.message(), user(EXPLAIN(output=output))])
-    return extract(last.text) or next(filter(None, map(printed, reversed(outcomes))), None)
+    if reply.finish == "stop_string":
+        messages += [reply.message(OUTPUT(output=output).lstrip())]
+    else:
+        messages += [reply.message(), user(EXPLAIN(output=output))]
+    last = yield Ask("solver", messages)
+    return stated(last.text) or next(filter(None, map(printed, reversed(outcomes))), None)
 
 
 WORKFLOWS = {fn.__name__: fn for fn in (
@@ -389,12 +401,11 @@ TINY = {"max_tokens": 320, "limit": 200,
 
 
 def main(args: argparse.Namespace) -> None:
-    from slm.sandbox import Sandbox
-
+    names = chosen(args.workflow)
     from slm.problems import fingerprint, load
     from slm.run import RunDir, new_path, write_json
+    from slm.sandbox import Sandbox
 
-    names = chosen(args.workflow)
     problems = load(args.data, args.split, args.limit)
     args.out = str(new_path(args.out, f"agents-{args.model.rstrip('/').split('/')[-1]}", False))
     cli.show(vars(args))

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from tqdm import tqdm
 
 from slm import BadInput
+from slm.grader import extract, grade
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,11 @@ class Reply:
     tokens_out: int = 0
     thinking: str | None = None  # a server's separate reasoning_content
 
-    def message(self) -> dict:
+    def message(self, more: str = "") -> dict:
         """This reply as the next message of its conversation. It carries the reply, so that the tokenizer
-        appends to the ids that were sampled instead of tokenizing the text again."""
-        return {"role": "assistant", "content": self.text, "reply": self}
+        appends to the ids that were sampled instead of tokenizing the text again. `more` follows in the same
+        turn, such as the output of its code; the next reply then continues the turn."""
+        return {"role": "assistant", "content": self.text + more, "reply": self}
 
 
 # ---- what a workflow yields ------------------------------------------------------------------------------
@@ -199,7 +201,6 @@ class Episode:
 def answer_record(problem, episode: Episode) -> dict:
     """An episode graded, as one line of answers.jsonl. The ids are those of the turn that gave the response,
     or of the solver's last turn where the answer comes from several."""
-    from slm.grader import grade
     result = grade(episode.response, problem.gold)
     first = grade(f"\\boxed{{{episode.drafts[0]}}}", problem.gold) if episode.drafts else result
     said = ([t for t in episode.turns if t.text == episode.response]
@@ -410,7 +411,6 @@ class _Runner:
 
     def end(self, episode: Episode, result: Reply | str | None) -> None:
         """Fill in what the workflow stands by, or why it stands by nothing."""
-        from slm.grader import extract
         if isinstance(result, Reply):
             episode.response, episode.answer = result.text, extract(result.text)
         elif result is not None:

@@ -1,0 +1,311 @@
+"""Each workflow behaves as its description says, on scripted replies; the comparison and the command line."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from scripted import Backend, Sandbox, problem
+
+import agents
+from agents import WORKFLOWS, blocks_of, printed, settle, shown, tally, verdict
+from slm.episode import Reply, Sampling, answer_record, jobs_for, run_episodes
+
+ROOT = Path(__file__).parent.parent
+CODE = "```python\nprint({})\n```"
+
+
+def play(name, script, question="Q?", gold="4"):
+    """Run one workflow; script(role, nth ask of that role, prompt) -> text. Returns (episode, requests)."""
+    asked = {}
+
+    def reply(prompt, seed, sampling):
+        role = ("checker" if "Is this solution right" in prompt else "verifier" if "Proposed answer" in prompt
+                else "summarizer" if prompt.startswith(("Problem: Q?\nSolution", "A check")) else "solver")
+        asked[role] = asked.get(role, -1) + 1
+        return script(role, asked[role], prompt)
+
+    backend = Backend(reply)
+    episode, = run_episodes(jobs_for([problem("p", question, gold)], WORKFLOWS[name]), backend, Sandbox())
+    return episode, backend.requests
+
+
+def answers(*texts, checker="INCORRECT"):
+    """A script whose solver gives these boxed answers in turn and whose checker always says the same."""
+    def script(role, n, prompt):
+        return f"so \\boxed{{{texts[n]}}}" if role == "solver" else checker
+    return script
+
+
+# ---- majority vote ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("given, wins", [
+    (("1", "2", "2", "2", "1"), "2"),          # more than half
+    (("1", "2", "2", "3", "4"), "1"),          # two of five are no majority: the first run stands
+    (("1", "2", "0.5", "1/2", "\\frac{1}{2}"), "0.5"),  # equivalent answers count together
+    (("1", "", "", "2", "2"), "2"),            # of those that answered
+    (("", "3", "2", "2", "3"), "3"),           # the first has none: the most frequent, the earlier in a tie
+])
+def test_majority_vote(given, wins):
+    def script(role, n, prompt):
+        return f"\\boxed{{{given[n]}}}" if given[n] else "?"
+    episode, requests = play("majority_vote", script)
+    assert episode.answer == wins and len(episode.turns) == 5
+    assert [(r.sampling.temperature, r.n) for r in requests] == [(0.0, 1), (0.7, 4)]
+    assert episode.first_answer == (given[0] or None)
+
+
+# ---- code ------------------------------------------------------------------------------------------------
+
+def test_python_tools_answers_with_what_the_code_printed():
+    episode, _ = play("python_tools", lambda *_: CODE.format("6 * 7") + "\nso \\boxed{41}")
+    assert (episode.answer, episode.runs[0].stdout) == ("42", "42\n")
+
+
+@pytest.mark.parametrize("code", [
+    "", CODE.format("1 / 0"), CODE.format("'done'"), "```python\nwhile True: pass\n```"])
+def test_python_tools_falls_back_on_the_box(code):
+    assert play("python_tools", lambda *_: code + "\\boxed{41}")[0].answer == "41"
+
+
+def test_python_tools_stops_the_model_before_it_invents_the_output():
+    _, requests = play("python_tools", lambda *_: CODE.format(1))
+    assert requests[0].sampling.stop == ("```output",) and not requests[0].sampling.stop_at_box
+
+
+def test_blocks_share_their_variables_and_functions_see_them():
+    first = "```python\nx = 3\ndef f(n): return x if n == 0 else f(n - 1)\n```"
+    assert play("python_tools", lambda *_: f"{first} then {CODE.format('f(2) * 4')}")[0].answer == "12"
+
+
+def test_with_tools_accepts_when_an_independent_second_solution_agrees():
+    episode, requests = play("solver_checker_with_tools", lambda role, n, _: CODE.format([8, "16 / 2"][n]))
+    assert episode.answer == "8" and len(requests) == 2
+    assert [r.sampling.temperature for r in requests] == [0.0, 0.7]
+    assert requests[0].messages == requests[1].messages  # the checker sees no answer
+
+
+def test_with_tools_retries_on_disagreement_and_keeps_the_first_answer_when_none_is_reached():
+    episode, requests = play("solver_checker_with_tools", lambda role, n, _: CODE.format(n))
+    assert (episode.answer, len(episode.turns)) == ("0", 10)
+    assert "found 0, but a second one found 1" in requests[2].messages[0]["content"]
+
+
+def test_with_tools_takes_no_answer_of_the_checker_as_no_agreement():
+    script = ["\\boxed{5}", "no idea", CODE.format(6), CODE.format(6)]
+    assert play("solver_checker_with_tools", lambda role, n, _: script[n])[0].answer == "6"
+
+
+# ---- solver and checker ----------------------------------------------------------------------------------
+
+def test_stateless_ends_at_the_first_accepted_answer():
+    def script(role, n, prompt):
+        return ["\\boxed{3}", "\\boxed{4}"][n] if role == "solver" else ["INCORRECT", "CORRECT"][n]
+    episode, requests = play("solver_checker_stateless", script)
+    assert (episode.first_answer, episode.answer, episode.drafts) == ("3", "4", ["3", "4"])
+    assert [len(r.messages) for r in requests] == [1] * 4
+    assert [r.sampling.temperature for r in requests] == [0, 0, 0.7, 0]
+    assert "found 3, but a check says it is wrong" in requests[2].messages[0]["content"]
+    assert "Q?" in requests[1].messages[0]["content"] and "\\boxed{3}" in requests[1].messages[0]["content"]
+
+
+def test_stateless_without_acceptance_settles():
+    assert play("solver_checker_stateless", answers("1", "2", "3", "4", "5"))[0].answer == "1"
+    assert play("solver_checker_stateless", answers("1", "2", "2", "2", "5"))[0].answer == "2"
+    assert play("solver_checker_stateless", answers("1", "2", "2", "2", "1"))[0].answer == "1"
+
+
+def test_stateless_does_not_ask_the_checker_about_no_answer():
+    def script(role, n, prompt):
+        return ["hm", "\\boxed{4}"][n] if role == "solver" else "CORRECT"
+    episode, requests = play("solver_checker_stateless", script)
+    assert episode.answer == "4" and len(requests) == 3
+    assert "no final answer" in requests[1].messages[0]["content"]
+
+
+def test_chat_appends_to_one_conversation_and_ends_with_the_last_answer():
+    episode, requests = play("solver_checker_chat", answers("1", "2", "3", "4", "5"))
+    solver = [r for r in requests if len(r.messages) > 1 or "Proposed" not in r.messages[0]["content"]]
+    assert [len(r.messages) for r in solver] == [1, 3, 5, 7, 9]
+    assert episode.answer == "5" and len(episode.records(["solver"])) == 1
+
+
+def test_trivial_chat_keeps_question_and_history_in_every_prompt():
+    script = answers("1", "2", "3", "4", "5", checker="It is off. VERDICT: INCORRECT")
+    episode, requests = play("trivial_chat", script)
+    assert "[SOLVER]: so \\boxed{1}\n[CHECKER]: It is off." in requests[2].messages[0]["content"]
+    assert all("Q?" in r.messages[0]["content"] for r in requests) and episode.answer == "1"
+
+
+def test_summarizer_gives_the_solver_a_digest_of_the_critique():
+    def script(role, n, prompt):
+        if role == "summarizer":
+            return "The second sum is off, add again."
+        return answers("1", "2", "3", "4", "5", checker="7 + 8 is 15. VERDICT: INCORRECT")(role, n, prompt)
+    episode, requests = play("solver_checker_summarizer", script)
+    assert "solution says: 7 + 8 is 15." in requests[2].messages[0]["content"]
+    assert "The second sum is off, add again." in requests[3].messages[0]["content"]
+    assert {t.role for t in episode.turns} == {"solver", "checker", "summarizer"}
+
+
+def test_summarizer_chat_ends_on_agreement_with_a_fresh_solution():
+    given = ["1", "2", "4", "4"]
+    episode, requests = play("summarizer_chat", lambda role, n, _: f"\\boxed{{{given[n]}}}")
+    assert episode.answer == "4" and [len(r.messages) for r in requests] == [1, 1, 3, 1]
+    assert "found 1, but a second one found 2" in requests[2].messages[-1]["content"]
+
+
+def test_plan_and_reflection_takes_the_answer_given_twice():
+    assert play("plan_and_reflection", answers("1", "1"))[0].answer == "1"
+    assert play("plan_and_reflection", answers("1", "2", "2"))[0].answer == "2"
+    assert play("plan_and_reflection", answers("1", "2", "3"))[0].answer == "1"
+
+
+def test_base_votes_when_nothing_was_accepted():
+    assert play("base", answers("1", "2", "3", "2", "4"))[0].answer == "2"
+    _, requests = play("base", answers("1", "2", "3", "2", "4", checker="Hm."))
+    assert "not clear" in requests[2].messages[0]["content"]
+
+
+def test_solver_verifier_accepts_what_code_and_box_agree_on():
+    episode, requests = play("solver_verifier", lambda *_: CODE.format("2 * 4") + "\\boxed{8}")
+    assert episode.answer == "8" and len(requests) == 1
+
+
+@pytest.mark.parametrize("words, answer", [(["VERIFIED"], "8"), (["FAILED", "VERIFIED"], "9")])
+def test_solver_verifier_tests_the_output_then_the_box(words, answer):
+    def script(role, n, prompt):
+        return CODE.format(8) + "\\boxed{9}" if role == "solver" else CODE.format(repr(words[n]))
+    episode, _ = play("solver_verifier", script)
+    assert episode.answer == answer and len(episode.turns) == 1 + len(words)
+
+
+def test_solver_verifier_says_what_failed():
+    def script(role, n, prompt):
+        return [CODE.format("1 / 0"), CODE.format(4) + "\\boxed{4}"][n]
+    episode, requests = play("solver_verifier", script)
+    assert "ZeroDivisionError" in requests[1].messages[0]["content"] and episode.answer == "4"
+
+
+def test_code_feedback_shows_the_output_in_the_next_turn():
+    def script(role, n, prompt):
+        return [CODE.format(4) + CODE.format("1 / 0") + "\\boxed{3}", "Then \\boxed{4}"][n]
+    episode, requests = play("code_feedback", script)
+    assert (episode.first_answer, episode.answer) == ("3", "4")
+    assert "4\nZeroDivisionError" in requests[1].messages[-1]["content"] and len(requests[1].messages) == 3
+    record, = episode.records()
+    assert 0 in record.mask[record.mask.index(1):]  # the output in between is not trained on
+    assert play("code_feedback", lambda *_: "no code, \\boxed{3}")[0].answer == "3"
+
+
+def test_code_feedback_continues_the_turn_of_a_model_that_stopped_for_the_output():
+    def reply(prompt, seed, sampling):
+        if not prompt.endswith("```output\n4\n```\n"):
+            ids = [ord(c) for c in CODE.format(4) + "\n```output"]
+            return Reply(CODE.format(4) + "\n", ids, [-0.5] * len(ids), "stop_string", [7])
+        return "So \\boxed{4}"
+    backend = Backend(reply)
+    episode, = run_episodes(jobs_for([problem("p", "Q?")], WORKFLOWS["code_feedback"]), backend, Sandbox())
+    assert episode.answer == "4"
+    assert [m["role"] for m in backend.requests[1].messages] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_every_workflow_survives_babble_and_failed_calls(name):
+    babble = ("", "I", "```python\n", "\\boxed{", "CORRECT INCORRECT", CODE.format("1 / 0"), "\\boxed{}" * 50)
+    for text in babble:
+        episode, _ = play(name, lambda *_, text=text: text)
+        assert episode.answer is not None or episode.error
+    jobs = jobs_for([problem("p", "long" * 99)], WORKFLOWS[name])
+    episode, = run_episodes(jobs, Backend(lambda *_: "", context=9), Sandbox())
+    assert "context" in episode.error
+
+
+@pytest.mark.parametrize("name", [n for n in WORKFLOWS if n not in (
+    "python_tools", "solver_checker_with_tools", "solver_verifier", "code_feedback")])
+def test_workflows_without_tools_share_the_greedy_first_call(name):
+    p, memo, calls = problem("p", "Q?", "4"), {}, []
+    for workflow in ("solver", name):
+        backend = Backend(lambda prompt, seed, sampling: f"\\boxed{{{seed if sampling.temperature else 4}}}")
+        episode, = run_episodes(jobs_for([p], WORKFLOWS[workflow]), backend, Sandbox(), memo=memo)
+        calls.append(backend.requests)
+    assert len(calls[0]) == 1 and episode.first_answer == "4"
+    assert not any(r.messages == calls[0][0].messages and r.sampling.temperature == 0 for r in calls[1])
+
+
+# ---- the helpers -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stdout, answer", [
+    ("3\n18.0\n", "18.0"), ("The answer is 12 eggs\n", "12"), ("x = 5", "5"), ("total: 1,250\n\n", "1,250"),
+    ("0.30000000000000004", "0.3"), ("2.6666666666666665", "2.666666667"), ("sqrt(2)/2", "sqrt(2)/2"),
+    ("(3, 4)", "(3, 4)"), ("7\ndone", "7"), ("7/3", "7/3"), ("$18", "18"), ("done", None), ("", None),
+    ("-4", "-4"), ("[1, 2]", "[1, 2]"), ("x**2 + 1", "1")])
+def test_the_answer_that_code_printed(stdout, answer):
+    assert printed(SimpleNamespace(stdout=stdout, error=None, timed_out=False)) == answer
+
+
+def test_failed_code_has_no_answer_and_its_output_is_cut():
+    assert printed(None) is None
+    assert printed(SimpleNamespace(stdout="5", error="NameError: x", timed_out=False)) is None
+    assert printed(SimpleNamespace(stdout="5", error=None, timed_out=True)) is None
+    assert len(shown(SimpleNamespace(stdout="5" * 9999, error=None, timed_out=False))) == 1000
+    assert "NameError" in shown(SimpleNamespace(stdout="5" * 9999, error="NameError", timed_out=False))
+
+
+@pytest.mark.parametrize("text, blocks", [
+    ("no code", []), ("```\nx = 1\n```", ["x = 1\n"]), ("```python\nx = 1", ["x = 1"]),
+    ("```\nout\n```\n```py\nx\n```", ["x\n"]), ("```python\n\n```", []), ("```output\n5\n```", []),
+    ("```python\na\n```\n```output\n1\n```\n```python\nb\n```", ["a\n", "b\n"])])
+def test_code_is_found_in_fences(text, blocks):
+    assert blocks_of(text) == blocks
+
+
+@pytest.mark.parametrize("text, said", [
+    ("CORRECT", True), ("INCORRECT", False), ("incorrect.", False), ("The solution is correct.", True),
+    ("", None), ("It is not correct", False), ("VERDICT: CORRECT", True), ("maybe", None),
+    ("At first CORRECT, then INCORRECT", False)])
+def test_verdicts(text, said):
+    assert verdict(text) is said
+
+
+def test_votes_and_settling():
+    assert tally(["1/2", "3", "0.5", None, "3", "3"]) == [("3", 3), ("1/2", 2)]
+    assert settle([None, "2", "5"]) == "5" and settle([None, None]) is None and settle(["1"]) == "1"
+
+
+# ---- the command line ------------------------------------------------------------------------------------
+
+def test_the_table_counts_improved_degraded_and_failures():
+    problems = [problem(f"p{i}", f"Q{i}?", "4") for i in range(4)]
+    script = {"Q0?": "4", "Q1?": "5", "Q2?": "4", "Q3?": "?"}
+
+    def reply(prompt, seed, sampling):
+        given = script[prompt[:3]]
+        return "hm" if given == "?" else f"\\boxed{{{4 if sampling.temperature else given}}}"
+
+    backend = Backend(reply)
+    results, memo = {}, {}
+    for name in ("solver", "majority_vote"):
+        jobs = jobs_for(problems, WORKFLOWS[name])
+        episodes = run_episodes(jobs, backend, memo=memo, sampling=Sampling(50))
+        records = [answer_record(p, e) for p, e in zip(problems, episodes)]
+        alone = results.get("solver", {}).get("right")
+        results[name] = {**agents.summary(records, alone), "seconds": 1.0}
+    vote = results["majority_vote"]
+    assert vote["right"] == [True, True, True, False] and (vote["improved"], vote["degraded"]) == (1, 0)
+    assert vote["over_solver"][0] == pytest.approx(0.25)
+    text = agents.table(results, 4)
+    assert re.search(r"majority_vote +75\.0 .*\+25\.0 \[.*50\.0 +1 +0 +5\.0", text)
+    assert "1 without an answer" in text
+    assert "Q0?" in agents.transcript(episodes[0], "Q0?", records[0])
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--workflow", "oracle"], "oracle"), (["--limit", "0"], "--limit"), (["--nonsense"], "--nonsense"),
+    (["--data", "nowhere.jsonl"], "nowhere.jsonl")])
+def test_bad_input_is_one_sentence_and_exit_2(arguments, message, tmp_path):
+    done = subprocess.run([sys.executable, "agents.py", "--out", str(tmp_path / "run"), *arguments], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
