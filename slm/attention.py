@@ -1,16 +1,19 @@
 """The ways tokens attend, and the only place that knows padding, masks and back ends.
 
-An attend object is called once a layer, `attend(layer, q (T,H,E), k (T,K,E), v (T,K,E)) -> (T,H,E)`, with queries and
-keys already rotated, and computes softmax(q k' / sqrt(E)) v (Vaswani et al. 2017, arXiv:1706.03762, eq. 1) over the keys
-that the query's sequence has so far.
+An attend object is called once a layer, `attend(layer, q (T,H,E), k (T,K,E), v (T,K,E)) -> (T,H,E)`, with
+queries and keys already rotated. It computes softmax(q k' / sqrt(E)) v (Vaswani et al. 2017,
+arXiv:1706.03762, eq. 1) over the keys that the query's sequence has so far.
 
-* Packed: many whole sequences in a row, each token sees its own sequence up to itself. Training and log-probs.
+* Packed: many whole sequences in a row, each token sees its own up to itself. Training and log-probs.
 * Prefill, Decode: the same with a KV cache, for the sampler.
 
-On CUDA in half precision Packed runs PyTorch's variable-length flash attention (Dao 2023, arXiv:2307.08691); elsewhere
-sequences of near length are padded on the right into a few batches for scaled_dot_product_attention. Under a causal mask
-nobody sees what stands to their right, so the padding needs no mask, and its own output is dropped.
+On CUDA in half precision Packed runs PyTorch's variable-length flash attention (Dao 2023, arXiv:2307.08691).
+Elsewhere sequences of near length are padded on the right into a few batches for PyTorch's
+scaled_dot_product_attention. Under a causal mask nobody sees what stands to their right, so the padding needs no
+mask, and its own output is dropped.
 """
+
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +23,8 @@ from slm.model import Config
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # an older or a trimmed PyTorch
+    VARLEN_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not yet in PyTorch 2.11
+except ImportError:  # a PyTorch without it
     varlen_attn = None
 
 WASTE = 1.25  # a batch of padded sequences may be this much larger than its tokens
@@ -44,20 +48,19 @@ class Packed:
         self.batches = None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if flash(q):
-            return varlen_attn(q, k, v, self.bounds, self.bounds, self.longest, self.longest, **CAUSAL,
-                               enable_gqa=q.shape[1] != k.shape[1])
+        if varlen_attn and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+            return self.flash(q, k, v)
         if self.batches is None:
             self.batches = Batches(self.lengths, q.device)
         return self.batches(q, k, v)
 
-
-CAUSAL = {"window_size": (-1, 0)}  # varlen_attn's way to say causal
-
-
-def flash(q: Tensor) -> bool:
-    """Whether this tensor goes to the variable-length flash kernel."""
-    return varlen_attn is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    def flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1 and not VARLEN_GQA:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        return varlen_attn(q, k, v, self.bounds, self.bounds, self.longest, self.longest,
+                           window_size=(-1, 0),  # everything to the left, nothing to the right
+                           **({"enable_gqa": groups > 1} if VARLEN_GQA else {}))
 
 
 class Batches:
@@ -104,8 +107,8 @@ class Batches:
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (S, L, H, E), k and v (S, L, K, E) -> (S * L, H, E)."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
-                                         enable_gqa=q.shape[2] != k.shape[2])
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+                                         is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
     return out.transpose(1, 2).flatten(0, 1)
 
 

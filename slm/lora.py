@@ -1,13 +1,13 @@
-"""LoRA: y = W x + s B A x with W frozen, A (r, in), B (out, r) trained, s = alpha / r.
+"""LoRA: y = W x + s B A x with W frozen, A (r, in) and B (out, r) trained, s = alpha / r.
 
-Hu et al. 2021, arXiv:2106.09685, eq. 3; A is drawn as in a linear layer, B starts at zero, so a new adapter changes
-nothing. With rslora s = alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732). A and B are kept in float32 and computed
-with in the model's dtype.
+Hu et al. 2021, arXiv:2106.09685, eq. 3. A is drawn as in a linear layer and B starts at zero, so a new
+adapter changes nothing. With rslora s = alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732). A and B are
+kept in float32 and computed with in the model's dtype.
 
-Several adapters live on one base model, each under a name. One is active (`add` and `load` activate theirs); `off` and
-`use` change that for a while, and `use` can give every sequence of a batch its own. The base weights are never touched
-except by `merge`, so with the adapter off the model is the base model, bit for bit: policy and reference are one model.
-The files are PEFT's.
+Several adapters live on one base model, each under a name. One is active (`add` and `load` activate
+theirs); `off` and `use` change that for a while, and `use` can give every sequence of a batch its own. Only
+`merge` ever touches the base weights: with its adapter off, a model is its base model, bit for bit, so
+policy and reference are one model. The files are PEFT's.
 """
 
 import json
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from slm import BadInput
 from slm.attention import Packed
+from slm.checkpoint import SafeTensors, atomic_directory, check_tensors, write_safetensors
 from slm.model import Qwen2
 from slm.tokenizer import read_json
 
@@ -31,13 +32,14 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 @dataclass
 class Spec:
-    """What an adapter is, as PEFT's adapter_config.json says it."""
+    """What an adapter is. targets: names of linear layers, or one regular expression for their full names.
+    modules: the full names of the layers that it changes."""
     r: int
     alpha: float
-    targets: list[str] | str  # names of linear layers, or one regular expression for their full names
+    targets: list[str] | str
     dropout: float = 0.0
     rslora: bool = False
-    modules: list[str] = field(default_factory=list)  # full names of the layers it changes
+    modules: list[str] = field(default_factory=list)
 
     @property
     def scale(self) -> float:
@@ -45,42 +47,41 @@ class Spec:
 
 
 class State:
-    """What all layers of one model share: the adapters, and which of them are applied now.
+    """What all layers of a model share: its adapters, which are merged (in order), and which is applied now.
     active: None, a name, or rows [(name or None, number of tokens)] that cover the tokens in order."""
 
     def __init__(self):
         self.specs: dict[str, Spec] = {}
-        self.active: str | None | list[tuple[str | None, int]] = None
         self.merged: list[str] = []
+        self.active: str | list[tuple[str | None, int]] | None = None
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with adapters. It takes over the weight and bias of the layer that it replaces, names included."""
+    """A linear layer with adapters. It takes over the parameters of the layer it replaces, names included."""
 
     def __init__(self, base: nn.Linear, state: State):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias, self.state = base.weight, base.bias, state
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        self.backups: dict[str, Tensor] = {}  # the weight before each merge, to the bit
+        self.backups: dict[str, Tensor] = {}  # the weight before each merge
 
     def forward(self, x: Tensor) -> Tensor:
         y, active = F.linear(x, self.weight, self.bias), self.state.active
-        if active is None:
+        rows = active if isinstance(active, list) else [(active, len(x))]
+        if not any(name in self.lora_A for name, _ in rows):
             return y
-        if isinstance(active, str):
-            return y + self.delta(active, x) if active in self.lora_A else y
-        if all(name not in self.lora_A for name, _ in active):
-            return y
-        counts = [count for _, count in active]
-        parts = [part + self.delta(name, rows) if name in self.lora_A else part
-                 for (name, _), rows, part in zip(active, x.split(counts), y.split(counts))]
+        if len(rows) == 1:
+            return y + self.delta(rows[0][0], x)
+        sizes = [count for _, count in rows]
+        parts = [part + self.delta(name, inputs) if name in self.lora_A else part
+                 for (name, _), inputs, part in zip(rows, x.split(sizes), y.split(sizes))]
         return torch.cat(parts)
 
     def delta(self, name: str, x: Tensor) -> Tensor:
         """s B A x, (T, in) -> (T, out)."""
         spec, A, B = self.state.specs[name], self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
-        x = F.dropout(x, spec.dropout, self.training) if spec.dropout else x
+        x = F.dropout(x, spec.dropout, self.training)
         return F.linear(F.linear(x, A), B) * spec.scale
 
 
@@ -88,24 +89,29 @@ class LoRALinear(nn.Linear):
 
 def add(model: Qwen2, r: int = 16, alpha: float = 32, targets: list[str] | str = ALL, dropout: float = 0.0,
         name: str = "default", rslora: bool = False) -> None:
-    """Put a new adapter on the linear layers named in `targets`, freeze everything else, and make it the active one.
-    BadInput: a rank below 1, a target the model does not have, or the head where it is tied to the embedding."""
+    """Put a new adapter on the linear layers that `targets` names, freeze the rest, make the adapter active.
+    BadInput: a rank below 1, a target that the model lacks, the head where it is tied to the embedding."""
     state = _state(model)
     if name in state.specs or not name or "." in name:
-        raise BadInput(f"adapter name {name!r}: expected a new name without dots; there are {list(state.specs)}")
+        raise BadInput(f"adapter name {name!r}: expected a new one without dots; there are {names(model)}")
     if r < 1 or not 0 <= dropout < 1:
-        raise BadInput(f"LoRA rank {r} and dropout {dropout}: expected a rank of 1 or more and a dropout from 0 to 1")
+        raise BadInput(f"LoRA rank {r}, dropout {dropout}: expected a rank of 1 or more, a dropout in [0, 1)")
     spec = Spec(r, alpha, targets if isinstance(targets, str) else list(targets), dropout, rslora)
     spec.modules = _matches(model, spec.targets)
-    for p in model.parameters():
-        p.requires_grad_(False)
+    model.requires_grad_(False)
     for path in spec.modules:
         layer = _wrap(model, path, state)
-        device = layer.weight.device
-        layer.lora_A[name] = nn.Parameter(torch.empty(r, layer.in_features, device=device))
-        layer.lora_B[name] = nn.Parameter(torch.zeros(layer.out_features, r, device=device))
+        like = {"device": layer.weight.device, "dtype": torch.float32}
+        layer.lora_A[name] = nn.Parameter(torch.empty(r, layer.in_features, **like))
+        layer.lora_B[name] = nn.Parameter(torch.zeros(layer.out_features, r, **like))
         nn.init.kaiming_uniform_(layer.lora_A[name], a=math.sqrt(5))
     state.specs[name], state.active = spec, name
+
+
+def names(model: Qwen2) -> list[str]:
+    """The adapters on this model that can be used: those not merged into it."""
+    state = _state(model)
+    return [name for name in state.specs if name not in state.merged]
 
 
 def parameters(model: Qwen2, name: str = "default") -> list[nn.Parameter]:
@@ -113,28 +119,21 @@ def parameters(model: Qwen2, name: str = "default") -> list[nn.Parameter]:
     return [p for layer in _layers(model, name) for p in (layer.lora_A[name], layer.lora_B[name])]
 
 
-def names(model: Qwen2) -> list[str]:
-    """The adapters on this model, merged ones included."""
-    return list(_state(model).specs)
-
-
 @contextmanager
-def use(model: Qwen2, active: str | None | list[tuple[str | None, int]]):
-    """Apply another adapter inside the block: a name, None, or rows [(name or None, tokens)], one after the other
-    over the packed tokens, so that every sequence of a batch can have its own."""
+def use(model: Qwen2, active: str | list[tuple[str | None, int]] | None):
+    """Apply another adapter inside the block: a name, None, or rows [(name or None, tokens)], one after the
+    other over the packed tokens, so that every sequence of a batch has its own."""
     state = _state(model)
-    rows = active if isinstance(active, list) else [(active, 0)]
-    for name, _ in rows:
-        if name is not None and (name not in state.specs or name in state.merged):
-            raise BadInput(f"adapter {name!r}: not on this model or merged into it; there are {list(state.specs)}")
     if isinstance(active, list):
         joined: list[tuple[str | None, int]] = []
         for name, count in active:
             if joined and joined[-1][0] == name:
-                joined[-1] = (name, joined[-1][1] + count)
-            else:
-                joined.append((name, count))
+                count += joined.pop()[1]
+            joined.append((name, count))
         active = joined
+    for name in {name for name, _ in active} if isinstance(active, list) else {active}:
+        if name is not None and name not in names(model):
+            raise BadInput(f"adapter {name!r}: not on this model or merged into it; there are {names(model)}")
     before, state.active = state.active, active
     try:
         yield
@@ -149,20 +148,18 @@ def off(model: Qwen2):
 
 @torch.no_grad()
 def merge(model: Qwen2, name: str = "default") -> float:
-    """Fold an adapter into the weights: W + s B A in float32, then rounded to the weights' dtype. Returns the largest
-    difference of any logit on 64 probe tokens, merged against not. The weight before is kept for `unmerge`."""
-    state, layers = _state(model), _layers(model, name)
-    if name in state.merged:
-        raise ValueError(f"adapter {name!r} is merged already")
+    """Fold an adapter into the weights: W + s B A in float32, then rounded to the weights' dtype. Returns
+    the largest difference of any logit on 64 probe tokens, merged against not. `unmerge` undoes it,
+    `remove` makes it final and frees the copy of the weights that is kept until then."""
     with use(model, name):
         apart = _probe(model)
-    for layer in layers:
+    state = model.lora
+    for layer in _layers(model, name):
         layer.backups[name] = layer.weight.detach().clone()
         update = layer.lora_B[name].float() @ layer.lora_A[name].float() * state.specs[name].scale
         layer.weight.copy_(layer.weight.float() + update)
     state.merged.append(name)
-    if state.active == name:
-        state.active = None
+    state.active = None if state.active == name else state.active
     return float((_probe(model) - apart).abs().max())
 
 
@@ -170,7 +167,7 @@ def merge(model: Qwen2, name: str = "default") -> float:
 def unmerge(model: Qwen2, name: str = "default") -> None:
     """Undo the last merge, to the bit, and make the adapter active again."""
     state = _state(model)
-    if not state.merged or state.merged[-1] != name:
+    if state.merged[-1:] != [name]:
         raise ValueError(f"adapter {name!r} is not the last one merged: {state.merged}")
     for layer in _layers(model, name):
         layer.weight.copy_(layer.backups.pop(name))
@@ -179,7 +176,7 @@ def unmerge(model: Qwen2, name: str = "default") -> None:
 
 
 def remove(model: Qwen2, name: str = "default") -> None:
-    """Take an adapter off. If it is merged, the weights stay as they are: this makes the merge final."""
+    """Take an adapter off. What was merged stays in the weights, for good."""
     state = _state(model)
     for layer in _layers(model, name):
         layer.backups.pop(name, None)
@@ -196,10 +193,10 @@ def _state(model: Qwen2) -> State:
 
 
 def _layers(model: Qwen2, name: str) -> list[LoRALinear]:
-    state = _state(model)
-    if name not in state.specs:
-        raise BadInput(f"adapter {name!r}: not on this model; there are {list(state.specs)}")
-    return [model.get_submodule(path) for path in state.specs[name].modules]
+    specs = _state(model).specs
+    if name not in specs:
+        raise BadInput(f"adapter {name!r}: not on this model; there are {list(specs)}")
+    return [model.get_submodule(path) for path in specs[name].modules]
 
 
 def _wrap(model: Qwen2, path: str, state: State) -> LoRALinear:
@@ -212,97 +209,84 @@ def _wrap(model: Qwen2, path: str, state: State) -> LoRALinear:
 
 
 def _matches(model: Qwen2, targets: list[str] | str) -> list[str]:
-    """Full names of the linear layers that PEFT's target_modules mean: a full name, its last part, or a pattern."""
+    """Full names of the linear layers that PEFT's target_modules means: full names, their ends, a pattern."""
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if targets == "all-linear":
-        return [path for path in linear if path != "lm_head"]
+    hits = lambda t: [path for path in linear if path == t or path.endswith("." + t)]
     if isinstance(targets, str):
-        found = [path for path in linear if re.fullmatch(targets, path)]
-        if not found:
-            raise BadInput(f"LoRA target_modules: the pattern {targets!r} matches no linear layer")
-        return found
+        hits, targets = (lambda t: [path for path in linear if re.fullmatch(t, path)]), [targets]
     for target in targets:
-        if target == "lm_head" and model.config.tied:
-            raise BadInput("LoRA target 'lm_head': this model's head is its embedding matrix (tied), so an adapter or a "
-                           "merge there would change the embedding too; leave lm_head out")
-        if not any(path == target or path.endswith("." + target) for path in linear):
-            raise BadInput(f"LoRA target {target!r}: the model has no such linear layer; there are "
-                           f"{sorted({path.rpartition('.')[2] for path in linear})}")
-    return [path for path in linear if any(path == t or path.endswith("." + t) for t in targets)]
+        if target.endswith("lm_head") and model.config.tied:
+            raise BadInput("LoRA target 'lm_head': this model's head is its embedding (tied), so merging "
+                           "an adapter there would change the embedding too; leave lm_head out")
+        if not hits(target):
+            there = sorted({path.rpartition(".")[2] for path in linear})
+            raise BadInput(f"LoRA target {target!r}: no such linear layer in the model; there are {there}")
+    wanted = {path for target in targets for path in hits(target)}
+    return [path for path in linear if path in wanted]
 
 
 def _probe(model: Qwen2) -> Tensor:
     device, training = model.model.embed_tokens.weight.device, model.training
-    ids = torch.arange(64, device=device) * 977 % model.config.vocab
-    attend = Packed([64], device)
-    model.eval()
-    logits = model.logits(model(ids, attend.positions, attend)).float()
+    ids, attend = torch.arange(64, device=device) * 977 % model.config.vocab, Packed([64], device)
+    logits = model.eval().logits(model(ids, attend.positions, attend)).float()
     model.train(training)
     return logits
 
 
 # ---- PEFT's files ------------------------------------------------------------------------------------------
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."
-# Keys of adapter_config.json that change what an adapter computes, with the values that mean "not used".
-UNUSED = {"bias": ("none",), "fan_in_fan_out": (False,),
-          "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", None)}
-HARMLESS = {"peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "r",
-            "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "peft_version", "eva_config",
-            "loftq_config", "megatron_core", "qalora_group_size", "runtime_config"}
+WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+# Keys of adapter_config.json that say what we need or nothing about the numbers; any other must be unset.
+KNOWN = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "base_model_name_or_path",
+         "peft_type", "task_type", "inference_mode", "revision", "auto_mapping", "peft_version", "eva_config",
+         "loftq_config", "corda_config", "megatron_core", "qalora_group_size", "runtime_config"}
+UNSET = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}  # else falsy
 
 
-def save(model: Qwen2, directory: str | Path, name: str = "default", base: str = "") -> None:
-    """Write an adapter as PEFT does: adapter_config.json and adapter_model.safetensors. base: the model it belongs to
-    (directory or hub id), stored as base_model_name_or_path."""
-    from slm.checkpoint import atomic_directory, write_safetensors
-    spec = _state(model).specs[name]
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "r": spec.r,
-              "lora_alpha": spec.alpha, "lora_dropout": spec.dropout, "target_modules": spec.targets,
-              "use_rslora": spec.rslora, "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True,
-              "inference_mode": True, "modules_to_save": None}
-    tensors = {}
-    for path, layer in zip(spec.modules, _layers(model, name)):
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A[name].detach()
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B[name].detach()
+def save(model: Qwen2, directory: str | Path, name: str = "default", base: str | Path = "") -> None:
+    """Write an adapter in PEFT's format, adapter_config.json and adapter_model.safetensors; all or nothing.
+    base: the model it belongs to (directory or hub id), stored as base_model_name_or_path."""
+    layers = _layers(model, name)
+    spec = model.lora.specs[name]
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
+              "r": spec.r, "lora_alpha": spec.alpha, "lora_dropout": spec.dropout, "use_rslora": spec.rslora,
+              "target_modules": spec.targets, "bias": "none", "fan_in_fan_out": False,
+              "init_lora_weights": True, "inference_mode": True, "modules_to_save": None}
+    tensors = {f"{PREFIX}{path}.lora_{x}.weight": getattr(layer, f"lora_{x}")[name]
+               for path, layer in zip(spec.modules, layers) for x in "AB"}
     with atomic_directory(directory) as temporary:
         write_safetensors(temporary / WEIGHTS, tensors)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+@torch.no_grad()
 def load(model: Qwen2, directory: str | Path, name: str = "default") -> None:
-    """Put an adapter in PEFT's format on the model and make it active. BadInput names what is not supported, and all
-    missing, unexpected and wrongly shaped tensors at once."""
-    from slm.checkpoint import SafeTensors, check_tensors
+    """Put an adapter in PEFT's format on the model and make it active. BadInput names what is not
+    supported, and lists all missing, unexpected and wrongly shaped tensors at once."""
     directory = Path(directory)
     config = read_json(directory / CONFIG)
     _refuse(config, directory / CONFIG)
-    targets = config["target_modules"]
-    add(model, config["r"], config["lora_alpha"], targets if isinstance(targets, str) else sorted(targets),
-        config.get("lora_dropout", 0.0), name, config.get("use_rslora", False))
-    wanted = {}
-    for path, layer in zip(model.lora.specs[name].modules, _layers(model, name)):
-        wanted[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A[name]
-        wanted[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B[name]
-    file = SafeTensors(directory / WEIGHTS)
+    file, before = SafeTensors(directory / WEIGHTS), _state(model).active
+    add(model, config["r"], config["lora_alpha"], config["target_modules"], config.get("lora_dropout") or 0.0,
+        name, bool(config.get("use_rslora")))
+    wanted = {f"{PREFIX}{path}.lora_{x}.weight": getattr(layer, f"lora_{x}")[name]
+              for path, layer in zip(model.lora.specs[name].modules, _layers(model, name)) for x in "AB"}
     try:
-        check_tensors(directory, {key: tuple(p.shape) for key, p in wanted.items()}, file.shapes)
-    except BadInput:
-        remove(model, name)
-        raise
-    with torch.no_grad():
+        check_tensors(directory / WEIGHTS, {key: tuple(p.shape) for key, p in wanted.items()}, file.shapes)
         for key, p in wanted.items():
             p.copy_(file.read(key))
+    except BadInput:
+        remove(model, name)
+        model.lora.active = before
+        raise
 
 
 def _refuse(config: dict, where: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise BadInput(f"{where}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
-    for key in ("r", "lora_alpha", "target_modules"):
-        if not config.get(key):
+    for key, kind in (("r", int), ("lora_alpha", (int, float)), ("target_modules", (list, str))):
+        if not config.get(key) or not isinstance(config[key], kind):
             raise BadInput(f"{where}: {key} is {config.get(key)!r}, expected a value")
     for key, value in config.items():
-        unused = UNUSED.get(key, (None, False, [], {}, ""))
-        if key not in HARMLESS and value not in unused:
-            raise BadInput(f"{where}: {key} is {value!r}, which is not supported; expected {unused[0]!r}")
+        if key not in KNOWN and value not in UNSET.get(key, ()) and (value or key in UNSET):
+            raise BadInput(f"{where}: {key} is {value!r}, which is not supported here")

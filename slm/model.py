@@ -1,7 +1,7 @@
 """Qwen2 over packed tokens.
 
-One module is trained, sampled from and used as its own reference. It sees T tokens in a row, the sequences one behind
-the other without padding, each token with its position inside its own sequence:
+One module is trained, sampled from and used as its own reference. It sees T tokens in a row, one sequence
+behind the other without padding, each token with its position inside its own sequence:
 
     x = embed[ids]                                              (T, D)
     for every layer:
@@ -9,15 +9,15 @@ the other without padding, each token with its position inside its own sequence:
         x = h + W_down (silu(W_gate m) * W_up m)                m = norm(h)
     logits = head norm(x)                                       (T, V)
 
-* norm: RMSNorm, x / sqrt(mean(x^2) + eps) * weight           Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4
-* rope: rotary position embedding, see `rope` and `rotate`    Su et al. 2021, arXiv:2104.09864, eq. 34
-* grouped-query attention: H query heads share K key/value heads, H / K each    Ainslie et al. 2023, arXiv:2305.13245
-* SwiGLU feed-forward                                         Shazeer 2020, arXiv:2002.05202, eq. 6
-* the whole: biases on q, k and v only; head tied to the embedding in small models     Qwen2 report, arXiv:2407.10671
+* norm: RMSNorm, x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4)
+* rope: rotary position embedding, see `rope` and `rotate` (Su et al. 2021, arXiv:2104.09864, eq. 34)
+* grouped-query attention: H / K query heads share a key/value head (Ainslie et al. 2023, arXiv:2305.13245)
+* SwiGLU feed-forward, silu(x) = x sigmoid(x) (Shazeer 2020, arXiv:2002.05202, eq. 6)
+* the whole: biases on q, k and v only; small models tie the head to the embedding (Qwen2, arXiv:2407.10671)
 
-Who may look at whom is not decided here: `attend` is an object of attention.py that knows where sequences begin and
-end, with or without a cache. Parameter names are those of Hugging Face checkpoints. Not covered: sliding windows,
-rope scaling, dropout; `Config.from_hf` refuses them by name.
+Who may look at whom is not decided here: `attend` is an object of attention.py that knows where sequences
+begin and end, with or without a cache. Parameter names are those of Hugging Face checkpoints. Not covered:
+sliding windows, rope scaling, attention dropout; `Config.from_hf` refuses the first two by name.
 
 Shapes: T tokens, D hidden size, H query heads, K key/value heads, E head size, V vocabulary.
 """
@@ -31,10 +31,12 @@ from torch.utils.checkpoint import checkpoint
 
 from slm import BadInput
 
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a model. `positions` is the longest context; `bias` says whether q, k and v have biases."""
+    """The shape of a model. positions: the longest context. bias: whether q, k and v have biases."""
     vocab: int
     hidden: int
     intermediate: int
@@ -50,28 +52,28 @@ class Config:
 
     @classmethod
     def from_hf(cls, config: dict, where: str = "config.json") -> "Config":
-        """Read a Hugging Face `config.json`. What this model does not do is refused with a BadInput naming it."""
+        """Read a Hugging Face `config.json`. BadInput names what this model does not do."""
         def refuse(key, value, expected):
             raise BadInput(f"{where}: {key} is {value!r}, expected {expected}")
 
         if config.get("model_type") != "qwen2":
             refuse("model_type", config.get("model_type"), "'qwen2', the one architecture this project runs")
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for key in names:
+        for key in SIZES:
             if not isinstance(config.get(key), int) or config[key] < 1:
                 refuse(key, config.get(key), "a whole number of 1 or more")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if (kind := rope.get("rope_type", rope.get("type", "default"))) != "default":
             refuse("rope scaling", kind, "none: scaled rope is not supported")
-        for key, allowed in (("hidden_act", "silu"), ("use_sliding_window", False), ("quantization_config", None)):
-            if config.get(key, allowed) != allowed:
-                refuse(key, config[key], f"{allowed!r}; nothing else is supported")
+        only = {"hidden_act": "silu", "use_sliding_window": False, "quantization_config": None}
+        for key, supported in only.items():
+            if config.get(key, supported) != supported:
+                refuse(key, config[key], f"{supported!r}; nothing else is supported")
         hidden, heads = config["hidden_size"], config["num_attention_heads"]
         kv_heads = config.get("num_key_value_heads") or heads
         head_size = config.get("head_dim") or hidden // heads
         if heads % kv_heads or head_size % 2:
-            refuse("heads", f"{heads} query, {kv_heads} key/value, size {head_size}", "query heads in equal groups")
-        return cls(*(config[key] for key in names), kv_heads, head_size,
+            refuse("num_key_value_heads", kv_heads, f"a divisor of {heads} query heads, of an even size each")
+        return cls(*(config[key] for key in SIZES), kv_heads, head_size,
                    positions=config.get("max_position_embeddings", 32768),
                    rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
                    norm_eps=config.get("rms_norm_eps", 1e-6), tied=config.get("tie_word_embeddings", False),
@@ -79,18 +81,18 @@ class Config:
 
     def to_hf(self) -> dict:
         """The `config.json` that transformers (4 and 5) and `from_hf` read."""
-        out = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": self.vocab,
-               "hidden_size": self.hidden, "intermediate_size": self.intermediate, "num_hidden_layers": self.layers,
-               "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_size,
-               "hidden_act": "silu", "max_position_embeddings": self.positions, "rope_theta": self.rope_theta,
+        sizes = (self.vocab, self.hidden, self.intermediate, self.layers, self.heads)
+        out = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **dict(zip(SIZES, sizes)),
+               "num_key_value_heads": self.kv_heads, "head_dim": self.head_size, "hidden_act": "silu",
+               "max_position_embeddings": self.positions, "rope_theta": self.rope_theta,
                "rms_norm_eps": self.norm_eps, "tie_word_embeddings": self.tied, "attention_dropout": 0.0,
                "use_sliding_window": False, "use_cache": True}
         return out if self.bias else {**out, "attention_bias": False}
 
 
 def rope(positions: Tensor, theta: float, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (T, 1, E), of the angles position * theta^(-2i/E), i = 0 .. E/2-1, twice in a row.
-    The angles are computed in float32 whatever the model's dtype: at position 4,096 bfloat16 is off by a turn."""
+    """Cosines and sines, each (T, 1, E), of the angles position * theta^(-2i/E), i = 0 .. E/2-1, twice in a
+    row. The angles are float32 whatever the model's dtype: bfloat16 would round position 4,095 to 4,096."""
     frequency = theta ** -(torch.arange(0, size, 2, device=positions.device).float() / size)
     angle = positions.float()[:, None, None] * frequency
     angle = torch.cat((angle, angle), dim=-1)
@@ -124,7 +126,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(c.heads * c.head_size, c.hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_size)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_size)) for f in (self.q_proj, self.k_proj, self.v_proj))
         return self.o_proj(attend(self.index, rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2))
 
 
@@ -152,8 +154,8 @@ class Layer(nn.Module):
 
 
 class Qwen2(nn.Module):
-    """`recompute = True` keeps only each layer's input for the backward pass and computes the rest a second time:
-    about a third more time, and activations of one layer instead of all."""
+    """`recompute = True` keeps only each layer's input for the backward pass and computes the rest again:
+    about a third more time, and the activations of one layer instead of all."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -166,8 +168,8 @@ class Qwen2(nn.Module):
             self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
 
     def forward(self, ids: Tensor, positions: Tensor, attend) -> Tensor:
-        """ids (T,), positions (T,) -> the hidden states after the last norm (T, D). No logits: (T, V) is the largest
-        tensor of all, and whoever needs logits needs them of few tokens."""
+        """ids (T,), positions (T,) -> hidden states after the last norm (T, D). Not logits: (T, V) would be
+        the largest tensor of all, and whoever needs logits needs them of few tokens at a time."""
         x = self.model.embed_tokens(ids)
         cos, sin = rope(positions, self.config.rope_theta, self.config.head_size, x.dtype)
         for layer in self.model.layers:

@@ -1,11 +1,11 @@
 """Text to ids and back, the model's own chat template, and the ids that end an answer.
 
-The ids come from `tokenizer.json` as the tokenizers library reads it. Conversations are rendered by the Jinja template
-that comes with the model, in a sandbox, since it is code from a download. Nothing is added by this project: no default
-system prompt, no BOS.
+The ids come from `tokenizer.json` as the tokenizers library reads it. Conversations are rendered by the Jinja
+template that comes with the model, in a sandbox, since it is code from a download. Nothing is added here: no
+default system prompt, no BOS.
 
-A conversation with the model only ever appends ids: `chat` takes the ids of a Reply that a message carries (see
-`Reply.message`) as they were sampled, and tokenizes only the text that came after.
+A conversation with the model only ever appends ids: `chat` takes the ids of a Reply that a message carries
+(see `Reply.message` in episode.py) as they were sampled, and tokenizes only the text that came after.
 """
 
 import json
@@ -24,12 +24,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from slm import BadInput
 
 ENDS = ("<|im_end|>", "<|endoftext|>")  # Qwen: a chat turn ends with the first, a document with the second
-FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json",
-         "merges.txt", "added_tokens.json")
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
+         "vocab.json", "merges.txt", "added_tokens.json")
 
 
 class Tokenizer:
-    """stop_ids: the ids that end an answer. bos, eos, pad tokens exist only as far as the template asks for them."""
+    """stop_ids: the ids that end an answer. directory: where it was loaded from, with the model's configs."""
 
     def __init__(self, directory: Path, backend: tokenizers.Tokenizer, config: dict, template: str | None,
                  stop_ids: frozenset[int]):
@@ -43,7 +43,7 @@ class Tokenizer:
         directory = Path(directory)
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise BadInput(f"{directory}: no tokenizer.json, expected the fast tokenizer's file beside the weights")
+            raise BadInput(f"{directory}: no tokenizer.json, expected one beside the weights")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as e:  # the library raises plain Exception
@@ -74,28 +74,30 @@ class Tokenizer:
         """Text of the ids. Bytes that are no UTF-8 (an answer cut inside a character) become U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
-    def __len__(self) -> int:
-        """Ids the tokenizer knows; a model's embedding may have more rows."""
-        return self.backend.get_vocab_size(with_added_tokens=True)
+    @cached_property
+    def largest(self) -> int:
+        """The largest id. A model's embedding may have more rows than this."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values())
 
     # ---- conversations ----
 
     def render(self, messages: list[dict], generation: bool = True) -> str:
         """The conversation as the model's template writes it.
 
-        generation: up to where the assistant's next words go. If the last message is the assistant's own, the text
-        ends inside that turn, so the model continues it. Without generation every turn is closed.
+        generation: up to where the assistant's next words go. If the last message is the assistant's own, the
+        text ends inside that turn, so the model continues it. Without generation every turn is closed.
         """
         if generation and messages and messages[-1]["role"] == "assistant":
             return self._template(messages[:-1], True) + messages[-1]["content"]
         return self._template(messages, generation)
 
     def chat(self, messages: list[dict], generation: bool = True) -> list[int]:
-        """Ids of the conversation. Where a message carries the Reply it came from, and the text up to there is what
-        that reply was sampled after, its prompt_ids + ids are taken as they are and only the rest is tokenized."""
+        """Ids of the conversation. Where a message carries the Reply it came from, and everything before is
+        what that reply was sampled after, its prompt_ids + ids are kept and only what follows is
+        tokenized."""
         text = self.render(messages, generation)
         for message in reversed(messages):
-            if "reply" in message and message["reply"].ids:
+            if getattr(message.get("reply"), "ids", None):  # an Endpoint's replies have none
                 if (ids := self._continue(message["reply"], text)) is not None:
                     return ids
                 self._warn_once()
@@ -103,25 +105,25 @@ class Tokenizer:
         return self.encode(text)
 
     def turn(self, before: list[dict], new: list[dict], generation: bool = True) -> list[int]:
-        """The ids that `new` messages append to the conversation `before`, whose last message is a sampled reply.
-        ValueError if the template rewrites what came before, so that nothing can simply be appended."""
+        """The ids that `new` messages append to the conversation `before`, which ends in a sampled reply.
+        ValueError where the template rewrites what came before, so that nothing can be appended."""
         reply = before[-1]["reply"]
         seen, whole = reply.prompt_ids + reply.ids, self.chat(before + new, generation)
         if whole[:len(seen)] != seen:
-            raise ValueError("the chat template rewrites earlier turns: this conversation cannot be appended to")
+            raise ValueError("the chat template rewrites earlier turns: nothing can be appended here")
         return whole[len(seen):]
 
     @cached_property
     def appends(self) -> bool:
-        """Whether a longer conversation renders as the shorter one plus text (some templates rewrite old turns)."""
-        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>\nb\n</think>\n\nc"},
-                {"role": "user", "content": "d"}]
-        before = self.render(talk[:1]) + talk[1]["content"]
-        return self.render(talk).startswith(before)
+        """Whether a longer conversation renders as the shorter one plus text. Some templates rewrite old
+        turns, such as those that drop the thinking in them."""
+        talk = [{"role": "user", "content": "a"}, {"role": "user", "content": "c"}]
+        talk.insert(1, {"role": "assistant", "content": "<think>\nb\n</think>\n\nb "})
+        return self.render(talk).startswith(self.render(talk[:2]))
 
     @cached_property
     def end_of_turn(self) -> int:
-        """The id with which the template closes an assistant's turn: the last id of every answer we train on."""
+        """The id with which the template closes an assistant's turn: the last of every answer trained on."""
         talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         tail = self.encode(self.render(talk, generation=False)[len(self.render(talk)):])
         if not tail or tail[0] not in self.stop_ids:
@@ -129,7 +131,7 @@ class Tokenizer:
         return tail[0]
 
     def _continue(self, reply, text: str) -> list[int] | None:
-        """The reply's ids and those of the rest of the text, or None if the text isn't a continuation of it."""
+        """The reply's ids and those of the rest of the text, or None if the text does not continue it."""
         ids = reply.prompt_ids + reply.ids
         closed = ids[-1] in self.stop_ids
         so_far = self.decode(ids[:-1] if closed else ids, skip_special=False)
@@ -149,15 +151,14 @@ class Tokenizer:
 
     def _warn_once(self) -> None:
         if not self._warned:
-            why = "its template rewrites earlier turns" if not self.appends else "a message was edited"
-            print(f"note: {self.directory.name}: {why}; such conversations are tokenized anew from their text",
-                  file=sys.stderr)
+            why = "a message was edited" if self.appends else "its chat template rewrites earlier turns"
+            print(f"note: {self.directory.name}: {why}; it is tokenized anew from its text", file=sys.stderr)
         self._warned = True
 
     def _template(self, messages: list[dict], generation: bool) -> str:
         if self.template is None:
-            raise BadInput(f"{self.directory}: no chat template, expected chat_template.jinja or the key chat_template "
-                           "in tokenizer_config.json")
+            raise BadInput(f"{self.directory}: no chat template, expected chat_template.jinja or the key "
+                           "chat_template in tokenizer_config.json")
         messages = [{k: v for k, v in m.items() if k != "reply"} for m in messages]
         try:
             return self._compiled.render(messages=messages, tools=None, documents=None,
@@ -187,13 +188,14 @@ class Tokenizer:
     @cached_property
     def _named(self) -> dict:
         """bos_token, eos_token, ... for the template."""
-        tokens = {k: v for k, v in self.config.items() if k.endswith("_token") and v}
-        return {k: v["content"] if isinstance(v, dict) else v for k, v in tokens.items() if isinstance(v, (str, dict))}
+        tokens = {k: v["content"] if isinstance(v, dict) else v for k, v in self.config.items()
+                  if k.endswith("_token")}
+        return {k: v for k, v in tokens.items() if isinstance(v, str)}
 
 
 def _stop_ids(directory: Path, backend: tokenizers.Tokenizer, config: dict) -> frozenset[int]:
-    """What the model's files declare as its end, and Qwen's two end tokens where the vocabulary has them: a base
-    model declares only one of them, and meets both as soon as it is trained on chats."""
+    """What the model's files declare as its end, and Qwen's two end tokens where the vocabulary has them: a
+    base model declares only one of them, and meets both as soon as it is trained on chats."""
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         declared = read_json(directory / name, {}).get("eos_token_id")
