@@ -64,7 +64,8 @@ def evaluate(args: argparse.Namespace) -> None:
     answers = run.path / "answers.jsonl"
     done = complete_lines(answers) if args.resume else []
     results = {}
-    with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox, answers.open("a") as file:
+    with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox, answers.open(
+            "a", encoding="utf-8", errors="replace") as file:
         for name, items in sets.items():
             rows = [row for row in done if row["data"] == name]
             start = time.monotonic()
@@ -119,7 +120,8 @@ def saved_settings(args: argparse.Namespace) -> dict:
     """What identifies the run: the options, prompt and grader, and a fingerprint of the weights used."""
     from slm import checkpoint, grader, prompts
     settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
-    settings |= {"prompt": prompts.SOLVER.id, "grader": short_hash(Path(grader.__file__).read_bytes())}
+    settings |= {"prompt": prompts.SOLVER.id, "grader": short_hash(b"".join(
+        Path(module.__file__).read_bytes() for module in (grader, grader.answers)))}
     if not args.endpoint:
         folders = [checkpoint.resolve(p) for p in (args.model, *(a.rpartition("=")[2] for a in args.adapter))]
         files = sorted(f for folder in folders for f in folder.glob("*.safetensors"))
@@ -301,7 +303,7 @@ def regrade(run: Saved) -> None:
     print(f"{changed} of {sum(map(len, run.rows.values()))} answers graded differently")
     if changed:
         answers, part = run.path / "answers.jsonl", run.path / "answers.jsonl.tmp"
-        with part.open("w") as f:
+        with part.open("w", encoding="utf-8", errors="replace") as f:
             f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for rows in run.rows.values()
                          for row in rows)
         answers.replace(run.path / "answers.before-regrade.jsonl")
