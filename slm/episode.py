@@ -299,10 +299,9 @@ class _Runner:
             self.submit()
             for ticket, i, reply in self.backend.step() if self.asked else ():
                 self.replied(*self.asked.pop((ticket, i)), reply)
-            for ticket, outcome in self.sandbox.poll() if self.running else ():
+            wait = 0.0 if self.asked or self.ready else 0.05
+            for ticket, outcome in self.sandbox.poll(wait) if self.running else ():
                 self.deliver(*self.running.pop(ticket), outcome)
-            if self.running and not (self.asked or self.ready):
-                time.sleep(0.001)
 
     def resume(self, live: _Live) -> bool:
         """Give a workflow what it waited for and start what it wants next. True when it has ended."""

@@ -75,7 +75,7 @@ class Sandbox:
             stdout=out.getvalue(), error=error, traceback=error, timed_out=timed_out, seconds=0.01)))
         return len(self.codes)
 
-    def poll(self):
+    def poll(self, wait=0.0):
         self.late = not self.late
         if self.late:
             return []
