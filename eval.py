@@ -42,11 +42,10 @@ def main(args: argparse.Namespace) -> None:
 # ---- scoring ---------------------------------------------------------------------------------------------
 
 def evaluate(args: argparse.Namespace) -> None:
-    from slm.sandbox import Sandbox
-
     from agents import WORKFLOWS, open_backend
     from slm import problems, report
     from slm.run import RunDir, new_path, write_json
+    from slm.sandbox import Sandbox
 
     if args.workflow not in WORKFLOWS:
         raise BadInput(f"--workflow {args.workflow!r} is none; expected one of {', '.join(WORKFLOWS)}")
