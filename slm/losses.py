@@ -30,7 +30,7 @@ def warp(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0) -> torch.Ten
     limit = torch.as_tensor(top_k, device=logits.device)
     kept = place < column(torch.where(limit > 0, limit, logits.shape[-1]))
     p = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
-    kept &= (p.cumsum(-1) - p < column(top_p)) | (place == 0)
+    kept = kept & ((p.cumsum(-1) - p < column(top_p)) | (place == 0))
     return torch.full_like(logits, -torch.inf).scatter(-1, order, ordered.masked_fill(~kept, -torch.inf))
 
 

@@ -90,7 +90,8 @@ class Sampler:
         self.prefill_tokens = PREFILL_TOKENS
         self.steps = self.tickets = self.tokens = 0
         self.weights = None                    # fingerprint of the weights the cache was computed with
-        self.pieces: dict[int, str] = {}
+        self.pieces: dict[int, str] = {}       # text of single tokens
+        self.training = False                  # whether to put the model back into training mode
 
     # ---- the protocol --------------------------------------------------------------------------------------
 
@@ -130,9 +131,9 @@ class Sampler:
 
     def step(self) -> list[tuple[int, int, Reply]]:
         """Let waiting requests in, decode one round, and hand out what finished: (ticket, sample, reply)."""
-        training = self.model.training
-        if training:
+        if self.model.training:  # no dropout here; training mode comes back once nothing is pending
             self.model.eval()
+            self.training = True
         try:
             with torch.inference_mode():
                 self._admit()
@@ -142,18 +143,24 @@ class Sampler:
             if not _out_of_memory(e) or len(self.slots) + len(self.waiting) == 0:
                 raise
             self._shrink(e)
-        finally:
-            if training:
-                self.model.train()
         self.steps += 1
         done, self.finished = self.finished, []
+        if not self.pending:
+            self._rest()
         return [(row.ticket, row.sample, self._reply(row)) for row in done]
 
     def close(self) -> None:
         """Forget every request and give the cache's memory back."""
         self.waiting.clear()
         self.finished.clear()
+        self.running = 0
         self.forget()
+        self._rest()
+
+    def _rest(self) -> None:
+        if self.training:
+            self.model.train()
+            self.training = False
 
     def forget(self) -> None:
         """Drop all that is cached; what is running is prefilled again."""
@@ -199,7 +206,8 @@ class Sampler:
             room = self.prefill_tokens
             while self.waiting and self.running < self.max_batch and room > 0:
                 row = self.waiting[0]
-                twin = next((r for r in pack[-1:] if (r.tokens, r.adapter) == (row.tokens, row.adapter)), None)
+                same = pack and (pack[-1].tokens, pack[-1].adapter) == (row.tokens, row.adapter)
+                twin = pack[-1] if same else None
                 source, shared = None, 0
                 if twin is None:
                     source, shared = self._prefix(row, [r for r in self.slots if r and r.filled])
@@ -304,7 +312,7 @@ class Sampler:
                 if count:
                     segments.append((row, row.cached, count))
                 room -= count
-            attend = Prefill(self.cache, [(self.slots.index(row), start, n) for row, start, n in segments])
+            attend = Prefill(self.cache, [(self.slots.index(row), at, n) for row, at, n in segments])
             ids = [t for row, start, n in segments for t in row.tokens[start:start + n]]
             hidden = self._forward(torch.tensor(ids, device=self.device), attend.positions, attend,
                                    [(row.adapter, n) for row, _, n in segments])
@@ -375,7 +383,7 @@ class Sampler:
     def _reply(self, row: Row) -> Reply:
         ids = row.tokens[row.prompt:]
         text = self.tokenizer.decode(ids)
-        if row.finish == "stop_string":  # like a server: the ids are all that was sampled, the text ends before
+        if row.finish == "stop_string":  # as servers do: all ids that were sampled, the text up to the stop
             text = text[:min(i for i in map(text.find, row.sampling.stop) if i >= 0)]
         return Reply(text, ids, row.logprobs, row.finish, row.tokens[:row.prompt], None, row.prompt, len(ids))
 
@@ -460,12 +468,14 @@ def uniform(key: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
 def categorical(p: torch.Tensor, u: torch.Tensor, width: int = 64) -> torch.Tensor:
     """Draw from probabilities p (B, V) by inverting their cumulative sum at u (B,) -> ids (B,). The sum runs
     over blocks of `width` first, then inside the block that was hit: one pass over the vocabulary."""
-    if p.shape[1] % width:
-        p = torch.nn.functional.pad(p, (0, -p.shape[1] % width))
+    size = p.shape[1]
+    if size % width:
+        p = torch.nn.functional.pad(p, (0, -size % width))
     blocks = p.view(len(p), -1, width)
     block, rest = _invert(blocks.sum(-1), u)
     inside = blocks[torch.arange(len(p), device=p.device), block]
-    return block * width + _invert(inside, rest, scaled=True)[0]
+    ids = block * width + _invert(inside, rest, scaled=True)[0]
+    return ids.clamp_(max=size - 1)  # NaN probabilities lead anywhere
 
 
 def _invert(mass: torch.Tensor, u: torch.Tensor, scaled: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,380 @@
+"""The sampler, against transformers, against the training forward, and against itself in other company."""
+
+import math
+import random
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from slm import BadInput, lora
+from slm import sampler as module
+from slm.attention import Packed
+from slm.episode import Request, Sampling
+from slm.losses import token_logprobs, warp
+from slm.model import Config, Qwen2
+from slm.sampler import Sampler, categorical, uniform
+
+torch.set_num_threads(1)
+
+
+class Letters:
+    """A tokenizer whose ids are code points; 0 ends a reply."""
+    stop_ids = frozenset([0])
+
+    def decode(self, ids, skip_special=True):
+        return "".join(chr(i) for i in ids if i or not skip_special)
+
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+    def chat(self, messages):
+        return self.encode("".join(m["content"] for m in messages))
+
+
+def build(seed=0, vocab=96, dtype=torch.float32, **shape):
+    torch.manual_seed(seed)
+    small = {"hidden": 32, "intermediate": 48, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 8}
+    config = Config(**{"vocab": vocab, **small, "positions": 128, **shape})
+    model = Qwen2(config)
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=0.3)
+    return model.to(dtype).eval()
+
+
+def some_requests(count=24, seed=0, vocab=96, temperatures=(0.0, 1.0, 0.7), **sampling):
+    rng = random.Random(seed)
+    ids = lambda: [rng.randrange(1, vocab) for _ in range(rng.randrange(1, 40))]
+    return [Request(ids=ids(), n=rng.choice([1, 1, 3]), sampling=Sampling(
+        rng.randrange(1, 30), rng.choice(temperatures), seed=i, **sampling)) for i in range(count)]
+
+
+def ids_of(replies):
+    return [[reply.ids for reply in group] for group in replies]
+
+
+def run(model, requests, **options):
+    return Sampler(model, Letters(), **options).generate(requests, progress=False)
+
+
+def drain(sampler):
+    out = []
+    while sampler.pending:
+        out += sampler.step()
+    return [reply for *_, reply in sorted(out, key=lambda x: x[:2])]
+
+
+def forward_logprobs(model, reply, temperature):
+    """The training side's log-probs of a reply's ids."""
+    ids = torch.tensor(reply.prompt_ids + reply.ids)
+    with torch.no_grad():
+        hidden = model(ids, torch.arange(len(ids)), Packed([len(ids)]))
+        span = slice(len(reply.prompt_ids) - 1, -1)
+        return token_logprobs(model, hidden[span], ids[len(reply.prompt_ids):], temperature or 1.0)[0]
+
+
+COMPANY = [{}, {"max_batch": 1}, {"max_batch": 5}, {"cache_tokens": 300},
+           {"cache_tokens": 90, "max_batch": 3}]
+
+
+# ---- exactness -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [
+    {}, {"heads": 6, "kv_heads": 2}, {"kv_heads": 4, "tied": False}, {"heads": 3, "kv_heads": 1, "layers": 3},
+    {"bias": False, "head_size": 16}])
+def test_greedy_equals_transformers_token_for_token(shape):
+    transformers = pytest.importorskip("transformers")
+    model = build(seed=len(shape), **shape)
+    peer = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**model.config.to_hf())).eval()
+    peer.load_state_dict(model.state_dict(), strict=False)
+    requests = some_requests(16, temperatures=(0.0,))
+    expected = []
+    for r in requests:
+        out = peer.generate(torch.tensor([r.ids]), max_new_tokens=r.sampling.max_tokens, do_sample=False,
+                            eos_token_id=0, pad_token_id=0, attention_mask=torch.ones(1, len(r.ids)))
+        expected.append([out[0, len(r.ids):].tolist()] * r.n)
+    for options in COMPANY:
+        assert ids_of(run(model, requests, **options)) == expected, options
+    shuffled = list(enumerate(requests))
+    random.Random(1).shuffle(shuffled)
+    replies = run(model, [r for _, r in shuffled], max_batch=5)
+    assert ids_of(replies) == [expected[i] for i, _ in shuffled]
+
+
+def test_a_sampled_reply_depends_on_its_own_seed_only():
+    model, requests = build(), some_requests(24)
+    together = ids_of(run(model, requests))
+    for options in COMPANY:
+        assert ids_of(run(model, requests, **options)) == together, options
+    alone = [ids_of(run(model, [r]))[0] for r in requests[:8]]
+    assert alone == together[:8]
+    other = [Request(ids=r.ids, n=r.n, sampling=replace(r.sampling, seed=999)) for r in requests]
+    assert ids_of(run(model, other)) != together
+    spread = run(model, [Request(ids=[5, 6, 7], n=20, sampling=Sampling(8, 1.0))])[0]
+    assert len({tuple(reply.ids) for reply in spread}) > 15
+    late = run(model, [Request(ids=[5, 6, 7], sampling=Sampling(8, 1.0, seed=7))])[0][0]
+    assert late.ids == spread[7].ids  # sample i uses seed + i
+
+
+@pytest.mark.parametrize("options", COMPANY)
+def test_logprobs_are_those_of_the_training_forward(options):
+    model, requests = build(seed=3), some_requests(24, seed=5)
+    for request, group in zip(requests, run(model, requests, **options)):
+        for reply in group:
+            expected = forward_logprobs(model, reply, request.sampling.temperature)
+            torch.testing.assert_close(torch.tensor(reply.logprobs), expected, atol=1e-5, rtol=0)
+
+
+def test_truncated_sampling_reports_the_distribution_it_drew_from():
+    model = build(seed=4)
+    requests = some_requests(12, temperatures=(0.9,), top_k=5, top_p=0.8) + some_requests(4, seed=1)
+    replies = run(model, requests)
+    assert ids_of(run(model, requests, max_batch=3)) == ids_of(replies)
+    for group in replies[:12]:
+        for reply in group:
+            ids = torch.tensor(reply.prompt_ids + reply.ids)
+            with torch.no_grad():
+                logits = model.logits(model(ids, torch.arange(len(ids)), Packed([len(ids)])))
+            logits = warp(logits[len(reply.prompt_ids) - 1:-1], 0.9, 5, 0.8)
+            expected = logits.log_softmax(-1).gather(1, torch.tensor(reply.ids)[:, None]).squeeze(1)
+            assert expected.isfinite().all()
+            torch.testing.assert_close(torch.tensor(reply.logprobs), expected, atol=1e-5, rtol=0)
+
+
+def test_drawing_follows_the_probabilities():
+    torch.manual_seed(0)
+    p = torch.randn(1, 300).mul(2).softmax(-1)
+    p[0, 17] = p[0, -1] = 0
+    p /= p.sum()
+    u = uniform(torch.full((40000,), 123456789), torch.arange(40000))
+    assert abs(u.mean() - 0.5) < 0.01 and abs(u.var() - 1 / 12) < 0.005 and 0 <= u.min() and u.max() < 1
+    counts = torch.bincount(categorical(p.expand(40000, -1), u), minlength=300)[:300]
+    assert counts[p[0] == 0].sum() == 0
+    common = p[0] * 40000 > 5
+    chi2 = ((counts - p[0] * 40000) ** 2 / (p[0] * 40000))[common].sum()
+    assert chi2 < common.sum() + 5 * math.sqrt(2 * common.sum())
+    edges = categorical(p.expand(2, -1), torch.tensor([0.0, 1 - 2.0 ** -24]))
+    assert (p[0, edges] > 0).all()
+
+
+def test_bfloat16_stays_near_the_training_forward():
+    model = build(dtype=torch.bfloat16)
+    requests = some_requests(12)
+    differences = []
+    for request, group in zip(requests, run(model, requests)):
+        for reply in group:
+            expected = forward_logprobs(model, reply, request.sampling.temperature)
+            differences.append((torch.tensor(reply.logprobs) - expected).abs())
+    assert torch.cat(differences).mean() < 0.03
+
+
+# ---- what is computed, and with which weights ------------------------------------------------------------
+
+@pytest.fixture
+def prefilled(monkeypatch):
+    """Counts the tokens that go through prefill."""
+    counts = []
+
+    class Counting(module.Prefill):
+        def __init__(self, cache, segments):
+            counts.append(sum(n for *_, n in segments))
+            super().__init__(cache, segments)
+
+    monkeypatch.setattr(module, "Prefill", Counting)
+    return counts
+
+
+def test_samples_of_one_prompt_prefill_it_once(prefilled):
+    sampler = Sampler(build(), Letters(), max_batch=6)
+    sampler.submit(Request(ids=list(range(1, 61)), n=8, sampling=Sampling(5, 1.0)))
+    replies = drain(sampler)
+    assert len({tuple(r.ids) for r in replies}) > 1
+    assert sum(prefilled) == 60 + 1  # two come later, together, and need the last token's hidden state
+
+
+def test_a_growing_conversation_prefills_only_what_is_new(prefilled):
+    model = build()
+    sampler, ids = Sampler(model, Letters(), max_batch=4), list(range(1, 50))
+    for _ in range(3):
+        sampler.submit(Request(ids=ids, sampling=Sampling(10)))
+        for i in range(5):  # others come and go
+            sampler.submit(Request(ids=[90, i + 1], sampling=Sampling(4)))
+        reply = drain(sampler)[0]
+        assert reply.ids == run(model, [Request(ids=ids, sampling=Sampling(10))])[0][0].ids
+        ids = ids + reply.ids + [70, 71, 72]
+        prefilled.clear()
+    assert len(ids) > 80
+    sampler.submit(Request(ids=ids, sampling=Sampling(3)))
+    drain(sampler)
+    assert prefilled == [4]  # the reply's last token was never fed to the model
+
+
+def test_a_common_system_prompt_is_computed_once(prefilled):
+    system = list(range(1, 51))
+    requests = [Request(ids=[*system, 60 + i, 7], sampling=Sampling(6)) for i in range(10)]
+    replies = run(build(), requests)
+    assert sum(prefilled) == 52 + 9 * 2
+    assert ids_of(replies) == [ids_of(run(build(), [r]))[0] for r in requests]
+
+
+def test_the_next_sample_uses_the_new_weights():
+    model = build().train()
+    sampler, request = Sampler(model, Letters()), Request(ids=list(range(1, 60)), sampling=Sampling(12))
+    before, places = sampler.generate([request], False), [p.data_ptr() for p in model.parameters()]
+    assert model.training
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.arange(9), torch.arange(9), Packed([9])).pow(2).sum().backward()
+    optimizer.step()
+    after = sampler.generate([request], False)
+    assert places == [p.data_ptr() for p in model.parameters()]
+    assert after[0][0].ids == run(model, [request])[0][0].ids != before[0][0].ids
+    torch.testing.assert_close(torch.tensor(after[0][0].logprobs), forward_logprobs(model, after[0][0], 0.0),
+                               atol=1e-5, rtol=0)
+
+
+def test_each_row_has_its_own_adapter():
+    model = build()
+    for name in ("solver", "checker"):
+        lora.add(model, r=4, name=name)
+        for p in lora.parameters(model, name):
+            torch.nn.init.normal_(p, std=0.2)
+    model.lora.active = None
+    prompts = [r.ids for r in some_requests(9)]
+    names = [None, "solver", "checker"] * 3
+    mixed = run(model, [Request(ids=ids, adapter=a, sampling=Sampling(12)) for ids, a in zip(prompts, names)])
+    for ids, name, group in zip(prompts, names, mixed):
+        with lora.use(model, name):
+            assert group[0].ids == run(model, [Request(ids=ids, sampling=Sampling(12))])[0][0].ids
+            expected = forward_logprobs(model, group[0], 0.0)
+            torch.testing.assert_close(torch.tensor(group[0].logprobs), expected, atol=1e-5, rtol=0)
+    long = list(range(1, 60))  # the same prompt under two adapters must not share its cache
+    pair = run(model, [Request(ids=long, adapter=a, sampling=Sampling(12)) for a in ("solver", "checker")])
+    assert pair[0][0].ids != pair[1][0].ids
+
+
+# ---- how a reply ends ------------------------------------------------------------------------------------
+
+class Script(torch.nn.Module):
+    """Writes the text, whatever the prompt: the token at position i is text[i]."""
+
+    def __init__(self, text, vocab=9000):
+        super().__init__()
+        self.config = Config(vocab, hidden=8, intermediate=8, layers=1, heads=1, kv_heads=1, head_size=8,
+                             positions=100)
+        self.text = torch.nn.Parameter(torch.tensor([float(ord(c)) for c in text] + [0.0] * 100))
+
+    def forward(self, ids, positions, attend):
+        return self.text[positions + 1][:, None]
+
+    def logits(self, hidden):
+        return 20.0 * torch.nn.functional.one_hot(hidden[:, 0].long(), self.config.vocab).float()
+
+
+@pytest.mark.parametrize("text, sampling, reply, finish", [
+    ("the end\0more", {}, "the end", "stop"),
+    ("the end", {"max_tokens": 3}, "the", "length"),
+    (r"so \boxed{\frac{1}{2}}. More", {"stop_at_box": True}, r"so \boxed{\frac{1}{2}}", "box"),
+    (r"a \boxed{ {x} \} } b", {"stop_at_box": True}, r"a \boxed{ {x} \} }", "box"),
+    (r"{no} box} \boxed 4" + "\0", {"stop_at_box": True}, r"{no} box} \boxed 4", "stop"),
+    ("code\n```output\n5", {"stop": ("```output", "zzz")}, "code\n", "stop_string"),
+    ("a b c", {"stop": ("b ", "a ")}, "", "stop_string"),
+    ("prix: 5 €, non", {"stop": ("€",)}, "prix: 5 ", "stop_string"),
+])
+def test_a_reply_ends_where_it_should(text, sampling, reply, finish):
+    got = run(Script("?" + text), [Request(ids=[63], sampling=Sampling(**sampling))])[0][0]
+    assert (got.text, got.finish) == (reply, finish)
+    assert got.prompt_ids == [63] and got.tokens_in == 1
+    assert got.tokens_out == len(got.ids) == len(got.logprobs)
+    assert ("?" + text).startswith(Letters().decode([63, *got.ids], skip_special=False))  # ids: all it wrote
+
+
+def test_the_end_of_context_or_cache_ends_a_reply():
+    model = build()
+    for options, room in ({}, 128), ({"cache_tokens": 70}, 70):
+        reply = run(model, [Request(ids=[3] * 50, sampling=Sampling(1000))], **options)[0][0]
+        assert reply.finish in ("length", "stop") and len(reply.ids) <= room - 50
+        assert reply.finish == "stop" or len(reply.ids) == room - 50
+
+
+# ---- faults ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("request_, words", [
+    (Request(ids=[]), "an empty prompt"),
+    (Request(ids=[1] * 128), "a prompt of 128 tokens; expected fewer than 128"),
+    (Request(ids=[1, 96]), "outside the vocabulary"),
+    (Request(ids=[1], sampling=Sampling(max_tokens=0)), "max_tokens 0"),
+    (Request(ids=[1], sampling=Sampling(temperature=-1)), "temperature -1"),
+    (Request(ids=[1], sampling=Sampling(temperature=math.nan)), "temperature nan"),
+    (Request(ids=[1], sampling=Sampling(top_p=0)), "top_p 0"),
+    (Request(ids=[1], sampling=Sampling(top_k=-2)), "top_k -2"),
+    (Request(ids=[1], n=0), "0 samples"),
+    (Request(ids=[1], adapter="judge"), "adapter 'judge'"),
+])
+def test_what_cannot_be_sampled_is_refused_by_name(request_, words):
+    sampler = Sampler(build(), Letters())
+    with pytest.raises(BadInput, match=words):
+        sampler.submit(request_)
+    with pytest.raises(BadInput, match="request 1 has"):
+        sampler.generate([Request(ids=[1]), request_], progress=False)
+    assert not sampler.pending
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch):
+    model, requests = build(), some_requests(20)
+    expected = ids_of(run(model, requests))
+
+    class Greedy(module.Decode):
+        def __call__(self, layer, q, k, v):
+            if layer == 1 and len(q) > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().__call__(layer, q, k, v)
+
+    monkeypatch.setattr(module, "Decode", Greedy)
+    sampler = Sampler(model, Letters(), max_batch=32)
+    with pytest.warns(UserWarning, match="out of memory"):
+        replies = sampler.generate(requests, progress=False)
+    assert ids_of(replies) == expected and 1 < sampler.max_batch <= 4
+
+
+def test_out_of_memory_with_one_row_is_raised(monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(module.Decode, "__call__", fail)
+    with warnings.catch_warnings(), pytest.raises(torch.OutOfMemoryError):
+        warnings.simplefilter("ignore")
+        run(build(), some_requests(5, temperatures=(0.0,)))
+
+
+def test_ctrl_c_returns_what_is_finished(monkeypatch, capsys):
+    model = build()
+    sampler, step = Sampler(model, Letters()), Sampler.step
+
+    def interrupted(self):
+        if self.steps == 6:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Sampler, "step", interrupted)
+    requests = [Request(ids=[5, i + 1], sampling=Sampling(3 if i % 2 else 50, 1.0)) for i in range(6)]
+    replies = sampler.generate(requests, progress=False)
+    assert [len(group) for group in replies[1::2]] == [1, 1, 1]
+    assert sum(map(len, replies)) < 6 and not sampler.pending
+    assert "of 6 replies are finished" in capsys.readouterr().out
+
+
+def test_nan_logits_name_the_request_and_the_step(monkeypatch):
+    model = build()
+    logits, calls = model.logits, []
+
+    def poisoned(hidden):
+        calls.append(0)
+        out = logits(hidden)
+        if len(calls) == 4:
+            out[1] = float("nan")
+        return out
+
+    monkeypatch.setattr(model, "logits", poisoned)
+    with pytest.raises(FloatingPointError, match=r"request 1, sample 0: .* NaN at token 3 .*step 2"):
+        run(model, [Request(ids=[5, i + 1], sampling=Sampling(20, 1.0)) for i in range(3)])
