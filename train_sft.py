@@ -188,10 +188,9 @@ def main(args):
     import torch
 
     from slm import checkpoint, lora, run
-    size = "tiny" if run.is_small(args.model) else "paper"
-    args.lr = args.lr or RATES[size]["full" if args.full else "lora"]
-    cli.resolve(args, {**PAPER, **TINY} if size == "tiny" else PAPER, {})
-    if args.data is None and size != "tiny":
+    how = "full" if args.full else "lora"
+    cli.resolve(args, {**PAPER, "lr": RATES["paper"][how]}, {**TINY, "lr": RATES["tiny"][how]})
+    if args.data is None and not cli.is_small(args.model):
         raise BadInput("--data is missing: records of make_data.py, or gsm8k for its worked solutions")
     device, dtype, reason = run.pick_device(args.device, args.dtype, args.model)
     run.start_ranks(device)
@@ -206,7 +205,7 @@ def main(args):
     rows = fitting(tokenizer, conversations, args)
     steps = batches(len(rows), args.batch, args.epochs, args.seed)
 
-    out = run.new_path(args.out, f"sft-{name(args.model)}-{'full' if args.full else 'lora'}", args.resume)
+    out = run.new_path(args.out, f"sft-{name(args.model)}-{how}", args.resume)
     args.dtype = str(dtype).removeprefix("torch.")
     rundir = run.RunDir(out, vars(args), run.fingerprint(rows), args.resume, log=run.rank() == 0)
     if run.rank() == 0:
@@ -297,7 +296,7 @@ def finish(model, tokenizer, out, args):
     result = out / ("model" if args.full else "adapter")
     with run.whole(model):
         if run.rank() == 0 and args.full:
-            checkpoint.save(model, tokenizer, result, source=args.model)
+            checkpoint.save(model, tokenizer, result)
         elif run.rank() == 0:
             lora.save(model, result, base=args.model)
     run.barrier()

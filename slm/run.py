@@ -90,7 +90,7 @@ class RunDir:
         old = self._read_settings()
         if resume:
             self._compare(old, settings, data)
-        elif old is not None:
+        elif old is not None and (self.path / "metrics.jsonl").exists():
             raise BadInput(f"{self.path} holds a run already: continue it with --resume, or change --out")
         elif log:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -280,6 +280,15 @@ def start_ranks(device: torch.device) -> None:
     """Join the other processes when started by torchrun; alone, do nothing."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def gather(rows: list) -> list:
+    """The rows of all ranks, in the order of the ranks."""
+    if world() == 1:
+        return rows
+    parts = [None] * world()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
 
 
 def total(values: dict[str, float], device) -> dict[str, float]:
