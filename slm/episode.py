@@ -202,13 +202,15 @@ def answer_record(problem, episode: Episode) -> dict:
     """An episode graded, as one line of answers.jsonl. The ids are those of the turn that gave the response,
     or of the solver's last turn where the answer comes from several."""
     result = grade(episode.response, problem.gold)
-    first = grade(f"\\boxed{{{episode.drafts[0]}}}", problem.gold) if episode.drafts else result
+    first = result.correct
+    if episode.drafts:
+        first = bool(episode.drafts[0]) and grade(f"\\boxed{{{episode.drafts[0]}}}", problem.gold).correct
     said = ([t for t in episode.turns if t.text == episode.response]
             or [t for t in episode.turns if t.role == "solver"] or episode.turns)
     return {
         "id": problem.id, "question": problem.question, "gold": problem.gold, "response": episode.response,
         "answer": episode.answer, "correct": result.correct, "reason": episode.error or result.reason,
-        "first_answer": episode.first_answer, "first_correct": first.correct, "workflow": episode.workflow,
+        "first_answer": episode.first_answer, "first_correct": first, "workflow": episode.workflow,
         "sample": episode.sample, "failures": episode.failures, "asks": len(episode.turns),
         "tokens": episode.tokens_out, "prompt_ids": said[-1].prompt_ids if said else [],
         "ids": said[-1].ids if said else [], "finish": said[-1].finish if said else "error"}
@@ -242,26 +244,29 @@ def run_episodes(jobs: list[Job], backend, sandbox=None, *, sampling: Sampling =
     (training samples come from one distribution). memo: greedy replies, shared by calls given the same dict.
     on_done: called with each episode as it ends. bar: label of a progress bar.
 
-    A sample's seed comes from (seed, problem, sample, step of the workflow), so what else is in the batch
-    doesn't change what is drawn. A failure ends its own episode at most, and is recorded there; an exception
-    that is a workflow's own bug passes through.
+    A reply's seed comes from (seed, problem, sample, step of the workflow, place in its list): what else is
+    in the batch does not change what is drawn. A failure ends its own episode at most, and is recorded there;
+    an exception that is a workflow's own bug passes through.
     """
     runner = _Runner(backend, sandbox, sampling, seed, adapters or {}, fixed, {} if memo is None else memo)
     lives = [_Live(job) for job in jobs]
-    runner.ready.extend(lives)
     with tqdm(total=len(jobs), desc=bar, disable=bar is None, unit="ep", smoothing=0.1) as progress:
-        for episode in runner.ended():
-            if on_done:
-                on_done(episode)
-            progress.set_postfix_str(runner.news(), refresh=False)
-            progress.update()
+        shown = start = time.monotonic()
+        for episode in runner.rounds(lives):
+            now = time.monotonic()
+            if episode is not None:
+                if on_done:
+                    on_done(episode)
+                progress.update()
+            elif now > shown + 0.5:
+                rate, shown = runner.tokens / (now - start), now
+                progress.set_postfix_str(f"{rate:,.0f} tok/s, {runner.unanswered} without answer")
     return [live.episode for live in lives]
 
 
-def seed_of(seed: int, problem_id: str, step: int) -> int:
+def seed_of(*parts: int | str) -> int:
     """A 31-bit seed, the same on every machine."""
-    digest = hashlib.blake2b(f"{seed}/{problem_id}/{step}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=4).digest()) >> 1
 
 
 class _Live:
@@ -270,7 +275,7 @@ class _Live:
     def __init__(self, job: Job):
         self.job, self.generator = job, job.workflow(job.question)
         self.episode = Episode(job.problem_id, job.workflow.__name__, job.group, job.sample)
-        self.step = 0           # yields so far, for the seeds
+        self.step = 0           # yields so far
         self.items: list = []   # the Asks and Runs of its last yield
         self.got: dict = {}     # place in items -> Reply or Outcome
         self.listed = False     # whether that yield was a list
@@ -280,47 +285,43 @@ class _Runner:
     def __init__(self, backend, sandbox, sampling, seed, adapters, fixed, memo):
         self.backend, self.sandbox, self.sampling, self.seed = backend, sandbox, sampling, seed
         self.adapters, self.fixed, self.memo = adapters, fixed, memo
-        self.ready: deque[_Live] = deque()  # have all they waited for
-        self.queue: list = []     # (key, request, who) to submit, who = [(live, place in its items)]
-        self.asked: dict = {}     # (backend ticket, sample) -> (key, who)
-        self.shared: dict = {}    # key of a greedy request under way -> its who, which may still grow
-        self.running: dict = {}   # sandbox ticket -> (live, place)
-        self.tokens, self.unanswered, self.start = 0, 0, time.monotonic()
+        self.ready: deque[_Live] = deque()   # have all they waited for
+        self.asked: dict[int, tuple] = {}    # backend ticket -> (key in memo or None, [(live, place)])
+        self.running: dict[int, tuple] = {}  # sandbox ticket -> (live, place in its items)
+        self.tokens = self.unanswered = 0
 
-    def ended(self) -> Iterator[Episode]:
-        """The loop: resume what can go on, hand over its asks, collect replies and outcomes."""
-        while True:
+    def rounds(self, lives: list[_Live]) -> Iterator[Episode | None]:
+        """Resume what can go on, then collect replies and outcomes, until all is done. Yields each episode
+        that ended, and None after each round."""
+        self.ready.extend(lives)
+        while self.ready or self.asked or self.running:
             while self.ready:
                 live = self.ready.popleft()
                 if self.resume(live):
                     yield live.episode
-            if not (self.queue or self.asked or self.running):
-                return
-            self.submit()
-            for ticket, i, reply in self.backend.step() if self.asked else ():
-                self.replied(*self.asked.pop((ticket, i)), reply)
+            for ticket, _, reply in self.backend.step() if self.asked else ():
+                self.replied(*self.asked.pop(ticket), reply)
             wait = 0.0 if self.asked or self.ready else 0.05
             for ticket, outcome in self.sandbox.poll(wait) if self.running else ():
                 self.deliver(*self.running.pop(ticket), outcome)
+            yield None
 
     def resume(self, live: _Live) -> bool:
         """Give a workflow what it waited for and start what it wants next. True when it has ended."""
-        results = self.record(live)
-        failed = next((r.error for r in results if isinstance(r, Reply) and r.error), None)
+        results = [self.record(live.episode, item, live.got[i]) for i, item in enumerate(live.items)]
+        answer = results if live.listed else results[0] if results else None
         try:
-            if failed and not live.listed:
-                wanted = live.generator.throw(AskFailed(failed))
+            if isinstance(answer, Reply) and answer.error:
+                wanted = live.generator.throw(AskFailed(answer.error))
             else:
-                wanted = live.generator.send((results if live.listed else results[0]) if live.step else None)
+                wanted = live.generator.send(answer)
             while isinstance(wanted, Draft):
                 live.episode.drafts.append(wanted.answer)
                 wanted = next(live.generator)
         except StopIteration as stop:
-            self.end(live.episode, stop.value)
-            return True
+            return self.end(live.episode, stop.value)
         except AskFailed:  # the workflow did not catch it: what it held first stands
-            self.end(live.episode, next(filter(None, live.episode.drafts), None))
-            return True
+            return self.end(live.episode, next(filter(None, live.episode.drafts), None))
         live.listed, live.got = isinstance(wanted, list), {}
         live.items = wanted if live.listed else [wanted]
         for place, item in enumerate(live.items):
@@ -330,75 +331,38 @@ class _Runner:
         live.step += 1
         return False
 
-    def record(self, live: _Live) -> list:
-        """Write down the results of the last yield, in the order they were asked for."""
-        results = [live.got[place] for place in range(len(live.items))]
-        for item, result in zip(live.items, results):
-            if isinstance(item, Ask):
-                messages = [{"role": m["role"], "content": m["content"]} for m in item.messages]
-                live.episode.turns.append(Turn(
-                    item.role, messages, result.text, result.finish,
-                    result.prompt_ids, result.ids, result.logprobs,
-                    result.tokens_in or len(result.prompt_ids), result.tokens_out or len(result.ids),
-                    result.error))
-                live.episode.failures += [result.error] if result.error else []
-            else:
-                live.episode.runs.append(CodeRun(
-                    len(live.episode.turns) - 1, item.code, result.stdout, result.error, result.timed_out,
-                    result.seconds))
-                live.episode.failures += ["sandbox timeout"] if result.timed_out else []
-        return results
-
     def begin(self, live: _Live, place: int, item: Ask | Run) -> None:
         """Start an Ask or a Run. A greedy Ask that is word for word another one's shares its reply."""
         if isinstance(item, Run):
             self.running[self.sandbox.submit(item.code, item.timeout)] = (live, place)
             return
-        request = self.request(live, place, item)
-        key = _key(request)
-        if key is None or request.sampling.temperature > 0:
-            self.queue.append((key, request, [(live, place)]))
-        elif key in self.memo:
-            self.deliver(live, place, self.memo[key])
-        elif key in self.shared:
-            self.shared[key].append((live, place))
-        else:
-            self.shared[key] = [(live, place)]
-            self.queue.append((key, request, self.shared[key]))
+        request, key, who = self.request(live, place, item), None, [(live, place)]
+        if not request.sampling.temperature and not any("reply" in m for m in item.messages):
+            text = tuple((m["role"], m["content"]) for m in item.messages)
+            key = (request.adapter, replace(request.sampling, seed=0), text)
+            there = self.memo.setdefault(key, who)  # a Reply, or those who wait for it
+            if isinstance(there, Reply):
+                return self.deliver(live, place, there)
+            if there is not who:
+                return there.append((live, place))
+        try:
+            self.asked[self.backend.submit(request)] = (key, who)
+        except BadInput as e:  # a prompt longer than the context, for one
+            self.replied(key, who, Reply("", finish="error", error=str(e)))
 
     def request(self, live: _Live, place: int, ask: Ask) -> Request:
         want = {k: v for k, v in ask.sampling.items()
                 if not (self.fixed and k in ("temperature", "top_p", "top_k"))}
-        limit = self.sampling.max_tokens
-        want["max_tokens"] = min(want.get("max_tokens", limit), limit)
-        # The samples of a group, and the asks of a list, have neighbouring seeds: they travel as one request.
-        seed = seed_of(self.seed, live.job.problem_id, live.step) + live.job.sample * len(live.items) + place
+        want["max_tokens"] = min(self.sampling.max_tokens, want.get("max_tokens", self.sampling.max_tokens))
+        seed = seed_of(self.seed, live.job.problem_id, live.job.sample, live.step, place)
         adapter = self.adapters.get(ask.role, self.adapters.get("*"))
         return Request(ask.messages, replace(self.sampling, **want, seed=seed), adapter)
 
-    def submit(self) -> None:
-        """Hand over what is queued; a prompt asked with neighbouring seeds is one request for n samples."""
-        batches: list[list] = []
-        for entry in self.queue:
-            first = batches[-1][0] if batches else None
-            if (first and entry[0] is not None and entry[0] == first[0]
-                    and entry[1].sampling.seed == first[1].sampling.seed + len(batches[-1])):
-                batches[-1].append(entry)
-            else:
-                batches.append([entry])
-        self.queue = []
-        for together in batches:
-            try:
-                ticket = self.backend.submit(replace(together[0][1], n=len(together)))
-            except BadInput as e:  # a prompt longer than the context, for one
-                for key, _, who in together:
-                    self.replied(key, who, Reply("", finish="error", error=str(e)))
-            else:
-                self.asked |= {(ticket, i): (key, who) for i, (key, _, who) in enumerate(together)}
-
     def replied(self, key: tuple | None, who: list, reply: Reply) -> None:
-        if self.shared.pop(key, None) and not reply.error:
+        if key is not None:
             self.memo[key] = reply
+            if reply.error:
+                del self.memo[key]
         self.tokens += reply.tokens_out or len(reply.ids)
         for live, place in who:
             self.deliver(live, place, reply)
@@ -408,7 +372,22 @@ class _Runner:
         if len(live.got) == len(live.items):
             self.ready.append(live)
 
-    def end(self, episode: Episode, result: Reply | str | None) -> None:
+    def record(self, episode: Episode, item: Ask | Run, result):
+        """Write down what came of an Ask or a Run, and return it."""
+        if isinstance(item, Run):
+            episode.runs.append(CodeRun(len(episode.turns) - 1, item.code, result.stdout, result.error,
+                                        result.timed_out, result.seconds))
+            episode.failures += ["sandbox timeout"] if result.timed_out else []
+        else:
+            messages = [{"role": m["role"], "content": m["content"]} for m in item.messages]
+            episode.turns.append(Turn(
+                item.role, messages, result.text, result.finish, result.prompt_ids, result.ids,
+                result.logprobs, result.tokens_in or len(result.prompt_ids),
+                result.tokens_out or len(result.ids), result.error))
+            episode.failures += [result.error] if result.error else []
+        return result
+
+    def end(self, episode: Episode, result: Reply | str | None) -> bool:
         """Fill in what the workflow stands by, or why it stands by nothing."""
         if isinstance(result, Reply):
             episode.response, episode.answer = result.text, extract(result.text)
@@ -416,18 +395,6 @@ class _Runner:
             episode.response, episode.answer = f"\\boxed{{{result}}}", result
         if episode.answer is None:
             cut = bool(episode.turns) and episode.turns[-1].finish == "length"
-            causes = [*episode.failures, "no answer before the token limit" if cut else "no answer"]
-            episode.error = causes[0]
+            episode.error = [*episode.failures, "no answer before the token limit" if cut else "no answer"][0]
             self.unanswered += 1
-
-    def news(self) -> str:
-        rate = self.tokens / max(time.monotonic() - self.start, 1e-9)
-        return f"{rate:,.0f} tok/s, {self.unanswered} without answer"
-
-
-def _key(request: Request) -> tuple | None:
-    """What requests share that differ in their seed only; None where sampled ids are carried along."""
-    if any("reply" in message for message in request.messages):
-        return None
-    text = tuple((message["role"], message["content"]) for message in request.messages)
-    return request.adapter, replace(request.sampling, seed=0), text
+        return True

@@ -53,7 +53,8 @@ def test_majority_vote(given, wins):
         return f"\\boxed{{{given[n]}}}" if given[n] else "?"
     episode, requests = play("majority_vote", script)
     assert episode.answer == wins and len(episode.turns) == 5
-    assert [(r.sampling.temperature, r.n) for r in requests] == [(0.0, 1), (0.7, 4)]
+    assert [r.sampling.temperature for r in requests] == [0.0, 0.7, 0.7, 0.7, 0.7]
+    assert len({r.sampling.seed for r in requests[1:]}) == 4
     assert episode.first_answer == (given[0] or None)
 
 

@@ -65,14 +65,6 @@ def test_episodes_come_back_in_the_order_of_the_jobs_with_groups_of_k():
         (f"p{i}", i, k) for i in range(9) for k in range(4)]
 
 
-def test_samples_of_a_prompt_travel_as_one_request():
-    backend = Backend(by_seed)
-    episodes = run_episodes(jobs_for(PROBLEMS[:2], solver, samples=8), backend, sampling=WARM)
-    assert [r.n for r in backend.requests] == [8, 8]
-    first = int(episodes[0].answer)
-    assert [int(e.answer) - first for e in episodes[:8]] == list(range(8))  # sample i uses seed + i
-
-
 def test_equal_greedy_asks_are_made_once_and_shared_between_calls():
     backend, memo = Backend(by_seed), {}
     jobs = jobs_for([problem("a", "q"), problem("b", "q"), problem("c", "r")], solver)
