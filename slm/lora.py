@@ -89,7 +89,7 @@ class LoRALinear(nn.Linear):
 
 def add(model: Qwen2, r: int = 16, alpha: float = 32, targets: list[str] | str = ALL, dropout: float = 0.0,
         name: str = "default", rslora: bool = False) -> None:
-    """Put a new adapter on the linear layers that `targets` names, freeze the rest, make the adapter active.
+    """Put a new adapter on the linear layers that `targets` names, freeze the base, make the adapter active.
     BadInput: a rank below 1, a target that the model lacks, the head where it is tied to the embedding."""
     state = _state(model)
     if name in state.specs or not name or "." in name:
@@ -98,7 +98,8 @@ def add(model: Qwen2, r: int = 16, alpha: float = 32, targets: list[str] | str =
         raise BadInput(f"LoRA rank {r}, dropout {dropout}: expected a rank of 1 or more, a dropout in [0, 1)")
     spec = Spec(r, alpha, targets if isinstance(targets, str) else list(targets), dropout, rslora)
     spec.modules = _matches(model, spec.targets)
-    model.requires_grad_(False)
+    for path, p in model.named_parameters():
+        p.requires_grad_(".lora_" in path)
     for path in spec.modules:
         layer = _wrap(model, path, state)
         like = {"device": layer.weight.device, "dtype": torch.float32}
@@ -203,7 +204,7 @@ def _wrap(model: Qwen2, path: str, state: State) -> LoRALinear:
     layer = model.get_submodule(path)
     if not isinstance(layer, LoRALinear):
         parent, _, leaf = path.rpartition(".")
-        layer = LoRALinear(layer, state)
+        layer = LoRALinear(layer, state).train(layer.training)
         setattr(model.get_submodule(parent), leaf, layer)
     return layer
 

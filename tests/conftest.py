@@ -34,7 +34,7 @@ def random_model():
 
 @pytest.fixture
 def real_model():
-    """real_model(name) -> the folder of real weights of that name under $SLM_REAL_MODELS; skips without it."""
+    """real_model(name) -> its folder of real weights under $SLM_REAL_MODELS; skips without it."""
     def find(name: str) -> Path:
         folder = Path(os.environ.get("SLM_REAL_MODELS", "")) / name
         if not os.environ.get("SLM_REAL_MODELS") or not (folder / "config.json").is_file():

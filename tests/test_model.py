@@ -57,7 +57,8 @@ def test_gradients_stay_inside_their_sequence_and_are_right(device):
         q, k, v = (x[start:start + n].transpose(0, 1) for x in twins)
         scores = q @ k.repeat_interleave(2, 0).transpose(1, 2) / math.sqrt(8)
         mask = torch.ones(n, n, device=device).tril() == 0
-        out.append((scores.masked_fill(mask, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 0)).transpose(0, 1))
+        weights = scores.masked_fill(mask, -torch.inf).softmax(-1)
+        out.append((weights @ v.repeat_interleave(2, 0)).transpose(0, 1))
         start += n
     for a, b in zip(ours, torch.autograd.grad((torch.cat(out) * weight).sum(), twins)):
         assert (a - b).abs().max() < 1e-5
@@ -123,7 +124,8 @@ def test_bfloat16_runs_on_the_cpu(random_model):
     ({"model_type": "llama"}, "llama"), ({"hidden_act": "gelu"}, "gelu"), ({"vocab_size": 0}, "vocab_size"),
     ({"use_sliding_window": True}, "use_sliding_window"), ({"num_key_value_heads": 3}, "num_key_value_heads"),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"), ({"hidden_size": None}, "hidden_size"),
-    ({"rope_parameters": {"rope_type": "llama3"}}, "llama3"), ({"quantization_config": {"bits": 4}}, "quantization"),
+    ({"rope_parameters": {"rope_type": "llama3"}}, "llama3"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
 ])
 def test_configs_of_other_models_are_refused_by_name(change, named):
     config = Config(97, 32, 64, 2, 4, 2, 8).to_hf()
