@@ -16,31 +16,9 @@ import re
 import time
 from collections import Counter
 
-from slm import BadInput, cli, stats
+from slm import BadInput, cli, prompts, stats
 from slm.episode import Ask, Draft, Episode, Run, Sampling, answer_record, jobs_for, run_episodes, user
 from slm.grader import equal, extract
-from slm.prompts import (
-    ADVICE,
-    AGAIN,
-    CAREFUL,
-    CHECKER,
-    CRITIC,
-    DISAGREE,
-    EXPLAIN,
-    FEEDBACK,
-    HINT,
-    NO_ANSWER,
-    OUTPUT,
-    PYTHON,
-    RETRY,
-    RETRY_PYTHON,
-    SOLVER,
-    SUMMARY,
-    TRANSCRIPT,
-    UNCLEAR,
-    VERIFIER,
-    VERY_CAREFUL,
-)
 
 OTHER = {"temperature": 0.7, "top_p": 0.9}                # a later attempt must be able to differ
 VOTE = {"temperature": 0.7, "top_p": 0.95, "top_k": 50}   # the report's decoding of runs 2 to 5
@@ -133,11 +111,11 @@ def verdict(text: str) -> bool | None:
 
 
 def complaint(answer: str | None) -> str:
-    return FEEDBACK(answer=answer) if answer else NO_ANSWER()
+    return prompts.FEEDBACK(answer=answer) if answer else prompts.NO_ANSWER()
 
 
 def disagreement(answer: str | None, other: str | None) -> str:
-    return DISAGREE(answer=answer or "nothing", other=other or "nothing")
+    return prompts.DISAGREE(answer=answer or "nothing", other=other or "nothing")
 
 
 def ask(role: str, content: str, **sampling):
@@ -154,7 +132,7 @@ def attempt(answers: list[str | None], messages: list[dict]):
     return reply
 
 
-def check(question: str, solution: str, prompt=CHECKER):
+def check(question: str, solution: str, prompt=prompts.CHECKER):
     """The checker's (verdict, words before it) on a solution, of which it sees no thinking."""
     solution = solution.split("</think>")[-1].strip()
     reply = yield from ask("checker", prompt(question=question, solution=solution), max_tokens=256)
@@ -177,7 +155,7 @@ def execute(text: str):
 
 def solver(question: str):
     """A single pass with the standard prompt: what every other workflow is compared with."""
-    return (yield from ask("solver", SOLVER(question=question)))
+    return (yield from ask("solver", prompts.SOLVER(question=question)))
 
 
 def majority_vote(question: str, runs: int = 5):
@@ -185,7 +163,7 @@ def majority_vote(question: str, runs: int = 5):
     gave one wins; without such a majority the first run's answer stands, or the most frequent if it has none.
 
     Departs: answers are counted by mathematical equivalence, not as strings; no repetition penalty."""
-    prompt = [user(SOLVER(question=question))]
+    prompt = [user(prompts.SOLVER(question=question))]
     replies = yield [Ask("solver", prompt)] + [Ask("solver", prompt, VOTE) for _ in range(runs - 1)]
     answers = [extract(reply.text) for reply in replies]
     yield Draft(answers[0])
@@ -200,7 +178,7 @@ def python_tools(question: str):
     where the code fails or prints none, with the box of the text.
 
     Departs: the model is stopped where it would invent the output; one namespace, so functions work."""
-    return (yield from code_answer("solver", PYTHON(question=question)))
+    return (yield from code_answer("solver", prompts.PYTHON(question=question)))
 
 
 def solver_checker_with_tools(question: str, rounds: int = 5):
@@ -209,14 +187,14 @@ def solver_checker_with_tools(question: str, rounds: int = 5):
 
     Departs: the checker is sampled, where a greedy one says the same in each round, and a checker without an
     answer does not count as agreement."""
-    answers, prompt = [], PYTHON(question=question)
+    answers, prompt = [], prompts.PYTHON(question=question)
     for _ in range(rounds):
         answers.append((yield from code_answer("solver", prompt, **(OTHER if answers else {}))))
         yield Draft(answers[-1])
-        other = yield from code_answer("checker", PYTHON(question=question), **OTHER)
+        other = yield from code_answer("checker", prompts.PYTHON(question=question), **OTHER)
         if same(answers[-1], other):
             return answers[-1]
-        prompt = RETRY_PYTHON(question=question, feedback=disagreement(answers[-1], other))
+        prompt = prompts.RETRY_PYTHON(question=question, feedback=disagreement(answers[-1], other))
     return next(filter(None, answers), None)
 
 
@@ -226,12 +204,12 @@ def solver_checker_stateless(question: str, rounds: int = 5):
 
     Departs: the checker sees the whole question and solution rather than 150 characters and the answer; an
     unclear verdict rejects; retries are sampled (greedy ones repeat themselves from the third round on)."""
-    answers, content = [], SOLVER(question=question)
+    answers, content = [], prompts.SOLVER(question=question)
     for _ in range(rounds):
         reply = yield from attempt(answers, [user(content)])
         if answers[-1] and (yield from check(question, reply.text))[0]:
             return answers[-1]
-        content = RETRY(question=question, feedback=complaint(answers[-1]))
+        content = prompts.RETRY(question=question, feedback=complaint(answers[-1]))
     return settle(answers)
 
 
@@ -241,12 +219,12 @@ def solver_checker_chat(question: str, rounds: int = 5):
 
     Departs: no oracle (a later version compared with the ground truth); the question is not repeated, as
     the conversation holds it."""
-    answers, messages = [], [user(SOLVER(question=question))]
+    answers, messages = [], [user(prompts.SOLVER(question=question))]
     for _ in range(rounds):
         reply = yield from attempt(answers, messages)
         if answers[-1] and (yield from check(question, reply.text))[0]:
             return answers[-1]
-        messages = messages + [reply.message(), user(AGAIN(feedback=complaint(answers[-1])))]
+        messages = messages + [reply.message(), user(prompts.AGAIN(feedback=complaint(answers[-1])))]
     return next(filter(None, reversed(answers)), None)
 
 
@@ -255,15 +233,15 @@ def trivial_chat(question: str, rounds: int = 5):
     checker criticises and gives a verdict. Of a long transcript the first and the last six entries stay.
 
     Departs: every solver prompt holds the question (only the first one did); the checker is greedy."""
-    answers, history, content = [], [], SOLVER(question=question)
+    answers, history, content = [], [], prompts.SOLVER(question=question)
     for _ in range(rounds):
         reply = yield from attempt(answers, [user(content)])
-        accepted, critique = yield from check(question, reply.text, CRITIC)
+        accepted, critique = yield from check(question, reply.text, prompts.CRITIC)
         if accepted and answers[-1]:
             return answers[-1]
         history += [f"[SOLVER]: {reply.text.strip()}", f"[CHECKER]: {critique}"]
         kept = history if len(history) <= 10 else history[:1] + history[-6:]
-        content = TRANSCRIPT(question=question, history="\n".join(kept))
+        content = prompts.TRANSCRIPT(question=question, history="\n".join(kept))
     return settle(answers)
 
 
@@ -272,20 +250,21 @@ def solver_checker_summarizer(question: str, rounds: int = 5):
     beginning and its answer; the model's summary where it has none), the solver a digest of the critique.
 
     Departs: the checker does see the summary, not only the answer; no test of relevance by shared words."""
-    answers, content = [], SOLVER(question=question)
+    answers, content = [], prompts.SOLVER(question=question)
     for _ in range(rounds):
         reply = yield from attempt(answers, [user(content)])
         short = f"{reply.text.strip()[:300]}\nFinal answer: {answers[-1]}"
         if answers[-1] is None:
-            prompt = SUMMARY(question=question, solution=reply.text)
+            prompt = prompts.SUMMARY(question=question, solution=reply.text)
             short = (yield from ask("summarizer", prompt, max_tokens=150)).text
-        accepted, critique = yield from check(question, short, CRITIC)
+        accepted, critique = yield from check(question, short, prompts.CRITIC)
         if accepted and answers[-1]:
             return answers[-1]
-        advice = (yield from ask("summarizer", ADVICE(critique=critique), max_tokens=100)).text.split()
+        digest = yield from ask("summarizer", prompts.ADVICE(critique=critique), max_tokens=100)
+        advice = digest.text.split()
         useful = len(advice) > 2 and len(set(advice)) > 0.3 * len(advice)  # else it is babble
         feedback = complaint(answers[-1]) + (" " + " ".join(advice) if useful else "")
-        content = RETRY(question=question, feedback=feedback)
+        content = prompts.RETRY(question=question, feedback=feedback)
     return settle(answers)
 
 
@@ -295,13 +274,14 @@ def summarizer_chat(question: str, rounds: int = 5):
 
     Departs: the checker is sampled (a greedy one repeats the solver's own first pass), and a checker without
     an answer does not count as agreement."""
-    answers, messages = [], [user(SOLVER(question=question))]
+    answers, messages = [], [user(prompts.SOLVER(question=question))]
     for _ in range(rounds):
         reply = yield from attempt(answers, messages)
-        other = extract((yield from ask("checker", SOLVER(question=question), **OTHER)).text)
+        other = extract((yield from ask("checker", prompts.SOLVER(question=question), **OTHER)).text)
         if same(answers[-1], other):
             return answers[-1]
-        messages = messages + [reply.message(), user(AGAIN(feedback=disagreement(answers[-1], other)))]
+        feedback = disagreement(answers[-1], other)
+        messages = messages + [reply.message(), user(prompts.AGAIN(feedback=feedback))]
     return next(filter(None, reversed(answers)), None)
 
 
@@ -309,7 +289,7 @@ def plan_and_reflection(question: str):
     """Solve; solve again, asked to be careful; if the two differ a third time, very carefully. An answer
     given twice wins, else the first. (The report's agent of this name plans nothing.)"""
     answers = []
-    for prompt in (SOLVER, CAREFUL, VERY_CAREFUL):
+    for prompt in (prompts.SOLVER, prompts.CAREFUL, prompts.VERY_CAREFUL):
         yield from attempt(answers, [user(prompt(question=question))])
         if (counts := tally(answers)) and counts[0][1] >= 2:
             return counts[0][0]
@@ -322,21 +302,21 @@ def base(question: str, rounds: int = 5):
 
     Departs: a checker that says neither word is unclear (it used to mean CORRECT), and answers are compared
     by equivalence ("8" was found within "18")."""
-    answers, content = [], SOLVER(question=question)
+    answers, content = [], prompts.SOLVER(question=question)
     for _ in range(rounds):
         reply = yield from attempt(answers, [user(content)])
-        accepted, critique = yield from check(question, reply.text, CRITIC)
+        accepted, critique = yield from check(question, reply.text, prompts.CRITIC)
         if accepted and answers[-1]:
             return answers[-1]
         unclear = accepted is None and answers[-1]
-        feedback = UNCLEAR(answer=answers[-1]) if unclear else f"{complaint(answers[-1])} {critique}"
-        content = RETRY(question=question, feedback=feedback)
+        feedback = prompts.UNCLEAR(answer=answers[-1]) if unclear else f"{complaint(answers[-1])} {critique}"
+        content = prompts.RETRY(question=question, feedback=feedback)
     return next((answer for answer, _ in tally(answers)), None)
 
 
 def verify(question: str, answer: str):
     """Whether code written by the verifier confirms an answer: by the word it prints, else by the number."""
-    reply = yield from ask("verifier", VERIFIER(question=question, answer=answer), **CODING)
+    reply = yield from ask("verifier", prompts.VERIFIER(question=question, answer=answer), **CODING)
     outcome = yield from execute(reply.text)
     words = re.findall(r"VERIFIED|FAILED", outcome.stdout) if outcome else []
     return words[-1] == "VERIFIED" if words else same(printed(outcome), answer)
@@ -348,7 +328,7 @@ def solver_verifier(question: str, rounds: int = 3):
     told what failed. Ends early when an answer comes twice in a row; without an accepted one the last stands.
 
     Departs: a verifier whose code prints a number and no verdict is judged by that number."""
-    answers, content = [], HINT(question=question)
+    answers, content = [], prompts.HINT(question=question)
     for round in range(rounds):
         reply = yield from ask("solver", content, **CODING, **(OTHER if round else {}))
         outcome, box = (yield from execute(reply.text)), stated(reply.text)
@@ -362,7 +342,7 @@ def solver_verifier(question: str, rounds: int = 3):
             if (yield from verify(question, candidate)):
                 return candidate
         feedback = f"The code failed: {shown(outcome)[-200:]}" if failed else complaint(answers[-1])
-        content = RETRY(question=question, feedback=feedback)
+        content = prompts.RETRY(question=question, feedback=feedback)
     return next(filter(None, reversed(answers)), None)
 
 
@@ -372,7 +352,7 @@ def code_feedback(question: str):
 
     Departs: where the model stopped to wait for the output, its turn goes on after it; else the output is the
     next turn, as it was."""
-    messages = [user(HINT(question=question))]
+    messages = [user(prompts.HINT(question=question))]
     reply = yield Ask("solver", messages, CODING)
     yield Draft(stated(reply.text))
     outcomes = yield [Run(block, timeout=10) for block in blocks_of(reply.text)]
@@ -380,9 +360,9 @@ def code_feedback(question: str):
         return reply
     output = "\n".join(shown(outcome) for outcome in outcomes)
     if reply.finish == "stop_string":
-        messages += [reply.message(OUTPUT(output=output).lstrip())]
+        messages += [reply.message(prompts.OUTPUT(output=output).lstrip())]
     else:
-        messages += [reply.message(), user(EXPLAIN(output=output))]
+        messages += [reply.message(), user(prompts.EXPLAIN(output=output))]
     last = yield Ask("solver", messages)
     return stated(last.text) or next(filter(None, map(printed, reversed(outcomes))), None)
 
