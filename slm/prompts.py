@@ -64,14 +64,14 @@ ADVICE = Prompt("advice/1", "A check of a solution says: $critique\n"
 
 # ---- teachers of make_data.py ----------------------------------------------------------------------------
 TEACHER = Prompt("teacher/1", "You are an expert at solving mathematics problems. $effort\n"
-                              "1. Put your reasoning between <think> and </think>, about $tokens tokens of it.\n"
+                              "1. Reason between <think> and </think>, in about $tokens tokens.\n"
                               "2. After </think>, write the solution in clear steps.\n"
                               "3. End with the line: Therefore, the answer is \\boxed{...}.")
 EFFORTS = {  # name: tokens of thinking asked for, and what for
     "low": (300, "Think briefly: only the essential steps."),
     "medium": (700, "Think in small steps with every intermediate calculation, without digressing."),
-    "high": (1400, "Think thoroughly: state assumptions, justify each step, watch for pitfalls and verify the "
-                   "result."),
-    "very_high": (2500, "Think rigorously: justify everything, consider other ways to solve it, and check the "
-                        "result in several independent ways."),
+    "high": (1400, "Think thoroughly: state assumptions, justify each step, watch for pitfalls, verify "
+                   "the result."),
+    "very_high": (2500, "Think rigorously: justify everything, consider other ways to solve it, check "
+                        "the result in several independent ways."),
 }

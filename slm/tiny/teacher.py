@@ -26,6 +26,7 @@ from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 MODELS = {"careless": 0.35, "careful": 0.1}  # how often a solution of this model holds a mistake
+LOCK = threading.Lock()
 LINGER = struct.pack("ii", 1, 0)             # SO_LINGER: close with a reset
 
 
@@ -63,11 +64,16 @@ def _stories(n: int) -> dict:
     return {story.question: story for stories in splits for story in stories}
 
 
+def _story(question: str):
+    with LOCK:  # hundreds of threads may want the first one at once
+        return _stories(4000).get(question) or _stories(40000).get(question)
+
+
 def tiny_answer(body: dict, rng: random.Random) -> str:
     """The answer to a question of the tiny world, thought about as long as the system message asks."""
     from slm.tiny import world
     question = body["messages"][-1]["content"].split("\n")[0]
-    story = _stories(4000).get(question) or _stories(40000).get(question)
+    story = _story(question)
     if story is None:
         return "I don't know this problem."
     if rng.random() < MODELS.get(body["model"], 0.2):

@@ -297,6 +297,8 @@ def corrupt(story: Story, rng: random.Random) -> Story:
                 value += rng.choice([-10, -2, -1, 1, 2, 10]) * (Fraction(1, b) if op == "frac" else 1)
             values[step.name] = value
             steps.append(replace(step, op=op, a=a, b=b, value=value))
+            if value <= 0:  # a later step may divide by it
+                break
         fair = all(0 < s.value <= LARGEST and number(s.value).count(".") < 2 for s in steps)
         simple = all(s.value.denominator <= 100 for s in steps)
         if fair and simple and steps[-1].value != story.steps[-1].value:

@@ -1,0 +1,330 @@
+"""Stage 1: a cascade of teachers writes worked solutions; the verified ones become training records.
+
+    python make_data.py                                       the stand-in teacher on the tiny world, seconds
+    python make_data.py --data gsm8k math --cascade recipes/report.toml --budget 50
+    python make_data.py --data gsm8k --cascade recipes/local.toml   a vLLM or llama.cpp server of yours
+    python make_data.py --data gsm8k --teacher self --model Qwen/Qwen2.5-Math-1.5B-Instruct
+    python make_data.py verifier --model runs/sft-tiny-lora         check-this-solution records
+
+Teachers of round 1 answer every problem, those of round 2 what round 1 left unsolved, each until its first
+right answer or its last attempt. A TOML file names them (recipes/ has three). Problems that overlap a test
+set are never asked.
+
+Every attempt is on disk as it lands. Stopped or killed, the same command goes on where it was. What had
+landed is not asked or paid for again (what was on the wire at a kill is); attempts that ended in an HTTP error
+are made up for at the next start.
+"""
+
+import contextlib
+import itertools
+import json
+import signal
+import sys
+import time
+from collections import Counter, deque
+from pathlib import Path
+
+from slm import BadInput, cli, records
+
+TESTS = ("gsm8k", "math500", "aime24", "amc23")  # no record may overlap these
+HERE = Path(__file__).parent
+
+
+def options():
+    p = cli.parser(__doc__)
+    p.add_argument("what", nargs="?", choices=("solutions", "verifier"), default="solutions")
+    g = p.add_argument_group("problems")
+    g.add_argument("--data", nargs="+", default=["tiny"], metavar="NAME",
+                   help="tiny, gsm8k, math, ... or JSON lines files (default tiny; the report: gsm8k math)")
+    g.add_argument("--limit", type=cli.positive, help="problems of each (tiny: default 400)")
+    g = p.add_argument_group("teachers")
+    g.add_argument("--cascade", metavar="TOML", help="who is asked (default recipes/tiny.toml, a stand-in)")
+    g.add_argument("--teacher", choices=("self",), help="ask --model, on this machine")
+    g.add_argument("--budget", type=float, metavar="DOLLARS", help="stop before more than this is spent")
+    g = p.add_argument_group("our own model (--teacher self, verifier)")
+    g.add_argument("--model", default="tiny", help="tiny, a directory or a hub id (default tiny)")
+    g.add_argument("--samples", type=cli.positive, default=4,
+                   help="self: attempts at a problem; verifier: solutions of each (default 4)")
+    g.add_argument("--max-tokens", type=cli.positive, help="of an answer (default 2048, tiny 256)")
+    g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    g = p.add_argument_group("run")
+    g.add_argument("--out", help="run directory (default runs/data-<names>, verifier: runs/verifier-<names>)")
+    g.add_argument("--seed", type=int, default=0)
+    return p
+
+
+# ---- asking ----------------------------------------------------------------------------------------------
+
+class Asking:
+    """The loop that keeps every teacher busy until nothing is due. `why` says what ended it early.
+
+    land(row, over) files one attempt and returns its price; over: nothing more is due for its problem. Whatever
+    ends the loop, what is on the wire is awaited first, so that nothing paid for is lost. budget, spent: dollars.
+    """
+
+    def __init__(self, problems: list, progress, backends: dict, land, budget: float | None, spent: float,
+                 seed: int):
+        self.progress, self.backends, self.land, self.seed = progress, backends, land, seed
+        self.teachers = {t.name: t for ts in progress.rounds for t in ts}
+        self.queues = {name: deque() for name in backends}
+        self.claimed = set()  # (problem id, teacher name): queued or on the wire
+        self.wire = {}        # (teacher name, ticket) -> (job, expected dollars, start)
+        self.load, self.seen, self.paid = Counter(), Counter(), Counter()  # by teacher name
+        self.budget, self.spent, self.reserved = budget, spent, 0.0
+        self.why: str | None = None
+        self.dead: BadInput | None = None
+        for p in problems:
+            self._queue(p)
+
+    def run(self) -> None:
+        while True:
+            for name in self.queues:
+                self._send(name)
+            if not self.wire:
+                return
+            for name, backend in self.backends.items():
+                if self.load[name]:
+                    self._collect(name, backend)
+
+    def _queue(self, problem, first: bool = False) -> None:
+        for teacher in self.progress.due(problem.id):
+            if (problem.id, teacher.name) not in self.claimed:
+                self.claimed.add((problem.id, teacher.name))
+                queue = self.queues[teacher.name]
+                queue.appendleft(problem) if first else queue.append(problem)
+
+    def _send(self, name: str) -> None:
+        from slm.cascade import Job
+        teacher = self.teachers[name]
+        while self.queues[name] and self.load[name] < teacher.workers and not self.why:
+            problem = self.queues[name][0]
+            job = Job(problem, teacher, self.progress.tried[problem.id, name], self.seed)
+            dollars = self.paid[name] / self.seen[name] if self.seen[name] >= 20 else job.most_dollars
+            if self.budget is not None and self.spent + self.reserved + dollars > self.budget:
+                self.why = f"the budget of ${self.budget:g} allows no further attempt"
+                return
+            self.queues[name].popleft()
+            self.wire[name, self.backends[name].submit(job.request())] = job, dollars, time.monotonic()
+            self.load[name] += 1
+            self.reserved += dollars
+
+    def _collect(self, name: str, backend) -> None:
+        try:
+            landed = backend.step()
+        except BadInput as e:  # a dead teacher; the others finish what they have on the wire
+            self.dead, self.why = e, "a teacher cannot answer"
+            self.wire = {key: value for key, value in self.wire.items() if key[0] != name}
+            self.load[name] = 0
+            return
+        for ticket, _, reply in landed:
+            job, dollars, start = self.wire.pop((name, ticket))
+            self.load[name] -= 1
+            self.reserved -= dollars
+            row = job.record(reply, time.monotonic() - start)
+            self.progress.note(row)
+            paid = self.land(row, over=not self.progress.due(job.problem.id))
+            self.spent += paid
+            self.paid[name] += paid
+            self.seen[name] += 1
+            self.claimed.discard((job.problem.id, name))
+            self._queue(job.problem, first=True)
+
+
+# ---- a run -----------------------------------------------------------------------------------------------
+
+def main(args):
+    if args.what == "verifier":
+        return make_verifier(args)
+    from slm.cascade import Progress
+    teachers = who(args)
+    problems = load(args.data, args.limit or (400 if args.data == ["tiny"] else None))
+    dropped = leaks(problems, args.data)
+    asked = [p for p in problems if p.id not in dropped]
+    prices = {t.name: (t.price_in, t.price_out) for t in teachers}
+    identity = {"data": args.data, "seed": args.seed, "teachers": [t.identity for t in teachers]}
+    with contextlib.ExitStack() as stack:
+        out = open_run(args, "data", identity, stack)
+        kept, rejected = (records.Journal(out / f"{name}.jsonl") for name in ("records", "rejected"))
+        attempts = lambda: itertools.chain(kept, rejected)
+        progress = Progress(teachers)
+        spent = recall(problems, attempts(), progress, prices)
+        backends = start(teachers, args, stack)
+        bar = Bar(len(asked), sum(not progress.due(p.id) for p in asked), spent)
+
+        def land(row: dict, over: bool) -> float:
+            (rejected if row["cause"] else kept).append(row)
+            return bar.show(row, over, records.cost(row, prices))
+
+        asking = Asking(asked, progress, backends, land, args.budget, spent, args.seed)
+        with bar.bar, stopping(asking):
+            asking.run()
+        still_open = {p.id for p in asked if progress.due(p.id)}
+        report(out, problems, dropped, still_open, attempts(), prices)
+    print(f"records: {out}/records.jsonl")
+    print(f"next: python train_sft.py --model {args.model} --data {out}/records.jsonl")
+    if asking.why:
+        print(f"ended early: {asking.why}; {len(still_open):,} problems are open, the same command goes on")
+    if asking.dead:
+        raise asking.dead
+    if asking.why == "stopped":
+        sys.exit(130)
+
+
+def who(args) -> list:
+    """The teachers: our own model, a cascade file, or the stand-in."""
+    from slm.cascade import Teacher, read_cascade
+    if args.teacher == "self":
+        if args.cascade:
+            raise BadInput("--teacher self and --cascade: expected one of them")
+        most = args.max_tokens or (256 if cli.is_small(args.model) else 2048)
+        return [Teacher("self", args.model, "self", attempts=args.samples, temperatures=(0.7, 0.5, 0.9),
+                        max_tokens=most, workers=128)]
+    if not args.cascade and any(not name.startswith("tiny") for name in args.data):
+        raise BadInput(f"--data {' '.join(args.data)}: the stand-in teacher knows only the tiny world; expected "
+                       "--cascade, such as recipes/report.toml, or --teacher self")
+    return read_cascade(Path(args.cascade or HERE / "recipes" / "tiny.toml"))
+
+
+def start(teachers: list, args, stack) -> dict:
+    """A backend for each teacher, closed with the stack."""
+    from slm.endpoint import Endpoint
+    backends, stand_in = {}, None
+    for t in teachers:
+        if t.base_url == "self":
+            backends[t.name] = stack.enter_context(contextlib.closing(own_model(args)))
+            continue
+        url = t.base_url
+        if url == "stand-in":
+            from slm.tiny.teacher import serve
+            url = (stand_in := stand_in or stack.enter_context(serve())).url
+        backends[t.name] = stack.enter_context(contextlib.closing(Endpoint(
+            url, t.model, t.key_env, workers=t.workers, timeout=t.timeout,
+            requests_per_minute=t.requests_per_minute, tokens_per_minute=t.tokens_per_minute)))
+        print(f"round {t.round}: {t.name} = {t.model} at {url}, {t.attempts} attempts, {t.workers} at once")
+    return backends
+
+
+def own_model(args):
+    from slm import checkpoint
+    from slm.run import pick_device
+    from slm.sampler import Sampler
+    device, dtype, reason = pick_device(args.device, args.dtype, args.model)
+    print(f"device {device}, {str(dtype).removeprefix('torch.')}: {reason}")
+    return Sampler(*checkpoint.load(args.model, device, dtype))
+
+
+def load(names: list[str], limit: int | None) -> list:
+    """The training problems of all the sets together."""
+    from slm.problems import load as load_set
+    problems = [p for name in names for p in load_set(name, "train", limit)]
+    twice = next((id for id, n in Counter(p.id for p in problems).items() if n > 1), None)
+    if twice:
+        raise BadInput(f"--data {' '.join(names)}: problem {twice!r} comes twice; expected sets without common ids")
+    return problems
+
+
+def leaks(problems: list, names: list[str]) -> dict[str, dict]:
+    """Problem id -> overlap with a test set. The tiny world's splits share their wording, so there only whole
+    questions count."""
+    from slm.problems import load as load_set
+    tiny = all(name.startswith("tiny") for name in names)
+    sets, missing = {}, []
+    for name in ("tiny", "tiny-unseen") if tiny else TESTS:
+        try:
+            sets[name] = [p.question for p in load_set(name, "test")]
+        except BadInput as e:
+            missing.append(name)
+            print(f"warning: overlap with {name} is NOT checked: {e}")
+    find = records.Leaks(sets, None if tiny else 13).find
+    dropped = {p.id: leak for p in problems if (leak := find(p.question))}
+    print(f"{len(problems):,} problems; {len(dropped):,} overlap {', '.join(sets)} and are dropped")
+    return dropped
+
+
+def open_run(args, kind: str, identity: dict, stack) -> Path:
+    """The run directory, new or of the same identity, and ours until the stack unwinds."""
+    out = Path(args.out or f"runs/{kind}-{'-'.join(Path(name).stem for name in args.data)}")
+    out.mkdir(parents=True, exist_ok=True)
+    stack.enter_context(contextlib.closing(records.lock(out)))
+    path = out / "settings.json"
+    if path.exists():
+        old = json.loads(path.read_text())
+        for key, new in json.loads(json.dumps(identity)).items():
+            if old.get(key) != new:
+                raise BadInput(f"{path}: made with {key} = {old.get(key)}, now {new}; choose another --out")
+        print(f"going on in {out}")
+    else:
+        records.write_text(path, json.dumps(identity, indent=1))
+    cli.show(vars(args) | {"out": out})
+    return out
+
+
+def recall(problems: list, rows, progress, prices: dict) -> float:
+    """Fill progress from the attempts on disk; returns the dollars they cost. Failed requests don't count."""
+    question, spent = {p.id: p.question for p in problems}, 0.0
+    for row in rows:
+        if question.get(row["id"], row["question"]) != row["question"]:
+            raise BadInput(f"problem {row['id']!r} has another text than in the records; choose another --out")
+        spent += records.cost(row, prices)
+        if row["cause"] != "HTTP error":
+            progress.note(row)
+    return spent
+
+
+@contextlib.contextmanager
+def stopping(asking):
+    """Ctrl-C (or SIGTERM) once: send nothing more and wait for what is on the wire; twice: leave at once."""
+    def stop(*_):
+        if asking.why:
+            raise KeyboardInterrupt
+        asking.why = "stopped"
+        print(f"\nstopping; waiting for {len(asking.wire)} requests on the wire (Ctrl-C again to leave them)")
+    old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
+class Bar:
+    """Problems that are over, with what was kept and rejected and the dollars so far."""
+
+    def __init__(self, total: int, over: int, spent: float):
+        from tqdm import tqdm
+        self.bar = tqdm(total=total, initial=over, unit="problem", mininterval=1)
+        self.counts, self.spent = Counter(kept=0), spent
+
+    def show(self, row: dict, over: bool, dollars: float) -> float:
+        self.counts[row["cause"] or "kept"] += 1
+        self.spent += dollars
+        self.bar.set_postfix(self.counts | Counter({"$": round(self.spent, 4)}), refresh=False)
+        self.bar.update(over)
+        return dollars
+
+
+def report(out: Path, problems, dropped, still_open, attempts, prices) -> None:
+    """summary.json, summary.html and the main figures on screen."""
+    summary = records.summarize(problems, dropped, still_open, attempts, prices)
+    records.write_text(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+    records.write_text(out / "summary.html", records.page(summary, f"Data from {', '.join(prices)}"))
+    for title in ("source", "round", "teacher"):
+        print_table(records.table(summary[title], title))
+    causes = ", ".join(f"{n:,} {cause}" for cause, n in summary["causes"].items())
+    every = summary["source"]["all"]
+    print(f"rejected attempts: {causes or 'none'}\n{every['problems']:,} problems -> {every.get('solved', 0):,} solved "
+          f"({every['unsolved %']} % unsolved), ${summary['total'].get('dollars', 0):.4f}; page: {out}/summary.html")
+
+
+def print_table(rows: list[list[str]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
+
+
+# ---- verifier data ---------------------------------------------------------------------------------------
+
+if __name__ == "__main__":
+    args = options().parse_args()
+    cli.run(main, args)

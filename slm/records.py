@@ -1,0 +1,242 @@
+"""Training records: the file that survives a SIGKILL, which answers become records, which problems leak a
+test set, and the summary of it all.
+
+Files of a make_data.py run: records.jsonl (kept), rejected.jsonl (every other attempt, with its cause),
+settings.json, summary.json and summary.html. Imports no torch.
+"""
+
+import fcntl
+import html
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from slm import BadInput
+from slm.grader import grade
+
+CAUSES = ("HTTP error", "refused", "truncated", "too long", "no think", "no steps", "no box", "several boxes",
+          "wrong")
+LONG = 20    # characters per allowed token: a longer text is not what was asked for
+BINS = (0, 128, 256, 512, 1024, 2048, 4096, 8192)  # tokens
+
+
+# ---- files -----------------------------------------------------------------------------------------------
+
+class Journal:
+    """A JSON lines file that is only appended to, one write a row, so a killed process leaves whole rows and
+    at most one torn line at the end, which the next start repairs: a row that only lacks its line break is
+    finished, half a row is cut off. Safe against SIGKILL; a power cut may take the last seconds."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._repair()
+
+    def _repair(self) -> None:
+        end = os.lseek(self.file, 0, os.SEEK_END)
+        start, tail = end, b""
+        while start > 0 and b"\n" not in tail:
+            start = max(0, start - 65536)
+            tail = os.pread(self.file, end - start, start)
+        torn = tail[tail.rfind(b"\n") + 1:]
+        if not torn:
+            return
+        try:
+            json.loads(torn)
+            os.write(self.file, b"\n")
+        except ValueError:
+            os.ftruncate(self.file, end - len(torn))
+
+    def append(self, row: dict) -> None:
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        while line:  # a signal or a nearly full disk can cut a write short
+            line = line[os.write(self.file, line):]
+
+    def __iter__(self) -> Iterator[dict]:
+        with self.path.open("rb") as f:
+            for n, line in enumerate(f, 1):
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    raise BadInput(f"{self.path} line {n}: not JSON; delete the line to go on") from None
+
+    def close(self) -> None:
+        os.close(self.file)
+
+
+def lock(folder: Path):
+    """Claim a folder for this process; the claim ends with the process. Keep the returned file open."""
+    file = (folder / "lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise BadInput(f"{folder}: another process writes there; wait for it or choose another --out") from None
+    return file
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------
+
+def whole_text(text: str, thinking: str | None) -> str:
+    """One text with the thinking in tags, where a server sends the thinking in a field of its own."""
+    return text if not thinking or "<think>" in text else f"<think>\n{thinking.strip()}\n</think>\n{text}"
+
+
+def judge(reply, gold: str, max_tokens: int, needs_think: bool = True) -> dict:
+    """What a Reply is worth: a record's fields, with `cause` None when it is kept, else one of CAUSES.
+
+    Kept: not truncated, thinking once (required of teachers, allowed to our own model), steps after it, one
+    box, at the end, with the right answer.
+    """
+    text = whole_text(reply.text, reply.thinking)
+    thinking, _, solution = text.rpartition("</think>")
+    found = {"response": text, "thinking": thinking.replace("<think>", "", 1).strip(),
+             "solution": solution.strip(), "predicted": None, "reason": reply.error or ""}
+    cause = _form(reply, text, solution, max_tokens, needs_think)
+    if cause is None:
+        graded = grade(solution, gold, strict=True)
+        found |= {"predicted": graded.answer, "reason": graded.reason}
+        cause = None if graded.correct else "wrong"
+    return found | {"cause": cause}
+
+
+def _form(reply, text: str, solution: str, max_tokens: int, needs_think: bool) -> str | None:
+    if reply.finish == "error":
+        return "HTTP error"
+    if reply.finish == "refused" or re.match(r"(i'm |i am )?sorry\b|i (can't|cannot|won't) ", text.lower()):
+        return "refused"
+    if reply.finish == "length":
+        return "truncated"
+    if len(text) > LONG * max_tokens:
+        return "too long"
+    tags = (text.count("<think>"), text.count("</think>"))
+    if tags != (1, 1) if needs_think or any(tags) else False:
+        return "no think"
+    if tags == (1, 1) and not re.match(r"\s*<think>\s*[^\s<].*</think>", text, re.S):
+        return "no think"
+    if "\\boxed" not in solution:
+        return "no box"
+    steps, *boxes = solution.split("\\boxed")
+    if len(boxes) > 1:
+        return "several boxes"
+    return "no steps" if len(re.sub(r"(?i)therefore|the (final )?answer is|\W", "", steps)) < 8 else None
+
+
+# ---- leaks of test sets ----------------------------------------------------------------------------------
+
+class Leaks:
+    """Questions that hold a test question, or share n words in a row with one (GPT-3, appendix C: n = 13).
+
+    Case and punctuation don't count. sets: name -> questions. n = None: only whole questions are compared.
+    """
+
+    def __init__(self, sets: dict[str, Iterable[str]], n: int | None = 13):
+        self.n, self.whole, self.parts = n, {}, {}
+        for name, questions in sets.items():
+            for question in questions:
+                words = _words(question)
+                self.whole[" ".join(words)] = name
+                for gram in self._grams(words):
+                    self.parts[hash(gram)] = name
+
+    def find(self, question: str) -> dict | None:
+        """{"set", "kind", "text"} of the first overlap, or None."""
+        words = _words(question)
+        if name := self.whole.get(" ".join(words)):
+            return {"set": name, "kind": "exact", "text": question}
+        for gram in self._grams(words):
+            if name := self.parts.get(hash(gram)):
+                return {"set": name, "kind": f"{self.n} words", "text": gram}
+        return None
+
+    def _grams(self, words: list[str]) -> Iterator[str]:
+        for i in range(len(words) - self.n + 1 if self.n else 0):
+            yield " ".join(words[i:i + self.n])
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower())
+
+
+# ---- the summary -----------------------------------------------------------------------------------------
+
+def summarize(problems: list, dropped: dict[str, dict], still_open: set[str], attempts: Iterable[dict],
+              prices: dict[str, tuple[float, float]]) -> dict:
+    """Counts over all attempts, in one pass with nothing kept in memory.
+
+    problems: everything that was loaded; dropped: problem id -> leak; still_open: ids that have attempts left;
+    prices: teacher -> dollars per million tokens (in, out).
+    """
+    asked = {p.id for p in problems} - dropped.keys()
+    solved: dict[str, int] = {}  # problem id -> round
+    groups = {"round": {}, "teacher": {}, "effort": {}}
+    causes, lengths, total = Counter(), Counter(), Counter()
+    for row in attempts:
+        if row["id"] not in asked:
+            continue
+        kept, counts = row["cause"] is None, Counter()
+        counts.update(attempts=1, records=int(kept), tokens_in=row["tokens_in"], tokens_out=row["tokens_out"])
+        counts["dollars"] = cost(row, prices)
+        for group in (total, *(groups[key].setdefault(str(row[key]), Counter()) for key in groups)):
+            group.update(counts)
+        if kept:
+            solved[row["id"]] = min(row["round"], solved.get(row["id"], row["round"]))
+            lengths[max(b for b in BINS if b <= row["tokens_out"])] += 1
+        else:
+            causes[row["cause"]] += 1
+    sources = {}
+    for p in problems:
+        counts = sources.setdefault(p.source, Counter(problems=0, overlapping=0, asked=0))
+        counts.update(problems=1, overlapping=p.id in dropped, asked=p.id in asked)
+        if p.id in solved:
+            counts.update(["solved", f"in round {solved[p.id]}"])
+        elif p.id in asked:
+            counts["open" if p.id in still_open else "unsolved"] += 1
+    sources["all"] = sum(sources.values(), Counter())
+    return {"source": {name: dict(c) | {"unsolved %": _percent(c)} for name, c in sources.items()},
+            **{key: {name: dict(c) for name, c in sorted(group.items())} for key, group in groups.items()},
+            "total": dict(total), "causes": {c: causes[c] for c in CAUSES if causes[c]}, "overlaps": dropped,
+            "tokens_out_of_records": {f"{b}+": lengths[b] for b in BINS if lengths[b]}}
+
+
+def cost(row: dict, prices: dict[str, tuple[float, float]]) -> float:
+    """Dollars of one attempt."""
+    price_in, price_out = prices.get(row["teacher"], (0.0, 0.0))
+    return (row["tokens_in"] * price_in + row["tokens_out"] * price_out) / 1e6
+
+
+def _percent(counts: Counter) -> float:
+    return round(100 * counts["unsolved"] / max(1, counts["asked"]), 2)
+
+
+def table(rows: dict[str, dict], title: str) -> list[list[str]]:
+    """Rows of text with a header, every key of every row a column."""
+    columns = list(dict.fromkeys(k for row in rows.values() for k in row))
+    text = lambda x: f"{x:,.4g}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
+    return [[title, *columns]] + [[name, *(text(row.get(c, 0)) for c in columns)] for name, row in rows.items()]
+
+
+def page(summary: dict, title: str) -> str:
+    """The summary as one HTML page."""
+    lengths = summary["tokens_out_of_records"]
+    parts = [table(summary[key], key) for key in ("source", "round", "teacher", "effort")]
+    parts.append(table({c: {"attempts": n} for c, n in summary["causes"].items()}, "why rejected"))
+    parts.append(table({b: {"records": n, "": "▇" * max(1, 60 * n // max(lengths.values()))}
+                        for b, n in lengths.items()}, "tokens of a record"))
+    parts.append(table(summary["overlaps"], "dropped: overlaps a test set"))
+    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
+    tables = "".join("<table><tr>" + cells(part[0], "th") + "</tr>" + "".join(
+        f"<tr>{cells(row, 'td')}</tr>" for row in part[1:]) + "</table>" for part in parts if len(part) > 1)
+    style = ("body{font:15px sans-serif;margin:2em}table{border-collapse:collapse;margin:1.5em 0}"
+             "td,th{padding:.2em .8em;border-bottom:1px solid #ccc;text-align:left}")
+    return (f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{style}</style>"
+            f"<h1>{html.escape(title)}</h1>{tables}")
