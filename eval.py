@@ -192,11 +192,15 @@ def interval(shares: list[float]) -> tuple[float, float]:
 
 def line(name: str, s: dict) -> str:
     low, high = s["interval"]
-    text = (f"{name[-27:]:28}{s['problems']:>9}{100 * s['accuracy']:>11.1f}{span(low, high):>13}"
+    text = (f"{shorten(name):28}{s['problems']:>9}{100 * s['accuracy']:>11.1f}{span(low, high):>13}"
             f"{s['truncated']:>11}{s['no_answer']:>11}{s['seconds']:>9.1f}")
     for k, value in s["pass_at"].items():
         text += f"\n{'':28}{f'pass@{k}':>9}{100 * value:>11.1f}"
     return text + "".join(f"\n  {count} x {cause}" for cause, count in s["failures"].items())
+
+
+def shorten(name: str) -> str:
+    return name if len(name) < 28 else "..." + name[-24:]
 
 
 def span(low: float, high: float) -> str:
@@ -246,7 +250,7 @@ def table(runs: list[Saved]) -> str:
         for i, run in enumerate(runs):
             values = list(shares[i].values())
             low, high = interval(values)
-            text = f"  {run.name[-27:]:28}{100 * sum(values) / len(values):>10.1f}{span(low, high):>13}"
+            text = f"  {shorten(run.name):28}{100 * sum(values) / len(values):>10.1f}{span(low, high):>13}"
             if i:
                 above = list(shares[i - 1].values())
                 text += f"{difference(list(shares[0].values()), values):>25}{difference(above, values):>27}"

@@ -90,10 +90,10 @@ class RunDir:
         old = self._read_settings()
         if resume:
             self._compare(old, settings, data)
-        elif old is not None and (self.path / "metrics.jsonl").exists():
+        elif old is not None and any(log.stat().st_size for log in self.path.glob("*.jsonl")):
             raise BadInput(f"{self.path} holds a run already: continue it with --resume, or change --out")
         elif log:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
             write_json(self.path / "settings.json", {
                 "settings": settings, "data": data, "command": " ".join(sys.argv), "versions": versions(),
                 "started": time.strftime("%Y-%m-%d %H:%M:%S")})

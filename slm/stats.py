@@ -97,7 +97,7 @@ def bootstrap(values: list[float], level: float = 0.95, rounds: int = 10_000) ->
 
 def _table(a, b) -> tuple[int, int, int]:
     """How many problems (both, only a, only b) got right."""
-    both = sum(x and y for x, y in zip(a, b, strict=True))
+    both = sum(bool(x and y) for x, y in zip(a, b, strict=True))
     return both, sum(map(bool, a)) - both, sum(map(bool, b)) - both
 
 

@@ -1,0 +1,289 @@
+"""Scoring, resuming, comparing and regrading, with a scripted model where figures must be known."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import scripted
+
+import agents
+import eval as evaluation
+from slm import BadInput, cli, stats
+from slm.episode import Reply, user
+from slm.prompts import SOLVER
+
+ROOT = Path(__file__).parents[1]
+
+
+class Backend(scripted.Backend):
+    def close(self):
+        pass
+
+
+def options(*words):
+    args = evaluation.options().parse_args([str(word) for word in words])
+    return cli.resolve(args, evaluation.PAPER, evaluation.TINY)
+
+
+def run(*words):
+    evaluation.main(options(*words))
+
+
+def rows(path):
+    return [json.loads(line) for line in (Path(path) / "answers.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A file of ten problems whose question is a number and whose gold is its double."""
+    path = tmp_path / "doubles.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{i}", "answer": 2 * i}) + "\n" for i in range(10)))
+    return path
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """model(reply) makes reply(number in the question, seed, sampling) the model; returns the backend."""
+    def use(reply):
+        backend = Backend(lambda text, seed, sampling: reply(int(text.split("\n")[0]), seed, sampling))
+        monkeypatch.setattr(agents, "open_backend", lambda args: (backend, {}))
+        return backend
+    return use
+
+
+def double(n, seed, sampling):
+    return f"It is \\boxed{{{2 * n}}}."
+
+
+def below(limit):
+    """A model that is right for numbers below `limit`."""
+    return lambda n, seed, sampling: f"\\boxed{{{2 * n if n < limit else -1}}}"
+
+
+# Scoring
+
+def test_tiny_is_scored_token_by_token_and_the_batch_does_not_matter(tmp_path, tiny):
+    _, tokenizer = tiny
+    run("--limit", 6, "--max-tokens", 24, "--out", tmp_path / "a", "--batch", 2)
+    run("--limit", 6, "--max-tokens", 24, "--out", tmp_path / "b")
+    a, b = ({row["id"]: row for row in rows(tmp_path / name)} for name in "ab")
+    assert a == b and len(a) == 6
+    for row in a.values():
+        fields = "id question gold response answer correct reason prompt_ids ids finish"
+        assert set(row) >= set(fields.split())
+        assert row["prompt_ids"] == tokenizer.chat([user(SOLVER(question=row["question"]))])
+        assert tokenizer.decode(row["ids"]) == row["response"] and len(row["ids"]) <= 24
+    settings = json.loads((tmp_path / "a" / "settings.json").read_text())["settings"]
+    assert settings["prompt"] == SOLVER.id and settings["weights"] and settings["grader"]
+    assert (tmp_path / "a" / "report.html").is_file()
+
+
+def test_the_figures_are_those_of_the_answers(tmp_path, data, model, capsys):
+    def reply(n, seed, sampling):
+        if n == 7:
+            return Reply("so then 2, 4, and", list(range(9)), finish="length", prompt_ids=[1])
+        if n == 8:
+            return Reply("", finish="error", error="HTTP 500")
+        return below(6)(n, seed, sampling)
+    model(reply)
+    run("--data", data, "--out", tmp_path / "r", "--limit", 9)
+    found = json.loads((tmp_path / "r" / "summary.json").read_text())["data"][str(data)]
+    assert (found["problems"], found["right"], found["accuracy"]) == (9, 6, 6 / 9)
+    assert found["interval"] == pytest.approx(stats.wilson(6, 9))
+    assert found["truncated"] == 1 and found["failures"] == {"HTTP 500": 1}
+    by_id = {row["id"]: row for row in rows(tmp_path / "r")}
+    assert by_id["doubles-8"]["reason"] == "HTTP 500" and by_id["doubles-7"]["finish"] == "length"
+    said = capsys.readouterr().out
+    assert "66.7" in said and "1 x HTTP 500" in said and "35.4-87.9" in said
+
+
+def test_several_samples_give_the_mean_and_unbiased_pass_at_k(tmp_path, data, model, capsys):
+    chance = {}
+
+    def reply(n, seed, sampling):
+        assert sampling.temperature == 0.8
+        chance[n] = chance.get(n, 0) + 1
+        return double(n, 0, 0) if chance[n] <= n % 5 else "\\boxed{-1}"
+    model(reply)
+    run("--data", data, "--out", tmp_path / "r", "--samples", 4, "--temperature", 0.8)
+    found = json.loads((tmp_path / "r" / "summary.json").read_text())["data"][str(data)]
+    assert found["accuracy"] == pytest.approx(0.5) and found["samples"] == 4
+    expected = {k: sum(stats.pass_at_k(4, n % 5, int(k)) for n in range(10)) / 10 for k in ("2", "4")}
+    assert found["pass_at"] == pytest.approx(expected)
+    assert found["interval"][0] < 0.5 < found["interval"][1] and "pass@4" in capsys.readouterr().out
+    assert sorted((r["id"], r["sample"]) for r in rows(tmp_path / "r"))[:5] == [
+        ("doubles-0", 0), ("doubles-0", 1), ("doubles-0", 2), ("doubles-0", 3), ("doubles-1", 0)]
+
+
+def test_any_workflow_can_be_scored_with_its_code_run_in_the_sandbox(tmp_path, data, model):
+    model(lambda n, seed, sampling: f"```python\nprint({n} * 2)\n```\n")
+    run("--data", data, "--workflow", "python_tools", "--limit", 2, "--out", tmp_path / "r")
+    assert [row["correct"] for row in rows(tmp_path / "r")] == [True, True]
+    assert {row["workflow"] for row in rows(tmp_path / "r")} == {"python_tools"}
+
+
+def test_a_served_model_is_scored_through_its_endpoint(tmp_path, data):
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert asked["model"] == "served" and asked["temperature"] == 0
+            n = int(asked["messages"][-1]["content"].split("\n")[0])
+            body = json.dumps({"choices": [{"finish_reason": "stop", "message": {
+                "role": "assistant", "content": f"\\boxed{{{2 * n}}}"}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    Thread(target=httpd.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{httpd.server_port}/v1"
+    run("--endpoint", url, "--model", "served", "--data", data, "--out", tmp_path / "r")
+    httpd.shutdown()
+    httpd.server_close()
+    assert [row["correct"] for row in rows(tmp_path / "r")] == [True] * 10
+
+
+# Stopping and going on
+
+def test_a_stopped_run_goes_on_without_asking_twice_and_a_torn_line_is_repaired(tmp_path, data, model):
+    model(below(4))
+    run("--data", data, "--out", tmp_path / "whole")
+    run("--data", data, "--out", tmp_path / "cut")
+    whole = rows(tmp_path / "whole")
+    path = tmp_path / "cut" / "answers.jsonl"
+    path.write_bytes(b"\n".join(path.read_bytes().split(b"\n")[:7]) + b'\n{"id": "doubles-7", "quest')
+    (tmp_path / "cut" / "summary.json").unlink()
+    backend = model(below(4))
+    run("--data", data, "--out", tmp_path / "cut", "--resume")
+    assert len(backend.requests) == 3
+    key = lambda row: row["id"]
+    assert sorted(rows(tmp_path / "cut"), key=key) == sorted(whole, key=key)
+    whole, cut = (json.loads((tmp_path / n / "summary.json").read_text())["data"] for n in ("whole", "cut"))
+    assert {**whole[str(data)], "seconds": 0} == {**cut[str(data)], "seconds": 0}
+
+
+def test_a_killed_run_resumes_to_the_answers_of_an_unbroken_one(tmp_path):
+    words = ["--limit", "24", "--max-tokens", "30", "--batch", "4", "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen([sys.executable, "eval.py", *words], cwd=ROOT, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    answers = tmp_path / "killed" / "answers.jsonl"
+    while not (answers.exists() and answers.read_bytes().count(b"\n") >= 4) and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run(*words, "--resume")
+    run(*words[:-1], tmp_path / "whole")
+    key = lambda row: row["id"]
+    assert sorted(rows(tmp_path / "killed"), key=key) == sorted(rows(tmp_path / "whole"), key=key)
+
+
+def test_a_finished_folder_is_not_written_over_and_other_settings_are_not_mixed_in(tmp_path, data, model):
+    model(double)
+    run("--data", data, "--out", tmp_path / "r")
+    before = (tmp_path / "r" / "answers.jsonl").read_bytes()
+    with pytest.raises(BadInput, match="holds a run already"):
+        run("--data", data, "--out", tmp_path / "r")
+    with pytest.raises(BadInput, match="max_tokens=320, now it is 9"):
+        run("--data", data, "--out", tmp_path / "r", "--resume", "--max-tokens", 9)
+    data.write_text(data.read_text().replace('"answer": 4}', '"answer": 5}'))
+    with pytest.raises(BadInput, match="data changed"):
+        run("--data", data, "--out", tmp_path / "r", "--resume")
+    assert (tmp_path / "r" / "answers.jsonl").read_bytes() == before
+
+
+# Comparing
+
+@pytest.fixture
+def three(tmp_path, data, model):
+    """Three runs that get the first 2, 6 and 9 of ten problems right."""
+    paths = []
+    for limit in (2, 6, 9):
+        model(below(limit))
+        paths.append(tmp_path / f"upto{limit}")
+        run("--data", data, "--out", paths[-1])
+    return paths
+
+
+def test_runs_are_compared_in_one_table_with_paired_differences(three):
+    text = evaluation.table([evaluation.Saved(str(path)) for path in three])
+    right = [[i < limit for i in range(10)] for limit in (2, 6, 9)]
+    lines = text.splitlines()
+    assert len(lines) == 5 and "10 problems, samples 1, temperature 0.0" in lines[1]
+    for line, k in zip(lines[2:], (2, 6, 9)):
+        low, high = stats.wilson(k, 10)
+        assert f"{10 * k:.1f}" in line and f"{100 * low:.1f}-{100 * high:.1f}" in line
+    for line, first, above in ((lines[3], 0, 0), (lines[4], 0, 1)):
+        now = right[lines.index(line) - 2]
+        for other in (first, above):
+            d, low, high = stats.paired(right[other], now)
+            assert f"{100 * d:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" in line
+        assert f"{stats.mcnemar(right[above], now):.3f}" in line
+
+
+def test_the_order_of_the_answers_in_the_file_does_not_matter(three):
+    answers = three[1] / "answers.jsonl"
+    text = evaluation.table([evaluation.Saved(str(path)) for path in three])
+    answers.write_text("".join(reversed(answers.read_text().splitlines(keepends=True))))
+    assert evaluation.table([evaluation.Saved(str(path)) for path in three]) == text
+
+
+def test_unlike_runs_are_not_compared(three, tmp_path, data, model):
+    def refused(path, match):
+        with pytest.raises(BadInput, match=match) as e:
+            run("--compare", three[0], path)
+        assert "\n" not in str(e.value)
+    model(double)
+    run("--data", data, "--out", tmp_path / "five", "--limit", 5)
+    refused(tmp_path / "five", "different problems")
+    run("--data", data, "--out", tmp_path / "short", "--max-tokens", 7)
+    refused(tmp_path / "short", r"max_tokens 320 and .* with 7")
+    other = tmp_path / "other.jsonl"
+    other.write_text(data.read_text())
+    run("--data", other, "--out", tmp_path / "elsewhere")
+    refused(tmp_path / "elsewhere", "compare runs on the same data")
+    refused(tmp_path / "nothing", "expected a run directory of eval.py")
+    (three[1] / "summary.json").unlink()
+    refused(three[1], "not finished")
+
+
+# Regrading
+
+def test_regrading_shows_and_repairs_what_another_grader_said(three, capsys):
+    path = three[1] / "answers.jsonl"
+    text = path.read_text()
+    changed = [json.loads(line) for line in text.splitlines()]
+    changed[0]["correct"], changed[-1]["correct"] = False, True
+    path.write_text("".join(json.dumps(row) + "\n" for row in changed))
+    capsys.readouterr()
+    run("--regrade", three[1])
+    said = capsys.readouterr().out
+    assert "gold '0', answer '0': wrong (" in said and "gold '18', answer '-1': right (" in said
+    assert "2 of 10 answers graded differently" in said
+    assert [r["correct"] for r in rows(three[1])] == [json.loads(x)["correct"] for x in text.splitlines()]
+    (figures,) = json.loads((three[1] / "summary.json").read_text())["data"].values()
+    assert figures["right"] == 6
+    assert len((three[1] / "answers.before-regrade.jsonl").read_text().splitlines()) == 10
+    run("--regrade", three[1])
+    assert "0 of 10 answers graded differently" in capsys.readouterr().out
+
+
+# Real weights, where there are some
+
+@pytest.mark.slow
+def test_a_real_model_gets_some_gsm8k_problems_right(tmp_path, real_model):
+    data = Path(os.environ.get("SLM_DATA", ROOT.parent / "shared" / "data")) / "gsm8k" / "test.jsonl"
+    if not data.is_file():
+        pytest.skip("no GSM8K")
+    run("--model", real_model("smollm2-135m-instruct"), "--data", data, "--limit", 10,
+        "--max-tokens", 160, "--out", tmp_path / "r", "--dtype", "float32")
+    assert len(rows(tmp_path / "r")) == 10
