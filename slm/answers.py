@@ -20,6 +20,7 @@ from decimal import Context, Decimal, DecimalException, DivisionByZero, InvalidO
 from fractions import Fraction
 
 MAX_CHARS, MAX_DEPTH, MAX_DIGITS, MAX_BITS, MAX_FACTORIAL, MAX_ITEMS = 2000, 24, 1500, 30_000, 3000, 60
+MAX_TOKENS = 500
 
 
 class Unreadable(Exception):
@@ -43,20 +44,31 @@ UNICODE = {
 NOISE = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|mathstrut|middle|hfill|centering|boldsymbol)"
                    r"(?![a-zA-Z])\.?|(?<!\\)\\[!,;:> ]|\\(?:q?quad|hspace\*?\{[^{}]*\}|phantom\{[^{}]*\})|~|\\\$(?=\s*$)")
 THOUSANDS = re.compile(r"(?<=\d)(?:,\s?(?:\\!)+\s*|\{,\}\s*|\\[,!;: ]\s*|(?<=\d) )(?=\d{3}(?!\d))")
+REWRITES = [(re.compile(a), b) for a, b in (
+    (r"\\text\s*\{\s*([0-9A-Z]+)\s*\}\s*_|\(([0-9A-Z.]+)\)_(?=[{\d])", r"\1\2_"),  # a numeral in \text or ( ) before its base
+    (r"\b([0-9][0-9A-Z]*)\s*\(?(?:\\text\{)?\s*\(?(?:in )?base[ -]?\}?\s*(\d+)\)?\}?\)?", r"\1_{\2}"),
+    (r"\\left\s*\\\{\s*(?=\\begin)", ""),  # the brace before a system of equations
+    (r"\^\{?(?:\\text\{)?(?:st|nd|rd|th)\}{0,2}(?![a-z])|(?<=\d)(?:st|nd|rd|th)\b", ""),
+    (r"(?<=\d)\s*m/s\s*$", " mps"),
+    (r"\\text\s*\{\s*\([a-z ]+\)\s*\}\s*$", ""),
+    (r"^\s*(?:(?i:option|choice|answer)\s+(?=\(?[A-H]\b)|[=:])|`", ""),
+)]  # fmt: skip
 DECIMAL_COMMA = re.compile(r"(?<=\d)\{,\}(?=\d)")
 
 
 def clean(text: str) -> str:
     """One spelling for the many of one thing: unicode signs as LaTeX, no spacing or sizing commands, no `$`."""
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", "".join(UNICODE.get(c, c) for c in text))
+        text = unicodedata.normalize("NFKC", "".join(UNICODE.get(c, c) for c in text))[: MAX_CHARS + 1]
         text = "".join(UNICODE.get(c, str(unicodedata.decimal(c, c))) for c in text).replace("}^{", "")
     if r"\\" in text and r"\begin" not in text:
         text = re.sub(r"\\\\(?=[a-zA-Z!,;$%{}])", r"\\", text)
+    for pattern, new in REWRITES:
+        text = pattern.sub(new, text)
     while text != (text := THOUSANDS.sub("", text)):
         pass
     text = NOISE.sub(" ", DECIMAL_COMMA.sub(".", text))
-    text = re.sub(r"\\\(|\\\)|\\\[|\\\]|\*\*|^\s*\$\$?(?=.*\$\s*\.?\s*$)", " ", text)
+    text = re.sub(r"\\\(|\\\)|\\\[|\\\]|\*\*", " ", text)
     if text.count("$") - text.count(r"\$") != 1:
         text = re.sub(r"(?<!\\)\$", " ", text)
     return re.sub(r"\s+", " ", text).strip().rstrip(".,;: ")
@@ -75,8 +87,8 @@ gbp: quid gbp 1
 yen: yen 1
 angle: degree deg 1
 volume: L l liter litre 1, mL ml milliliter millilitre 1/1000, gallon gal 3.785411784
-temperature C: celsius 1
-temperature F: fahrenheit 1
+degree C: celsius 1
+degree F: fahrenheit 1
 """
 UNITS: dict[str, tuple[str, Fraction]] = {}
 for line in UNIT_TABLE.replace("\n ", " ").strip().splitlines():
@@ -149,12 +161,15 @@ def braced(text: str, start: int) -> int:
     raise Unreadable("unbalanced braces")
 
 
+SHORT_WORDS = set("no on up to is in am pm of by at as it so an if we".split())
+
+
 def letters(run: str, after_number: bool) -> list[tuple[str, str]]:
     """A run of letters outside \\text: a function, a constant, words, or a product of one-letter variables."""
     if run in FUNCTIONS or run in GREEK or run in ("pi", "infinity", "inf", "oo", "infty", "cup", "pm", "or", "and"):
         return [("cmd", run)] if run not in ("or", "and") else [("op", ",")]
     if len(run) == 1 or (run.isupper() and len(run) > 1) or (len(run) == 2 and not (after_number and is_unit(run))
-                                                            and run not in ("no", "on", "up", "to", "is", "in", "am", "pm")):
+                                                            and run not in SHORT_WORDS):
         return [("sym", run)] if run.isupper() else [("sym", c) for c in run]
     for name in ("sin", "cos", "tan", "cot", "sec", "csc", "ln", "log", "sqrt", "pi"):
         if run.startswith(name) and len(run) - len(name) <= 1:
@@ -172,7 +187,7 @@ def tokenize(text: str, prose: bool = False, merge: bool = True) -> list[tuple[s
     """Tokens (kind, text) of a cleaned answer. Inside brackets, or with merge off, `1,000` is two numbers."""
     out: list[tuple[str, str]] = []
     open_brackets: list[str] = []
-    pos = 0
+    pos, wordy = 0, bool(re.search("[a-zA-Z]{2}", text)) or text.strip() in set("mgshL")
     while m := TOKEN.search(text, pos):
         kind, tok, pos = m.lastgroup, m[m.lastgroup], m.end()
         if kind == "num" and "," in tok and (not merge or (open_brackets and open_brackets[-1] != "{")):
@@ -181,7 +196,9 @@ def tokenize(text: str, prose: bool = False, merge: bool = True) -> list[tuple[s
         if kind == "cmd" and tok in TEXT and text[pos:].lstrip().startswith("{"):
             start = text.index("{", pos)
             pos = braced(text, start)
-            out += tokenize(text[start + 1 : pos - 1], prose=tok not in ("mathrm", "rm") or pos - start > 4, merge=merge)
+            inside = text[start + 1 : pos - 1]
+            unit = tok != "mathrm" or len(inside.strip()) > 1 or (out and out[-1][0] == "num" and inside.strip() in "mgshL")
+            out += tokenize(inside, prose=bool(unit), merge=merge)
             continue
         if kind == "cmd" and tok == "begin":
             end = text.find("}", pos)
@@ -195,8 +212,10 @@ def tokenize(text: str, prose: bool = False, merge: bool = True) -> list[tuple[s
             low = tok.lower()
             if low in ("or", "and"):
                 out.append(("op", ","))
+            elif low == "pi":
+                out.append(("cmd", "pi"))
             elif prose:
-                out.append(("word", tok) if len(tok) > 1 else ("sym", tok) if tok.isupper() or not out else ("word", tok))
+                out.append(("sym" if len(tok) == 1 and (tok.isupper() or not wordy) else "word", tok))
             else:
                 out += letters(tok, bool(out) and out[-1][0] == "num")
             continue
@@ -207,6 +226,8 @@ def tokenize(text: str, prose: bool = False, merge: bool = True) -> list[tuple[s
             elif open_brackets and (tok in ")]}" or tok == "\\}"):
                 open_brackets.pop()
         out.append((kind, tok))
+        if len(out) > MAX_TOKENS:
+            raise Unreadable("too long")
     return out
 
 
@@ -215,6 +236,13 @@ def tokenize(text: str, prose: bool = False, merge: bool = True) -> list[tuple[s
 ENDS = {"(": (")", "]"), "[": ("]", ")"), "\\{": ("\\}",), "langle": ("rangle",), "{": ("}",), "]": ("[", "]")}
 RELATIONS = ("=", "<", ">", "<=", ">=", "!=", "~", "in", "=>")
 ARTICLES = {"a", "an", "the"}
+SCALES = {"hundred": Fraction(100), "thousand": Fraction(1000), "million": Fraction(10**6), "billion": Fraction(10**9),
+          "trillion": Fraction(10**12), "dozen": Fraction(12), "percent": None, "half": Fraction(1, 2), "halves": Fraction(1, 2)}
+for n, word in enumerate("third fourth fifth sixth seventh eighth ninth tenth".split(), 3):
+    SCALES |= {word: Fraction(1, n), word + "s": Fraction(1, n)}
+SCALES |= {"quarters": Fraction(1, 4), "hundredths": Fraction(1, 100), "thousandths": Fraction(1, 1000)}
+COINS = {"$": "money", "euro": "euro", "pound": "gbp", "yen": "yen"}
+OPERATOR_WORDS = set("not minus plus times over divided factorial root cubed than neither either between".split())
 FOLD = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "lg": "log10"}
 
 
@@ -266,6 +294,11 @@ class Parser:
         if tok is None:
             raise Unreadable(f"expected {ops[0]}")
         return tok
+
+    def deeper(self) -> None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise Unreadable("nested too deep")
 
     def answer(self) -> tuple:
         """item (separator item)*, to the end of the text."""
@@ -331,38 +364,51 @@ class Parser:
         return text_node(" ".join(t for _, t in self.tokens[start : self.pos]))
 
     def measured(self) -> tuple:
-        """An expression with its unit: `5 cm^2`, `$5`, `3 eggs per day`."""
+        """An expression with its unit: `5 cm^2`, `$5`, `3 eggs per day`, `2 hours 30 minutes`, `5 million`, `5 percent`."""
         self.money = None
-        if self.peek()[0] == "word" and self.peek()[1].lower() in NUMBER_WORDS:
-            node = ("n", Fraction(NUMBER_WORDS[self.tokens[self.pos][1].lower()]))
+        kind, tok = self.peek()
+        if kind == "word" and tok.lower() in NUMBER_WORDS and not self.depth:
             self.pos += 1
+            node = ("n", Fraction(NUMBER_WORDS[tok.lower()]))
         else:
             node = self.sum()
-        if self.peek()[1] == ":" and self.peek()[0] == "op":
+        if self.peek() == ("op", ":") and self.bars is not True:
             parts = [node]
             while self.take(":"):
                 parts.append(self.sum())
             node = ("ratio", *parts)
-        words, money = [], self.money
-        while self.peek()[0] == "word" or (words and self.peek()[1] in ("/", "^", ".", "(", ")", "{", "}") and self.peek()[0] == "op"
-                                           or (words and self.peek()[0] in ("num", "sym"))):
-            if self.peek()[1] in (")", "}") and "({"[self.peek()[1] == "}"] not in words:
-                break
-            words.append(self.peek()[1])
+        while self.peek()[0] == "word" and self.peek()[1].lower() in SCALES:
+            scale = SCALES[self.peek()[1].lower()]
             self.pos += 1
-            if len(words) > 12:
+            node = ("*", node, ("n", scale)) if scale else ("%", node)
+        money, words = self.money, self.unit_words()
+        if not words and not money:
+            return node
+        unit = (((money, 1),), Fraction(1)) if money else unit_of(words)
+        if unit and words and self.peek()[0] == "num":
+            rest = self.measured()
+            if rest[0] != "unit" or not rest[2] or rest[2][0] != unit[0]:
+                raise Unreadable("two measures")
+            node, unit = ("+", node, ("*", rest[1], ("n", rest[2][1] / unit[1]))), unit
+        return ("unit", node, unit)
+
+    def unit_words(self) -> list[str]:
+        words: list[str] = []
+        while (t := self.peek())[0] == "word" or (words and t in (("op", "/"), ("op", "^"), ("op", "."))) or (
+                words and words[-1] == "^" and t[0] == "num") or (words and words[-1] == "/" and t[0] == "sym"):
+            words.append(t[1])
+            self.pos += 1
+            if t[1] == "^" and self.take("{"):
+                words.append(self.peek()[1])
+                self.pos += 1
+                self.need("}")
+            if len(words) > 12 or t[1].lower() in OPERATOR_WORDS:
                 raise Unreadable("prose")
-        if not words and node[0] == "deg" and self.peek()[1] in ("C", "F") and self.pos + 1 >= len(self.tokens):
-            words = [{"C": "celsius", "F": "fahrenheit"}[self.peek()[1]]]
-            self.pos, node = self.pos + 1, node[1]
-        unit = (((money, 1),), Fraction(1)) if money else unit_of(words) if words else None
-        return ("unit", node, unit) if unit or words else node
+        return words
 
     def sum(self) -> tuple:
         """Terms under + - ± and the set operations."""
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Unreadable("nested too deep")
+        self.deeper()
         sign = self.take("+", "-", "pm", "mp")
         node = self.term()
         node = {"-": ("-", node), "pm": ("±", node), "mp": ("-", ("±", node))}.get(sign, node)
@@ -396,7 +442,7 @@ class Parser:
                     node = ("+", node, part)
                 else:
                     node = product(node, part)
-            elif self.starts_factor(kind, tok):
+            elif self.starts_factor(kind, tok) and not kind == last[0] == "num":
                 node = product(node, self.factor())
             else:
                 return node
@@ -410,36 +456,44 @@ class Parser:
     def factor(self) -> tuple:
         """A signed atom with its postfixes: powers, factorial, percent, degrees."""
         if sign := self.take("-", "+", "pm"):
+            self.deeper()
             node = self.factor()
+            self.depth -= 1
             return node if sign == "+" else ("-" if sign == "-" else "±", node)
-        if coin := self.take("$", "euro", "pound", "yen"):
+        if coin := self.take(*COINS):
             node = self.factor()
-            self.money = {"$": "money", "pound": "gbp"}.get(coin, coin)
+            self.money = COINS[coin]
             return node
         node = self.atom()
         while True:
             if self.take("^"):
                 node = self.power(node)
             elif self.take("!"):
+                if self.peek() == ("op", "!"):
+                    raise Unreadable("double factorial")
                 node = ("!", node)
             elif self.take("%"):
                 node = ("%", node)
             elif self.take("circ"):
                 node = ("deg", node)
+                if self.peek() in (("sym", "C"), ("sym", "F")) and self.peek(1)[0] == "end":
+                    self.money = "degree " + self.peek()[1]
+                    self.pos += 1
             elif self.peek() == ("op", "'") and node[0] == "s":
                 self.pos += 1
                 node = ("s", node[1] + "'")
-            elif self.peek() == ("op", "$") and self.peek(1)[0] in ("end", "op"):
-                self.pos, self.money = self.pos + 1, "money"
+            elif self.peek()[1] in COINS and self.peek(1)[0] in ("end", "op"):
+                self.money = COINS[self.peek()[1]]
+                self.pos += 1
             else:
                 return node
 
     def power(self, base: tuple) -> tuple:
-        if self.take("circ"):
-            return ("deg", base)
-        if self.peek() == ("op", "{") and self.peek(1)[1] == "circ" and self.peek(2)[1] == "}":
-            self.pos += 3
-            return ("deg", base)
+        if self.peek() == ("cmd", "circ"):
+            return base
+        if [self.peek(i)[1] for i in range(3)] == ["{", "circ", "}"]:
+            self.tokens[self.pos : self.pos + 3] = [("cmd", "circ")]
+            return base
         if sign := self.take("-", "+"):
             exponent = self.argument(whole=True)
             return ("^", base, ("-", exponent) if sign == "-" else exponent)
@@ -502,14 +556,13 @@ class Parser:
     def bracket(self) -> tuple:
         """( ) [ ] \\{ \\} and langle: a group, tuple, interval or set."""
         opener = self.take(*ENDS)
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Unreadable("nested too deep")
-        bars, self.bars = self.bars, 0
-        node = self.items((*ENDS[opener], "|") if opener == "\\{" else ENDS[opener])
+        self.deeper()
+        bars, self.bars = self.bars, opener == "\\{"  # in a set, | and : stand before a condition
+        node = self.items((*ENDS[opener], "|", ":") if opener == "\\{" else ENDS[opener])
         if opener == "\\{" and self.take("|", ":"):
             node = self.items(ENDS[opener])
             self.need("\\}")
+            self.bars = bars
             self.depth -= 1
             return node
         closer = self.need(*ENDS[opener])
@@ -975,21 +1028,22 @@ def log(x, pi: Pair):
 UNDEFINED = (ZeroDivisionError, DecimalException, OverflowError, ValueError)
 
 
-def names(node: tuple, found: set | None = None) -> set:
-    """The symbols and operators of a tree, constants excepted."""
-    found = set() if found is None else found
+def children(node: tuple) -> tuple:
+    """The nodes directly below a node."""
+    kind = node[0]
+    if kind == "matrix":
+        return sum(node[1:], ())
+    first, last = {"n": (0, 0), "s": (0, 0), "text": (0, 0), "raw": (0, 0), "time": (0, 0), "inf": (0, 0), "f": (2, None), "tuple": (3, None),
+                   "unit": (1, 2), "choice": (2, None)}.get(kind, (1, None))
+    return node[1] if kind == "rel" else node[first:last]
+
+
+def names(node: tuple) -> set:
+    """The variables, functions ("f:sin") and the signs % and deg of a tree."""
     if node[0] == "s":
-        if node[1] not in ("pi", "e", "i"):
-            found.add(node[1])
-    else:
-        if node[0] in ("%", "deg"):
-            found.add(node[0])
-        elif node[0] == "f":
-            found.add("f:" + node[1])
-        for child in node[1:]:
-            if isinstance(child, tuple) and child:
-                names(child, found) if isinstance(child[0], str) else [names(c, found) for c in child]
-    return found
+        return set() if node[1] in ("pi", "e", "i") else {node[1]}
+    own = {node[0]} if node[0] in ("%", "deg") else {"f:" + node[1]} if node[0] == "f" else set()
+    return own.union(*map(names, children(node)))
 
 
 def zero_at(a: tuple, b: tuple, point: dict, modes: tuple) -> bool | None:
@@ -1006,13 +1060,11 @@ def zero_at(a: tuple, b: tuple, point: dict, modes: tuple) -> bool | None:
                 gap = max(map(abs, add(x, mul(Fraction(-1), y)))) if x != y else Decimal(0)
             except UNDEFINED:
                 return None
-        if not gap:
-            return True
         span = value.span if limit is None else limit
-        if gap.adjusted() > span - digits + 15:
+        if gap and gap.adjusted() > span - digits + 15:
             return False
         if limit is not None or span <= 4:
-            return gap.adjusted() <= -(span + 35)
+            return not gap or gap.adjusted() <= -(span + 35)
         if span > MAX_DIGITS:
             raise Unreadable("too large")
         limit, digits = span, 60 + 2 * span
@@ -1046,10 +1098,10 @@ def agree(a: tuple, b: tuple, letters: list, found: set, modes: tuple) -> bool:
         return bool(zero_at(a, b, {}, modes))
     rng = random.Random(repr((a, b)) if repr(a) < repr(b) else repr((b, a)))
     agreed = 0
-    for attempt in range(8):
+    for attempt in range(6):
         point = {n: Fraction(rng.randint(1, 9999), rng.randint(2, 99)) for n in letters}
-        if attempt % 2 and not found & {"f:root", "f:ln", "f:log", "f:log10", "f:sqrt"}:
-            point = {n: -v if rng.random() < 0.6 else v for n, v in point.items()}
+        if attempt and not found & {"f:root", "f:ln", "f:log", "f:log10"}:
+            point = {n: -v if attempt == 1 or rng.random() < 0.5 else v for n, v in point.items()}
         verdict = zero_at(a, b, point, modes)
         if verdict is False:
             return False
@@ -1112,6 +1164,8 @@ def plain(node: tuple) -> tuple:
         if len(items) > 1 and all(assigned) and len({n for n, _ in assigned}) == 1:
             items = [v for _, v in assigned]
         node = (node[0], *items)
+    if node[0] == "list" and len(node) == 3 and node[1] != node[2] and same(node[1], node[2]):
+        return node[2]
     if node[0] in ("list", "set") and len(node) == 2 or node[0] == "tuple" and len(node) == 4 and node[1] != "(":
         return plain(node[-1])
     return node
@@ -1162,14 +1216,16 @@ def letters_of(node: tuple) -> set:
 
 
 def has(node: tuple, kind: str) -> bool:
-    return node[0] == kind or any(isinstance(c, tuple) and c and isinstance(c[0], str) and has(c, kind) for c in node[1:])
+    return node[0] == kind or any(has(c, kind) for c in children(node))
 
 
 def signed(node: tuple, sign: int) -> tuple:
+    """The tree with ± read as + or as -."""
     if node[0] == "±":
-        inner = signed(node[1], sign)
-        return inner if sign > 0 else ("-", inner)
-    return (node[0], *(signed(c, sign) if isinstance(c, tuple) and c and isinstance(c[0], str) else c for c in node[1:]))
+        return signed(node[1], sign) if sign > 0 else ("-", signed(node[1], sign))
+    below = children(node)
+    at = {"f": 2, "tuple": 3, "choice": 2}.get(node[0], 1)
+    return (*node[:at], *(signed(c, sign) for c in below), *node[at + len(below) :]) if below else node
 
 
 def has_inequality(node: tuple) -> bool:
@@ -1384,7 +1440,8 @@ def same_relations(a: tuple, b: tuple) -> bool:
     if a[2] == ("=",) and b[0] not in ("list", "set"):
         left, right = a[1]
         linear = left[0] == "*" and left[1][0] == "n" and left[2][0] == "s"
-        if letters_of(left) and not letters_of(right) and not linear and right != ("n", Fraction(0)):
+        label = letters_of(left) and not linear and right != ("n", Fraction(0))
+        if label and (not letters_of(right) or left[0] in ("f", "/", "^", "*")):
             return same(right, b)
         if left[0] == "tuple":
             return same(right, b)
@@ -1490,11 +1547,14 @@ def same_bindings(named: dict, other: tuple) -> bool:
 
 def equal(a: str, b: str) -> bool:
     """Do two written answers have the same value? Symmetric, never raises."""
-    if a.strip() == b.strip():
-        return True
-    x, y = parse(a), parse(b)
-    if same(x, y):
-        return True
-    if re.search(r"\d,\d{3}", a + " " + b) and "list" in (x[0], y[0]):
-        return same(parse(a, merge=x[0] == "list"), parse(b, merge=y[0] == "list"))
+    if not a.strip() or not b.strip() or a.strip() == b.strip():
+        return a.strip() == b.strip()
+    try:
+        x, y = parse(a), parse(b)
+        if same(x, y):
+            return True
+        if "list" in (x[0], y[0]) and re.search(r"\d,\d{3}", a[:MAX_CHARS] + " " + b[:MAX_CHARS]):
+            return same(parse(a, merge=x[0] == "list"), parse(b, merge=y[0] == "list"))
+    except RecursionError:  # the caller's stack was nearly full: a verdict all the same
+        pass
     return False

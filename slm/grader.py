@@ -76,9 +76,11 @@ def after_marker(text: str) -> str | None:
     if not marks:
         return None
     rest = text[-20_000:][marks[-1].end() :].strip()
+    if display := re.match(r"[*\s]*(?:\$\$(.+?)\$\$|\\\[(.+?)\\\])", rest[:MAX_BOX], re.S):
+        return (display[1] or display[2]).strip()
     line = re.split(r"\n|(?<!\d)\.(?:\s|$)|(?<=\d)\.(?:\s|$)|,? (?:because|since|which|so|as) ", rest, maxsplit=1)[0].strip()
-    if line.startswith("$") and line.count("$") >= 2 and not re.fullmatch(r"\$[^$]*\$[\s.]*", line):
-        line = line[: line.index("$", 1) + 1]
+    formula = re.match(r"\$[^$]+\$(?!\s*(?:,|or|and\b(?! not)))(?=[^$]*$)", line)
+    line = formula[0] if formula else line
     return line[: MAX_BOX + 1].strip("* ") or None
 
 
