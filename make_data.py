@@ -11,20 +11,24 @@ right answer or its last attempt. A TOML file names them (recipes/ has three). P
 set are never asked.
 
 Every attempt is on disk as it lands. Stopped or killed, the same command goes on where it was. What had
-landed is not asked or paid for again (what was on the wire at a kill is); attempts that ended in an HTTP error
-are made up for at the next start.
+landed is not asked or paid for again (what was on the wire at a kill is); attempts that ended in an HTTP
+error are made up for at the next start.
 """
 
 import contextlib
 import itertools
 import json
+import random
 import signal
 import sys
 import time
 from collections import Counter, deque
 from pathlib import Path
 
-from slm import BadInput, cli, records
+import agents
+from slm import BadInput, cli, prompts, records
+from slm.episode import Job, Sampling, run_episodes, seed_of, user
+from slm.grader import grade
 
 TESTS = ("gsm8k", "math500", "aime24", "amc23")  # no record may overlap these
 HERE = Path(__file__).parent
@@ -59,8 +63,8 @@ def options():
 class Asking:
     """The loop that keeps every teacher busy until nothing is due. `why` says what ended it early.
 
-    land(row, over) files one attempt and returns its price; over: nothing more is due for its problem. Whatever
-    ends the loop, what is on the wire is awaited first, so that nothing paid for is lost. budget, spent: dollars.
+    land(row, over) files one attempt and returns its dollars; over: nothing more is due for its problem.
+    Whatever ends the loop, what is on the wire is awaited first, so that nothing paid for is lost.
     """
 
     def __init__(self, problems: list, progress, backends: dict, land, budget: float | None, spent: float,
@@ -181,8 +185,8 @@ def who(args) -> list:
         return [Teacher("self", args.model, "self", attempts=args.samples, temperatures=(0.7, 0.5, 0.9),
                         max_tokens=most, workers=128)]
     if not args.cascade and any(not name.startswith("tiny") for name in args.data):
-        raise BadInput(f"--data {' '.join(args.data)}: the stand-in teacher knows only the tiny world; expected "
-                       "--cascade, such as recipes/report.toml, or --teacher self")
+        raise BadInput(f"--data {' '.join(args.data)}: the stand-in teacher knows only the tiny world; "
+                       "expected --cascade (such as recipes/report.toml) or --teacher self")
     return read_cascade(Path(args.cascade or HERE / "recipes" / "tiny.toml"))
 
 
@@ -220,7 +224,7 @@ def load(names: list[str], limit: int | None) -> list:
     problems = [p for name in names for p in load_set(name, "train", limit)]
     twice = next((id for id, n in Counter(p.id for p in problems).items() if n > 1), None)
     if twice:
-        raise BadInput(f"--data {' '.join(names)}: problem {twice!r} comes twice; expected sets without common ids")
+        raise BadInput(f"--data {' '.join(names)}: problem {twice!r} comes twice; expected different ids")
     return problems
 
 
@@ -244,7 +248,8 @@ def leaks(problems: list, names: list[str]) -> dict[str, dict]:
 
 def open_run(args, kind: str, identity: dict, stack) -> Path:
     """The run directory, new or of the same identity, and ours until the stack unwinds."""
-    out = Path(args.out or f"runs/{kind}-{'-'.join(Path(name).stem for name in args.data)}")
+    name = lambda path: path.parent.name if path.stem in ("train", "test") else path.stem
+    out = Path(args.out or f"runs/{kind}-{'-'.join(name(Path(data)) for data in args.data)}")
     out.mkdir(parents=True, exist_ok=True)
     stack.enter_context(contextlib.closing(records.lock(out)))
     path = out / "settings.json"
@@ -265,7 +270,7 @@ def recall(problems: list, rows, progress, prices: dict) -> float:
     question, spent = {p.id: p.question for p in problems}, 0.0
     for row in rows:
         if question.get(row["id"], row["question"]) != row["question"]:
-            raise BadInput(f"problem {row['id']!r} has another text than in the records; choose another --out")
+            raise BadInput(f"problem {row['id']!r} has another text in the records; choose another --out")
         spent += records.cost(row, prices)
         if row["cause"] != "HTTP error":
             progress.note(row)
@@ -274,12 +279,12 @@ def recall(problems: list, rows, progress, prices: dict) -> float:
 
 @contextlib.contextmanager
 def stopping(asking):
-    """Ctrl-C (or SIGTERM) once: send nothing more and wait for what is on the wire; twice: leave at once."""
+    """Ctrl-C or SIGTERM, once: send nothing more, wait for what is on the wire; twice: leave at once."""
     def stop(*_):
         if asking.why:
             raise KeyboardInterrupt
         asking.why = "stopped"
-        print(f"\nstopping; waiting for {len(asking.wire)} requests on the wire (Ctrl-C again to leave them)")
+        print(f"\nstopping; {len(asking.wire)} requests are on the wire (Ctrl-C again to leave them)")
     old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -313,17 +318,96 @@ def report(out: Path, problems, dropped, still_open, attempts, prices) -> None:
         print_table(records.table(summary[title], title))
     causes = ", ".join(f"{n:,} {cause}" for cause, n in summary["causes"].items())
     every = summary["source"]["all"]
-    print(f"rejected attempts: {causes or 'none'}\n{every['problems']:,} problems -> {every.get('solved', 0):,} solved "
-          f"({every['unsolved %']} % unsolved), ${summary['total'].get('dollars', 0):.4f}; page: {out}/summary.html")
+    print(f"rejected attempts: {causes or 'none'}")
+    print(f"{every['problems']:,} problems -> {every.get('solved', 0):,} solved, {every['unsolved %']} % "
+          f"unsolved, ${summary['total'].get('dollars', 0):.4f}; page: {out}/summary.html")
 
 
 def print_table(rows: list[list[str]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))))
+    for first, *rest in rows:
+        print(first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:])), sep="  ")
 
 
 # ---- verifier data ---------------------------------------------------------------------------------------
+
+def with_text(question: str):
+    """A sampled solution in words."""
+    return (yield from agents.ask("solver", prompts.SOLVER(question=question)))
+
+
+def with_python(question: str):
+    """A sampled solution in code, with what the code printed."""
+    reply = yield from agents.ask("solver", prompts.PYTHON(question=question), **agents.CODING)
+    return agents.printed((yield from agents.execute(reply.text))) or reply
+
+
+def make_verifier(args) -> None:
+    """Sample --samples solutions of each problem, every second one in Python, grade them, and write records
+    in which right and wrong are balanced; a tenth of the problems is held out."""
+    from slm.sandbox import Sandbox
+    problems = load(args.data, args.limit or (400 if args.data == ["tiny"] else None))
+    dropped = leaks(problems, args.data)
+    known = {p.id: p for p in problems if p.id not in dropped}
+    identity = {"data": args.data, "seed": args.seed, "model": args.model, "samples": args.samples}
+    with contextlib.ExitStack() as stack:
+        out = open_run(args, "verifier", identity, stack)
+        journal = records.Journal(out / "samples.jsonl")
+        done = {(row["id"], row["sample"]) for row in journal}
+        jobs = [Job(p.id, p.question, with_python if k % 2 else with_text, sample=k)
+                for p in known.values() for k in range(args.samples) if (p.id, k) not in done]
+        if jobs:
+            backend = stack.enter_context(contextlib.closing(own_model(args)))
+            sandbox = stack.enter_context(contextlib.closing(Sandbox()))
+        sampling = Sampling(args.max_tokens or (256 if cli.is_small(args.model) else 2048), temperature=1.0)
+        for at in range(0, len(jobs), 1024):
+            run_episodes(
+                jobs[at:at + 1024], backend, sandbox, sampling=sampling, seed=args.seed, bar="solutions",
+                on_done=lambda e: journal.append(sample_row(known[e.problem_id], e, args.model)))
+        balance(out, journal, known, args.seed)
+
+
+def sample_row(problem, episode, model: str) -> dict:
+    """One graded solution; `right` is None where there is no whole solution to check."""
+    graded = grade(episode.response, problem.gold, strict=True)
+    turn = episode.turns[-1] if episode.turns else None
+    run = episode.runs[-1].stdout.strip()[:1000] if episode.runs else None
+    solution = turn.text.split("</think>")[-1].strip() if turn else ""
+    whole = bool(solution) and turn.finish not in ("length", "error") and graded.answer is not None
+    return {"id": problem.id, "question": problem.question, "gold": problem.gold, "source": problem.source,
+            "sample": episode.sample, "solution": solution, "run": run, "answer": graded.answer,
+            "right": graded.correct if whole else None, "reason": graded.reason, "model": model}
+
+
+def balance(out: Path, samples, known: dict, seed: int) -> None:
+    """train.jsonl and test.jsonl, each with as many right as wrong solutions and without common problems."""
+    sides = {"train": {True: [], False: []}, "test": {True: [], False: []}}
+    seen = set()
+    for row in samples:
+        if row["right"] is not None and row["id"] in known and (row["id"], row["solution"]) not in seen:
+            seen.add((row["id"], row["solution"]))
+            sides["test" if seed_of("held out", row["id"]) % 10 == 0 else "train"][row["right"]].append(row)
+    rng = random.Random(seed)
+    for side, classes in sides.items():
+        count = min(map(len, classes.values()))
+        rows = [verifier_record(row) for found in classes.values() for row in rng.sample(found, count)]
+        rng.shuffle(rows)
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        records.write_text(out / f"{side}.jsonl", "".join(lines))
+        print(f"{side}: {len(classes[True]):,} right and {len(classes[False]):,} wrong solutions -> "
+              f"{count:,} of each from {len({r['id'] for r in rows}):,} problems, "
+              f"{sum(r['run'] is not None for r in rows):,} with a Python run: {out}/{side}.jsonl")
+    print(f"next: python train_sft.py --data {out}/train.jsonl")
+
+
+def verifier_record(row: dict) -> dict:
+    """A check-this-solution conversation, in the words that the workflows' checker uses."""
+    shown = row["solution"] + (prompts.OUTPUT(output=row["run"]) if row["run"] is not None else "")
+    verdict = "CORRECT" if row["right"] else "INCORRECT"
+    messages = [user(prompts.CHECKER(question=row["question"], solution=shown)),
+                {"role": "assistant", "content": verdict}]
+    return row | {"label": verdict, "messages": messages, "prompt": prompts.CHECKER.id}
+
 
 if __name__ == "__main__":
     args = options().parse_args()

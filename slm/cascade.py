@@ -75,7 +75,7 @@ def _teacher(row: dict, where: str) -> Teacher:
             raise BadInput(f"{where}: unknown key {key!r}; expected {', '.join(kinds)}")
         wants = {str: str, int: int, float: (int, float), tuple: list}.get(kinds[key], dict)
         bad = not isinstance(value, wants) or isinstance(value, bool)
-        if bad or isinstance(value, int | float) and value < 0:
+        if bad or (isinstance(value, int | float) and value < 0):
             kind = getattr(kinds[key], "__name__", "table").replace("tuple", "list")
             raise BadInput(f"{where}: {key} = {value!r}; expected a {kind}")
     missing = {"name", "model", "base_url"} - row.keys()

@@ -73,7 +73,7 @@ def lock(folder: Path):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise BadInput(f"{folder}: another process writes there; wait for it or choose another --out") from None
+        raise BadInput(f"{folder}: in use by another process; wait or choose another --out") from None
     return file
 
 
@@ -173,7 +173,7 @@ def summarize(problems: list, dropped: dict[str, dict], still_open: set[str], at
               prices: dict[str, tuple[float, float]]) -> dict:
     """Counts over all attempts, in one pass with nothing kept in memory.
 
-    problems: everything that was loaded; dropped: problem id -> leak; still_open: ids that have attempts left;
+    problems: all that were loaded; dropped: problem id -> leak; still_open: ids that have attempts left;
     prices: teacher -> dollars per million tokens (in, out).
     """
     asked = {p.id for p in problems} - dropped.keys()
@@ -184,8 +184,8 @@ def summarize(problems: list, dropped: dict[str, dict], still_open: set[str], at
         if row["id"] not in asked:
             continue
         kept, counts = row["cause"] is None, Counter()
-        counts.update(attempts=1, records=int(kept), tokens_in=row["tokens_in"], tokens_out=row["tokens_out"])
-        counts["dollars"] = cost(row, prices)
+        counts.update(attempts=1, records=int(kept), dollars=cost(row, prices),
+                      tokens_in=row["tokens_in"], tokens_out=row["tokens_out"])
         for group in (total, *(groups[key].setdefault(str(row[key]), Counter()) for key in groups)):
             group.update(counts)
         if kept:
@@ -222,7 +222,8 @@ def table(rows: dict[str, dict], title: str) -> list[list[str]]:
     """Rows of text with a header, every key of every row a column."""
     columns = list(dict.fromkeys(k for row in rows.values() for k in row))
     text = lambda x: f"{x:,.4g}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
-    return [[title, *columns]] + [[name, *(text(row.get(c, 0)) for c in columns)] for name, row in rows.items()]
+    body = [[name, *(text(row.get(c, 0)) for c in columns)] for name, row in rows.items()]
+    return [[title, *columns], *body]
 
 
 def page(summary: dict, title: str) -> str:
