@@ -17,7 +17,18 @@ import time
 from collections import Counter
 
 from slm import BadInput, cli, prompts, stats
-from slm.episode import Ask, Draft, Episode, Run, Sampling, answer_record, jobs_for, run_episodes, user
+from slm.episode import (
+    Ask,
+    Draft,
+    Episode,
+    Reply,
+    Run,
+    Sampling,
+    answer_record,
+    jobs_for,
+    run_episodes,
+    user,
+)
 from slm.grader import equal, extract
 
 OTHER = {"temperature": 0.7, "top_p": 0.9}                # a later attempt must be able to differ
@@ -60,13 +71,15 @@ def settle(answers: list[str | None]) -> str | None:
     return often or next(filter(None, reversed(answers)), None)
 
 
-def blocks_of(text: str) -> list[str]:
-    """The code of every ```python fence, or of bare fences where there is none; a last one may be left open.
+def blocks_of(reply: Reply) -> list[str]:
+    """The code of every ```python fence, or of bare fences where there is none. The last one may be left
+    open, unless the reply was cut.
 
-    >>> blocks_of("So:\\n```python\\nprint(6 * 7)\\n```\\nDone.")
+    >>> blocks_of(Reply("So:\\n```python\\nprint(6 * 7)\\n```\\nDone."))
     ['print(6 * 7)\\n']
     """
-    fences = re.findall(r"```(\w*)[^\S\n]*\n(.*?)(?:```|\Z)", text, re.S)
+    end = "```" if reply.finish == "length" else r"(?:```|\Z)"
+    fences = re.findall(rf"```(\w*)[^\S\n]*\n(.*?){end}", reply.text, re.S)
     named = [code for name, code in fences if name.lower() in ("python", "py", "python3")]
     return [code for code in named or [code for name, code in fences if not name] if code.strip()]
 
@@ -101,13 +114,17 @@ def shown(outcome) -> str:
 
 
 def verdict(text: str) -> bool | None:
-    """True for CORRECT, False for INCORRECT, by the last of the two words; None when neither is said.
+    """True for CORRECT, False for INCORRECT, None for neither: what follows VERDICT, else the word that the
+    text opens with, else the last one in capitals, else what is said in passing.
 
-    >>> verdict("It looks CORRECT at first, but: INCORRECT"), verdict("Correct."), verdict("Let's see")
+    >>> verdict("INCORRECT. The correct way is"), verdict("3 + 4 = 7. CORRECT"), verdict("Let's see")
     (False, True, None)
     """
-    words = re.findall(r"\b(not correct|incorrect|wrong|correct)\b", text.lower())
-    return words[-1] == "correct" if words else None
+    for pattern in (r"(?i)verdict\W*(in)?correct", r"(?i)\A\W*(in)?correct\b(?! answer)", r"\b(IN)?CORRECT\b",
+                    r"(?i)\b(incorrect|not correct|not right|wrong)\b|\b(?:is|looks) (?:right|correct)\b"):
+        if found := list(re.finditer(pattern, text)):
+            return not found[-1][1]
+    return None
 
 
 def complaint(answer: str | None) -> str:
@@ -142,12 +159,12 @@ def check(question: str, solution: str, prompt=prompts.CHECKER):
 def code_answer(role: str, content: str, **sampling):
     """Ask for code, run it, and answer with what it printed, else with what the text states."""
     reply = yield from ask(role, content, **CODING, **sampling)
-    return printed((yield from execute(reply.text))) or stated(reply.text)
+    return printed((yield from execute(reply))) or stated(reply.text)
 
 
-def execute(text: str):
-    """Run the code blocks of a text, variables shared: the outcome, or None where there is no code."""
-    blocks = blocks_of(text)
+def execute(reply: Reply):
+    """Run the code blocks of a reply, variables shared: the outcome, or None where there is no code."""
+    blocks = blocks_of(reply)
     return (yield Run(blocks)) if blocks else None
 
 
@@ -317,7 +334,7 @@ def base(question: str, rounds: int = 5):
 def verify(question: str, answer: str):
     """Whether code written by the verifier confirms an answer: by the word it prints, else by the number."""
     reply = yield from ask("verifier", prompts.VERIFIER(question=question, answer=answer), **CODING)
-    outcome = yield from execute(reply.text)
+    outcome = yield from execute(reply)
     words = re.findall(r"VERIFIED|FAILED", outcome.stdout) if outcome else []
     return words[-1] == "VERIFIED" if words else same(printed(outcome), answer)
 
@@ -331,7 +348,7 @@ def solver_verifier(question: str, rounds: int = 3):
     answers, content = [], prompts.HINT(question=question)
     for round in range(rounds):
         reply = yield from ask("solver", content, **CODING, **(OTHER if round else {}))
-        outcome, box = (yield from execute(reply.text)), stated(reply.text)
+        outcome, box = (yield from execute(reply)), stated(reply.text)
         output = printed(outcome)
         answers.append(output or box)
         yield Draft(answers[-1])
@@ -355,7 +372,7 @@ def code_feedback(question: str):
     messages = [user(prompts.HINT(question=question))]
     reply = yield Ask("solver", messages, CODING)
     yield Draft(stated(reply.text))
-    outcomes = yield [Run(block, timeout=10) for block in blocks_of(reply.text)]
+    outcomes = yield [Run(block, timeout=10) for block in blocks_of(reply)]
     if not outcomes:
         return reply
     output = "\n".join(shown(outcome) for outcome in outcomes)

@@ -258,7 +258,7 @@ def run_episodes(jobs: list[Job], backend, sandbox=None, *, sampling: Sampling =
                 if on_done:
                     on_done(episode)
                 progress.update()
-            elif now > shown + 0.5:
+            elif now > shown + 2:
                 rate, shown = runner.tokens / (now - start), now
                 progress.set_postfix_str(f"{rate:,.0f} tok/s, {runner.unanswered} without answer")
     return [live.episode for live in lives]

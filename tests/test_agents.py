@@ -260,13 +260,19 @@ def test_failed_code_has_no_answer_and_its_output_is_cut():
     ("```\nout\n```\n```py\nx\n```", ["x\n"]), ("```python\n\n```", []), ("```output\n5\n```", []),
     ("```python\na\n```\n```output\n1\n```\n```python\nb\n```", ["a\n", "b\n"])])
 def test_code_is_found_in_fences(text, blocks):
-    assert blocks_of(text) == blocks
+    assert blocks_of(Reply(text)) == blocks
+
+
+def test_code_cut_by_the_token_limit_is_not_run():
+    assert blocks_of(Reply("```python\nx = 1\n```\n```python\nprint(x * 10", finish="length")) == ["x = 1\n"]
 
 
 @pytest.mark.parametrize("text, said", [
     ("CORRECT", True), ("INCORRECT", False), ("incorrect.", False), ("The solution is correct.", True),
     ("", None), ("It is not correct", False), ("VERDICT: CORRECT", True), ("maybe", None),
-    ("At first CORRECT, then INCORRECT", False)])
+    ("At first CORRECT, then INCORRECT", False), ("INCORRECT. Let's correct it: 9 is correct", False),
+    ("2 + 2 = 4.\nCORRECT", True), ("Correct answer: 5. This is INCORRECT", False), ("**CORRECT**", True),
+    ("That is wrong. VERDICT: CORRECT", True), ("Verdict: **Incorrect**, it is CORRECT to add", False)])
 def test_verdicts(text, said):
     assert verdict(text) is said
 
