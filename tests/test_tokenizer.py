@@ -1,0 +1,147 @@
+"""tokenizer.py: the template, the stop ids, and conversations that only append."""
+
+import json
+import shutil
+
+import pytest
+
+from slm import BadInput
+from slm.checkpoint import TINY
+from slm.episode import Reply
+from slm.tokenizer import Tokenizer
+
+ASK = [{"role": "user", "content": "What is 2 + 3?"}]
+AGAIN = {"role": "user", "content": "And times 4?"}
+
+
+@pytest.fixture
+def tok():
+    return Tokenizer.load(TINY)
+
+
+@pytest.fixture
+def with_template(tmp_path):
+    """with_template(text) -> the embedded tokenizer with another chat template."""
+    def build(template: str) -> Tokenizer:
+        for path in TINY.glob("*.json"):
+            shutil.copy(path, tmp_path)
+        (tmp_path / "chat_template.jinja").write_text(template)
+        return Tokenizer.load(tmp_path)
+    return build
+
+
+def reply(tok, messages, text, end="<|im_end|>"):
+    ids = tok.encode(text)
+    # One token a character at the front: sampled ids need not be how the tokenizer would cut the text.
+    ids = [i for c in text[:3] for i in tok.encode(c)] + tok.encode(text[3:]) + tok.encode(end)
+    return Reply(text, ids, [0.0] * len(ids), prompt_ids=tok.chat(messages))
+
+
+def test_text_survives_encoding(tok):
+    for text in ("", "12 apples cost $3.50.", "héllo\n\n\tdef f(x): return x\n", "中文 🙂 \u200b", "a" * 500):
+        assert tok.decode(tok.encode(text)) == text
+
+
+def test_special_tokens_are_one_id_and_can_be_left_out(tok):
+    ids = tok.encode("<|im_start|>hi<|im_end|>")
+    assert tok.decode(ids) == "hi" and tok.decode(ids, skip_special=False) == "<|im_start|>hi<|im_end|>"
+
+
+def test_the_stop_ids_are_both_ends_whatever_the_config_declares(tok, with_template):
+    named = {tok.backend.token_to_id("<|im_end|>"), tok.backend.token_to_id("<|endoftext|>")}
+    assert tok.stop_ids == named
+    other = with_template(tok.template)
+    (other.directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert Tokenizer.load(other.directory).stop_ids == named | {7}
+
+
+def test_the_last_trained_token_is_what_the_template_closes_with(tok):
+    assert tok.decode([tok.end_of_turn], skip_special=False) == "<|im_end|>"
+
+
+def test_a_trailing_answer_is_continued_and_not_closed(tok):
+    messages = [*ASK, {"role": "assistant", "content": "It is"}]
+    assert tok.render(messages) == tok.render(ASK) + "It is"
+    assert "<|im_end|>" in tok.render(messages, generation=False)[len(tok.render(messages)):]
+
+
+def test_appending_a_turn_keeps_the_sampled_ids(tok):
+    first = reply(tok, ASK, "The answer is 5.")
+    ids = tok.chat([*ASK, first.message(), AGAIN])
+    assert ids[:len(first.prompt_ids + first.ids)] == first.prompt_ids + first.ids
+    assert tok.decode(ids, skip_special=False) == tok.render([*ASK, first.message(), AGAIN])
+    assert ids != tok.chat([*ASK, {"role": "assistant", "content": first.text}, AGAIN])  # not re-tokenized
+    assert tok.turn([*ASK, first.message()], [AGAIN]) == ids[len(first.prompt_ids + first.ids):]
+
+
+def test_appended_ids_are_those_of_the_whole_where_the_answer_is_cut_as_usual(tok):
+    ids = tok.encode("The answer is 5.")
+    first = Reply("The answer is 5.", [*ids, tok.end_of_turn], prompt_ids=tok.chat(ASK))
+    text = {"role": "assistant", "content": first.text}
+    assert tok.chat([*ASK, first.message(), AGAIN]) == tok.chat([*ASK, text, AGAIN])
+
+
+@pytest.mark.parametrize("end", ["", "<|endoftext|>"])
+def test_an_answer_that_was_cut_or_ended_otherwise_still_appends(tok, end):
+    first = reply(tok, ASK, "The answer is 5.", end)
+    ids = tok.chat([*ASK, first.message(), AGAIN])
+    assert ids[:len(first.prompt_ids + first.ids)] == first.prompt_ids + first.ids
+    tail = tok.decode(ids[len(first.prompt_ids + first.ids):], skip_special=False)
+    assert tail.startswith("\n" if end else "<|im_end|>\n") and "And times 4?" in tail
+
+
+def test_text_put_into_a_turn_appends_to_the_sampled_ids(tok):
+    """Code output goes inside the assistant's turn; so does what is sampled after it."""
+    first = reply(tok, ASK, "Run print(2+3)\n", end="")
+    message = first.message() | {"content": first.text + "Output: 5\n"}
+    ids = tok.chat([*ASK, message])
+    assert ids[:len(first.prompt_ids + first.ids)] == first.prompt_ids + first.ids
+    assert tok.decode(ids, skip_special=False).endswith("print(2+3)\nOutput: 5\n")
+    second = Reply("So 5.", tok.encode("So 5.") + [tok.end_of_turn], prompt_ids=ids)
+    message = second.message() | {"content": first.text + "Output: 5\nSo 5."}
+    again = tok.chat([*ASK, message, AGAIN])
+    assert again[:len(ids + second.ids)] == ids + second.ids
+
+
+def test_an_edited_conversation_is_rendered_from_its_text(tok, capsys):
+    first = reply(tok, ASK, "The answer is 5.")
+    edited = [{"role": "user", "content": "What is 2 + 4?"}, first.message(), AGAIN]
+    assert tok.chat(edited) == tok.encode(tok.render(edited))
+    assert "edited" in capsys.readouterr().err
+
+
+def test_a_template_that_rewrites_old_turns_is_detected_and_said(tok, with_template, capsys):
+    assert tok.appends
+    forgetful = with_template("""{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content.split('</think>')[-1] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}""")
+    assert not forgetful.appends
+    first = reply(forgetful, ASK, "<think>2 and 3</think>5")
+    with pytest.raises(ValueError, match="rewrites"):
+        forgetful.turn([*ASK, first.message()], [AGAIN])
+    assert "rewrites earlier turns" in capsys.readouterr().err
+
+
+def test_the_template_runs_in_a_sandbox(with_template):
+    for attack in ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.append(1) }}",
+                   "{{ cycler.__init__.__globals__.os.popen('id').read() }}"):
+        with pytest.raises(BadInput, match="template"):
+            with_template(attack).chat(ASK)
+
+
+def test_a_template_that_refuses_or_is_broken_is_one_sentence(tok, with_template):
+    with pytest.raises(BadInput, match="no tools here"):
+        with_template("{{ raise_exception('no tools here') }}").chat(ASK)
+    with pytest.raises(BadInput, match="not valid Jinja"):
+        with_template("{% if %}").chat(ASK)
+    none = with_template("")
+    none.template = None
+    with pytest.raises(BadInput, match="no chat template"):
+        none.chat(ASK)
+
+
+def test_saved_files_are_the_loaded_ones(tok, tmp_path):
+    tok.save(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
+    assert Tokenizer.load(tmp_path).chat(ASK) == tok.chat(ASK)
