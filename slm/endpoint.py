@@ -24,6 +24,7 @@ from queue import Empty, SimpleQueue
 from urllib.parse import urlsplit
 
 import requests
+from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from slm import BadInput
 from slm.episode import Reply, Request
@@ -88,6 +89,8 @@ class Endpoint:
     def __init__(self, base_url: str, model: str, key_env: str | None = None, *, workers: int = 32,
                  timeout: float = 600.0, tries: int = 8, backoff: float = 0.5,
                  requests_per_minute: float | None = None, tokens_per_minute: float | None = None):
+        if "@" in urlsplit(base_url).netloc:
+            raise BadInput("the endpoint's address holds a password; expected it in a variable that is named")
         if urlsplit(base_url).scheme not in ("http", "https") or not urlsplit(base_url).netloc:
             raise BadInput(f"endpoint {base_url!r}: expected an address such as http://localhost:8000/v1")
         self.url = base_url.rstrip("/") + "/chat/completions"
@@ -221,7 +224,7 @@ class Endpoint:
             with session.post(self.url, json=body, auth=self._sign, stream=True, allow_redirects=False,
                               timeout=(min(30.0, self.timeout), self.timeout)) as response:
                 raw = bytearray()
-                for block in response.iter_content(65536):
+                while block := response.raw.read1(65536, decode_content=True):
                     raw += block
                     if len(raw) > LARGEST:
                         raise _Refused(f"a response over {LARGEST >> 20} MB")
@@ -229,7 +232,9 @@ class Endpoint:
                         raise _Again("timeout")
         except requests.Timeout:
             raise _Again("timeout") from None
-        except requests.exceptions.ChunkedEncodingError:
+        except ReadTimeoutError:
+            raise _Again("timeout") from None
+        except HTTPError:  # urllib3's word for a body that ends early or cannot be unpacked
             raise _Again("connection reset") from None
         except requests.ConnectionError as e:
             reset = any(word in str(e) for word in ("reset", "aborted", "Disconnected", "timed out"))

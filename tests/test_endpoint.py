@@ -1,0 +1,290 @@
+"""The promises of slm/endpoint.py, against small servers over real HTTP."""
+
+import json
+import threading
+import time
+from contextlib import contextmanager
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+
+import pytest
+
+from slm import BadInput
+from slm.endpoint import Endpoint, Limiter, read
+from slm.episode import Request, Sampling
+from slm.tiny.teacher import Faults, serve
+
+KEY = "sk-very-secret-0123456789"
+
+
+def chat(text="hi", finish="stop", **message):
+    return 200, {"choices": [{"message": {"content": text, **message}, "finish_reason": finish}],
+                 "usage": {"prompt_tokens": 7, "completion_tokens": 5}}
+
+
+@contextmanager
+def scripted(answer):
+    """A server; answer(number of the request, body, headers) gives (status, JSON or bytes, headers?)."""
+    seen, lock = [], threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with lock:
+                number = len(seen)
+                seen.append((time.monotonic(), body, dict(self.headers), self.path))
+            status, reply, *headers = answer(number, body, self.headers)
+            reply = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+            self.send_response(status)
+            for name, value in {"Content-Length": len(reply), **(headers[0] if headers else {})}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *args):
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads, request_queue_size = True, 512
+
+        def handle_error(self, *args):
+            pass
+
+    server = Server(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", seen
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def ask(text="2 + 2?", n=1, **sampling):
+    return Request([{"role": "user", "content": text}], Sampling(max_tokens=50, **sampling), n=n)
+
+
+def collect(endpoint, *requests):
+    """ticket -> replies in the order of their samples."""
+    for request in requests:
+        endpoint.submit(request)
+    got = {}
+    while endpoint.pending:
+        for ticket, sample, reply in endpoint.step():
+            assert (ticket, sample) not in got
+            got[ticket, sample] = reply
+    endpoint.close()
+    return [got[key] for key in sorted(got)]
+
+
+def quick(url, **options):
+    return Endpoint(url, "m", **{"backoff": 0.01, **options})
+
+
+def test_every_sample_comes_back_once_under_its_own_ticket_and_seed():
+    with scripted(lambda n, body, _: chat(f"{body['messages'][0]['content']} {body['seed']}")) as (url, _):
+        replies = collect(quick(url, workers=20), *(ask(str(i), n=3, seed=10) for i in range(40)))
+    assert [r.text for r in replies] == [f"{i} {10 + k}" for i in range(40) for k in range(3)]
+    assert {(r.tokens_in, r.tokens_out, r.finish, r.error) for r in replies} == {(7, 5, "stop", None)}
+
+
+def test_the_body_is_the_chat_protocol_and_neutral_fields_stay_out():
+    with scripted(lambda *_: chat()) as (url, seen):
+        collect(quick(url + "/"), ask(temperature=0.7, seed=3), ask(top_p=0.9, top_k=5, stop=("\n\n",)))
+    plain, full = sorted((body for _, body, *_ in seen), key=len)
+    assert plain == {"model": "m", "messages": [{"role": "user", "content": "2 + 2?"}], "max_tokens": 50,
+                     "temperature": 0.7, "seed": 3}
+    assert (full["top_p"], full["top_k"], full["stop"]) == (0.9, 5, ["\n\n"])
+    assert seen[0][3] == "/v1/chat/completions"
+
+
+def test_hundreds_are_under_way_at_once():
+    at_once = threading.Barrier(200)
+
+    def wait(*_):
+        at_once.wait(60)  # passes only when 200 requests are here together
+        return chat()
+
+    with scripted(wait) as (url, _):
+        assert len(collect(quick(url, workers=200), ask(n=400))) == 400
+
+
+@pytest.mark.parametrize("trouble", [
+    (429, {"error": "busy"}), (500, b"<html>oops</html>"), (503, b""), (408, b""), (200, b'{"choices":'),
+    (200, {"choices": []}), (200, {"unexpected": 1}), (200, b"\xff\xfe\x00"),
+    (200, {"choices": [{"message": None}]}), (200, b"cut short", {"Content-Length": 4000})])
+def test_what_may_pass_is_tried_again(trouble):
+    with scripted(lambda n, *_: trouble if n < 2 else chat("fine")) as (url, seen):
+        reply, = collect(quick(url, timeout=1 if len(trouble) == 3 else 60), ask())
+    assert reply.text == "fine" and len(seen) == 3
+
+
+def test_waits_grow():
+    with scripted(lambda n, *_: (500, b"") if n < 5 else chat()) as (url, seen):
+        collect(quick(url, backoff=0.05), ask())
+    times = [t for t, *_ in seen]
+    waits = [b - a for a, b in pairwise(times)]
+    assert all(0.5 * 0.05 * 2**k <= wait for k, wait in enumerate(waits)) and len(waits) == 5
+
+
+@pytest.mark.parametrize("header", [lambda: "1", lambda: formatdate(time.time() + 2, usegmt=True)])
+def test_retry_after_is_honoured_by_all_workers(header):
+    with scripted(lambda n, *_: (429, b"", {"Retry-After": header()}) if n == 0 else chat()) as (url, seen):
+        endpoint = quick(url, workers=4)
+        endpoint.submit(ask())
+        while not seen:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(collect(endpoint, *(ask() for _ in range(8)))) == 9
+    assert min(t for t, *_ in seen[1:]) - seen[0][0] >= 0.9
+
+
+def test_requests_a_minute_are_kept():
+    with scripted(lambda *_: chat()) as (url, seen):
+        collect(quick(url, workers=30, requests_per_minute=1200), ask(n=30))
+    times = sorted(t for t, *_ in seen)
+    assert times[-1] - times[0] >= 29 * 0.05 * 0.95
+
+
+def test_tokens_a_minute_are_kept_and_estimates_corrected():
+    limiter = Limiter(tokens_per_minute=6000)  # 100 a second
+    start = limiter.book(1000)
+    limiter.correct(-900)                      # it used 100 only
+    assert limiter.book(50) - start == pytest.approx(1.0)
+    assert limiter.book(0) - start == pytest.approx(1.5)
+
+
+def test_one_bad_reply_is_an_error_reply_with_its_cause():
+    answer = lambda n, body, _: (400, {"error": {"message": "too long"}}) if "bad" in str(body) else chat()
+    with scripted(answer) as (url, seen):
+        good, bad, *rest = collect(quick(url, workers=1), ask("a"), ask("bad"), *(ask("b") for _ in range(8)))
+    assert bad.finish == "error" and bad.error == "HTTP 400 too long" and bad.text == ""
+    assert good.error is None and len(rest) == 8 and len(seen) == 10  # a refusal is not tried again
+
+
+def test_a_long_series_of_refusals_after_success_is_not_a_dead_server():
+    answer = lambda n, body, _: (400, b"no") if n else chat()
+    with scripted(answer) as (url, _):
+        replies = collect(quick(url, workers=1), *(ask() for _ in range(12)))
+    assert [r.error is None for r in replies] == [True] + [False] * 11
+
+
+@pytest.mark.parametrize("status, words", [(401, "refused the key"), (403, "refused the key"), (402, "paid"),
+                                           (404, "no such model"), (307, "redirects")])
+def test_a_dead_server_is_one_sentence_at_once(status, words, monkeypatch):
+    monkeypatch.setenv("TEST_KEY", KEY)
+    said = {"error": {"message": f"Incorrect API key provided: {KEY}."}}
+    with scripted(lambda *_: (status, said, {"Location": "https://elsewhere/v1"})) as (url, seen):
+        endpoint = quick(url, key_env="TEST_KEY", workers=4)
+        with pytest.raises(BadInput, match=words) as caught:
+            collect(endpoint, *(ask() for _ in range(500)))
+    assert len(seen) <= 8 and KEY not in str(caught.value) and "\n" not in str(caught.value)
+    assert not endpoint.pending
+
+
+def test_an_unknown_model_answered_with_400_ends_after_a_few():
+    with scripted(lambda *_: (400, {"error": {"message": "model m does not exist"}})) as (url, seen):
+        with pytest.raises(BadInput, match="does not exist"):
+            collect(quick(url, workers=4), *(ask() for _ in range(500)))
+    assert len(seen) < 20
+
+
+def test_nobody_at_the_address():
+    with pytest.raises(BadInput, match="no connection"):
+        collect(quick("http://127.0.0.1:9/v1"), ask())
+
+
+def test_the_key_travels_in_the_header_only(monkeypatch):
+    monkeypatch.setenv("TEST_KEY", KEY)
+    answer = lambda n, body, _: (400, {"error": {"message": f"key {KEY} cannot do this"}}) if n else chat()
+    with scripted(answer) as (url, seen):
+        endpoint = quick(url, key_env="TEST_KEY", workers=1)
+        replies = collect(endpoint, ask(), ask())
+    assert seen[0][2]["Authorization"] == f"Bearer {KEY}"
+    assert KEY not in str(replies) + str(endpoint.counts) + str([body for _, body, *_ in seen])
+    assert replies[1].error == "HTTP 400 key *** cannot do this"
+
+
+def test_a_missing_key_names_its_variable(monkeypatch):
+    monkeypatch.delenv("TEST_KEY", raising=False)
+    with pytest.raises(BadInput, match="TEST_KEY"):
+        Endpoint("http://localhost:1/v1", "m", "TEST_KEY")
+
+
+def test_a_strange_address_is_refused_and_a_password_in_it_not_repeated():
+    with pytest.raises(BadInput, match="localhost:8000/v1"):
+        Endpoint("localhost:8000", "m")
+    with pytest.raises(BadInput) as caught:
+        Endpoint(f"https://me:{KEY}@host/v1", "m")
+    assert KEY not in str(caught.value)
+
+
+def test_reasoning_in_its_own_field_and_other_shapes():
+    body = lambda *args, **message: json.dumps(chat(*args, **message)[1]).encode()
+    assert read(body("4", reasoning_content="two and two")).thinking == "two and two"
+    assert read(body(None, reasoning="hm")).text == "" and read(body("4")).thinking is None
+    assert read(body("I won't", "content_filter")).finish == read(body("", refusal="no")).finish == "refused"
+    assert read(body("cut", "length")).finish == "length"
+    assert read(body("half \ud83d pair")).text == "half ? pair"
+
+
+def test_a_server_that_dribbles_is_cut_off_in_time():
+    class Slow(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            for _ in range(100):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.1)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
+    server.daemon_threads, server.handle_error = True, lambda *_: None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    start = time.monotonic()
+    endpoint = quick(f"http://127.0.0.1:{server.server_port}/v1", timeout=0.4, tries=2)
+    reply, = collect(endpoint, ask())
+    server.shutdown()
+    assert reply.error == "timeout, 2 times" and time.monotonic() - start < 10
+
+
+def test_replies_of_a_megabyte_and_none_of_eight():
+    sizes = {"small": 2**20, "large": 9 * 2**20}
+    with scripted(lambda n, body, _: chat("é" * (sizes[body["messages"][0]["content"]] // 6))) as (url, _):
+        small, large, _ = collect(quick(url, workers=1), ask("small"), ask("large"), ask("small"))
+    assert len(small.text) == 2**20 // 6 and large.error == "a response over 8 MB"
+
+
+def test_workers_survive_a_server_that_does_everything_wrong():
+    faults = Faults({}, {"busy": 0.05, "broken": 0.1, "reset": 0.1, "torn": 0.05, "empty": 0.05},
+                    latency=0.01, retry_after=0.02)
+    with serve(lambda body, rng: "größe 考える 🤔 " + body["messages"][0]["content"], faults) as server:
+        replies = collect(quick(server.url, workers=50), *(ask(str(i)) for i in range(500)))
+    assert [r.text for r in replies] == [f"größe 考える 🤔 {i}" for i in range(500)]
+
+
+def test_close_drops_the_queue_and_ends_the_threads():
+    with scripted(lambda *_: (time.sleep(0.2), chat())[1]) as (url, seen):
+        endpoint = quick(url, workers=2)
+        for _ in range(50):
+            endpoint.submit(ask())
+        time.sleep(0.1)
+        endpoint.close()
+        time.sleep(0.5)
+    assert not endpoint.pending and len(seen) <= 2 and not any(t.is_alive() for t in endpoint._threads)
+
+
+def test_a_workflow_runs_against_a_server_unchanged():
+    from agents import solver
+    from slm.episode import jobs_for, run_episodes
+    from slm.problems import load
+    problems = load("tiny", "test", 5)
+    with serve(faults=Faults()) as server:
+        episodes = run_episodes(jobs_for(problems, solver), Endpoint(server.url, "perfect"))
+    assert all("\\boxed" in e.response for e in episodes)
