@@ -5,6 +5,7 @@ Each layer is a function that confines the calling process for good, or raises O
 Sources: user_namespaces(7), pivot_root(2), mount_setattr(2), landlock(7), seccomp(2), system call tables.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -164,10 +165,11 @@ def own_scratch(drop_root: bool) -> None:
     call("unshare", NEWUSER)
 
 
-def leave_root() -> None:
+def leave_root(files_as: int = NOBODY) -> None:
+    """Be nobody; `files_as` 0 keeps root's access to root's files, which is what its libraries may need."""
     os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
+    os.setresgid(NOBODY, files_as, files_as)
+    os.setresuid(NOBODY, files_as, files_as)
 
 
 # ---- layer: Landlock -------------------------------------------------------------------------------------
@@ -307,16 +309,16 @@ def seatbelt(paths: list[str], scratch: str) -> None:
 
 def confine(plan: dict, scratch: str) -> None:
     """Put every layer of the plan around this process. Each may forbid setting up the others, hence the order.
-    Threads are counted per run in a user namespace, else per user, so the bound is wider there."""
+    """
     layers = plan["layers"]
     os.setsid()
     os.umask(0o077)
     if "namespaces" in layers:
         own_scratch(plan["drop_root"])
-    elif plan["drop_root"]:
-        leave_root()
+    elif os.geteuid() == 0:
+        leave_root(0)
     os.chdir(scratch)
-    limits(plan["memory"], THREADS if "namespaces" in layers else 4096 if "seccomp" in layers else 512)
+    limits(plan["memory"], plan["threads"])
     if sys.platform == "linux":
         prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: gone with the zygote
         drop_privileges()
@@ -352,8 +354,7 @@ def _try_namespaces(paths: list[str]) -> None:
 
 
 def find_layers(plan: dict) -> None:
-    """Fill in plan["paths"], plan["layers"], plan["refused"] (layer -> why) and plan["drop_root"]: whether
-    runs without namespaces can give up root and still read the libraries."""
+    """Fill in plan["paths"], plan["layers"], plan["refused"] (layer -> why) and plan["threads"]."""
     paths = plan["paths"] = library_paths()
     tries = {"namespaces": lambda: _try_namespaces(paths),
              "seccomp": lambda: (drop_privileges(), seccomp()),
@@ -362,6 +363,15 @@ def find_layers(plan: dict) -> None:
         tries = {"seatbelt": lambda: seatbelt(paths, plan["base"])}
     plan["refused"] = {name: said for name, action in tries.items() if (said := attempt(action))}
     plan["layers"] = [name for name in tries if name not in plan["refused"]]
-    above = {path[:i] for p in [*paths, plan["base"]] for path in [p + "/"] for i in range(1, len(path))
-             if path[i] == "/"}
-    plan["drop_root"] = os.geteuid() == 0 and all(os.stat(folder).st_mode & 5 == 5 for folder in above)
+    # The kernel counts a user's threads per user namespace: where runs have none, the user's others count too.
+    plan["threads"] = THREADS if "namespaces" in plan["layers"] else 4 * THREADS + tasks_now()
+
+
+def tasks_now() -> int:
+    """How many threads the user that runs will have is running already."""
+    uid, count = os.geteuid() or NOBODY, 0
+    for pid in filter(str.isdigit, os.listdir("/proc") if sys.platform == "linux" else []):
+        with contextlib.suppress(OSError):
+            if os.stat(f"/proc/{pid}").st_uid == uid:
+                count += len(os.listdir(f"/proc/{pid}/task"))
+    return count
