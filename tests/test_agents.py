@@ -1,5 +1,6 @@
 """Each workflow behaves as its description says, on scripted replies; the comparison and the command line."""
 
+import json
 import re
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def test_stateless_without_acceptance_settles():
 
 def test_stateless_does_not_ask_the_checker_about_no_answer():
     def script(role, n, prompt):
-        return ["hm", "\\boxed{4}"][n] if role == "solver" else "CORRECT"
+        return ["I cannot say.", "\\boxed{4}"][n] if role == "solver" else "CORRECT"
     episode, requests = play("solver_checker_stateless", script)
     assert episode.answer == "4" and len(requests) == 3
     assert "no final answer" in requests[1].messages[0]["content"]
@@ -290,7 +291,7 @@ def test_the_table_counts_improved_degraded_and_failures():
 
     def reply(prompt, seed, sampling):
         given = script[prompt[:3]]
-        return "hm" if given == "?" else f"\\boxed{{{4 if sampling.temperature else given}}}"
+        return "I cannot say." if given == "?" else f"\\boxed{{{4 if sampling.temperature else given}}}"
 
     backend = Backend(reply)
     results, memo = {}, {}
@@ -316,3 +317,16 @@ def test_bad_input_is_one_sentence_and_exit_2(arguments, message, tmp_path):
     done = subprocess.run([sys.executable, "agents.py", "--out", str(tmp_path / "run"), *arguments], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_script_compares_workflows_and_keeps_every_episode(tmp_path):
+    out = tmp_path / "run"
+    done = subprocess.run([sys.executable, "agents.py", "--limit", "4", "--max-tokens", "24", "--show", "1",
+                           "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = ["solver", *agents.TINY["workflow"].split(",")]
+    assert all(re.search(rf"^{name} +[0-9.]+ ", done.stdout, re.M) for name in names)
+    rows = [json.loads(line) for line in (out / "episodes.jsonl").open()]
+    assert [row["workflow"] for row in rows] == [name for name in names for _ in range(4)]
+    assert set(json.loads((out / "table.json").read_text())) == set(names)
+    assert json.loads((out / "settings.json").read_text())["settings"]["limit"] == 4

@@ -282,3 +282,56 @@ def test_a_workflow_takes_a_question_and_nothing_that_could_carry_an_answer(name
     assert question.name == "question"
     assert all(isinstance(p.default, int) for p in rest)
     assert not WORKFLOWS[name].__closure__
+
+
+# ---- with the true sampler, tokenizer and sandbox ----------------------------------------------------------
+
+def test_ids_of_a_conversation_on_the_embedded_model_are_what_was_sampled(tiny):
+    from slm.losses import token_logprobs
+    from slm.sampler import Sampler
+
+    def chat(question):
+        messages = [user(question)]
+        for _ in range(3):
+            reply = yield Ask("solver", messages)
+            messages = [*messages, reply.message(), user("Go on.")]
+
+    import torch
+
+    from slm.attention import Packed
+    model, tokenizer = tiny
+    sampler = Sampler(model, tokenizer)
+    for episode in run_episodes(jobs_for(PROBLEMS[:2], chat, samples=2), sampler,
+                                sampling=Sampling(max_tokens=24, temperature=1.0), fixed=True):
+        record, = episode.records()
+        assert sum(record.mask) == sum(len(t.ids) for t in episode.turns)
+        assert record.ids == episode.turns[-1].prompt_ids + episode.turns[-1].ids
+        with torch.no_grad():
+            attend = Packed([len(record.ids)])
+            hidden = model(torch.tensor(record.ids), attend.positions, attend)
+            again, _ = token_logprobs(model, hidden[:-1], torch.tensor(record.ids[1:]))
+        trained = torch.tensor(record.mask[1:], dtype=torch.bool)
+        assert torch.allclose(again[trained], torch.tensor(record.logprobs[1:])[trained], atol=1e-4)
+
+
+def test_code_output_continues_the_sampled_turn_in_ids(tiny):
+    _, tokenizer = tiny
+    messages = [user("6 * 7?")]
+    text = "```python\nprint(6 * 7)\n```\n"
+    ids = tokenizer.encode(text + "```output")
+    reply = Reply(text, ids, [-0.1] * len(ids), "stop_string", tokenizer.chat(messages))
+    after = tokenizer.chat([*messages, reply.message("```output\n42\n```\n")])
+    assert after[:len(reply.prompt_ids + ids)] == reply.prompt_ids + ids
+    assert tokenizer.decode(after).endswith("```output\n42\n```\n")
+
+
+def test_workflows_on_the_embedded_model_do_not_depend_on_the_batch(tiny):
+    from slm.sampler import Sampler
+    from slm.sandbox import Sandbox as TrueSandbox
+    names, runs = ("majority_vote", "python_tools", "solver_checker_chat"), []
+    jobs = [job for name in names for job in jobs_for(PROBLEMS[:2], WORKFLOWS[name])]
+    with TrueSandbox(1) as sandbox:
+        for rows in (64, 3):
+            episodes = run_episodes(jobs, Sampler(*tiny, max_batch=rows), sandbox, sampling=Sampling(16))
+            runs.append([(e.answer, e.response, [t.ids for t in e.turns]) for e in episodes])
+    assert runs[0] == runs[1]
