@@ -48,12 +48,12 @@ class Spec:
 
 class State:
     """What all layers of a model share: its adapters, which are merged (in order), and which is applied now.
-    active: None, a name, or rows [(name or None, number of tokens)] that cover the tokens in order."""
+    active: None, a name for all tokens, or {name: indices of its tokens}."""
 
     def __init__(self):
         self.specs: dict[str, Spec] = {}
         self.merged: list[str] = []
-        self.active: str | list[tuple[str | None, int]] | None = None
+        self.active: str | dict[str, Tensor] | None = None
 
 
 class LoRALinear(nn.Linear):
@@ -68,21 +68,19 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y, active = F.linear(x, self.weight, self.bias), self.state.active
-        rows = active if isinstance(active, list) else [(active, len(x))]
-        if not any(name in self.lora_A for name, _ in rows):
-            return y
-        if len(rows) == 1:
-            return y + self.delta(rows[0][0], x)
-        sizes = [count for _, count in rows]
-        parts = [part + self.delta(name, inputs) if name in self.lora_A else part
-                 for (name, _), inputs, part in zip(rows, x.split(sizes), y.split(sizes))]
-        return torch.cat(parts)
+        if isinstance(active, str):
+            return self.adapt(active, x, y) if active in self.lora_A else y
+        for name, tokens in (active or {}).items():
+            if name in self.lora_A:
+                y = y.index_copy(0, tokens, self.adapt(name, x[tokens], y[tokens]))
+        return y
 
-    def delta(self, name: str, x: Tensor) -> Tensor:
-        """s B A x, (T, in) -> (T, out)."""
+    def adapt(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """y + s B A x, for x (T, in) and y (T, out)."""
         spec, A, B = self.state.specs[name], self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
-        x = F.dropout(x, spec.dropout, self.training)
-        return F.linear(F.linear(x, A), B) * spec.scale
+        if self.training:
+            x = F.dropout(x, spec.dropout)
+        return torch.addmm(y, F.linear(x, A), B.t(), alpha=spec.scale)
 
 
 # ---- adapters on a model -----------------------------------------------------------------------------------
@@ -125,16 +123,16 @@ def use(model: Qwen2, active: str | list[tuple[str | None, int]] | None):
     """Apply another adapter inside the block: a name, None, or rows [(name or None, tokens)], one after the
     other over the packed tokens, so that every sequence of a batch has its own."""
     state = _state(model)
-    if isinstance(active, list):
-        joined: list[tuple[str | None, int]] = []
-        for name, count in active:
-            if joined and joined[-1][0] == name:
-                count += joined.pop()[1]
-            joined.append((name, count))
-        active = joined
-    for name in {name for name, _ in active} if isinstance(active, list) else {active}:
-        if name is not None and name not in names(model):
-            raise BadInput(f"adapter {name!r}: not on this model or merged into it; there are {names(model)}")
+    wanted = {name for name, _ in active} if isinstance(active, list) else {active}
+    for name in wanted - {None, *names(model)}:
+        raise BadInput(f"adapter {name!r}: not on this model or merged into it; there are {names(model)}")
+    if len(wanted) == 1:
+        active = wanted.pop()
+    elif isinstance(active, list):
+        of_token = [name for name, count in active for _ in range(count)]
+        device = model.model.embed_tokens.weight.device
+        active = {name: torch.tensor([i for i, other in enumerate(of_token) if other == name], device=device)
+                  for name in wanted - {None}}
     before, state.active = state.active, active
     try:
         yield

@@ -345,7 +345,7 @@ class Sampler:
 
     def _forward(self, ids, positions, attend, adapters: list[tuple[str | None, int]]) -> torch.Tensor:
         """Hidden states (T, D), each row of the batch with its own adapter."""
-        with lora.use(self.model, adapters if len({name for name, _ in adapters}) > 1 else adapters[0][0]):
+        with lora.use(self.model, adapters):
             return self.model(ids, positions, attend)
 
     def _accept(self, rows: list[Row], draws: list[tuple[torch.Tensor, torch.Tensor]]) -> None:

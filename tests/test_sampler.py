@@ -237,7 +237,7 @@ def test_the_next_sample_uses_the_new_weights():
 def test_each_row_has_its_own_adapter():
     model = build()
     for name in ("solver", "checker"):
-        lora.add(model, r=4, name=name)
+        lora.add(model, r=4, alpha=4, name=name)
         for p in lora.parameters(model, name):
             torch.nn.init.normal_(p, std=0.2)
     model.lora.active = None
