@@ -398,15 +398,15 @@ TINY = {"max_tokens": 320, "limit": 200,
 
 
 def main(args: argparse.Namespace) -> None:
-    names = chosen(args.workflow)
-    from slm.problems import fingerprint, load
-    from slm.run import RunDir, new_path, write_json
+    from slm.problems import fingerprint, load, refuse_long
+    names, problems = chosen(args.workflow), load(args.data, args.split, args.limit)
+    from slm.run import RunDir, new_path, write_json  # with torch, once the small mistakes are out
     from slm.sandbox import Sandbox
 
-    problems = load(args.data, args.split, args.limit)
     args.out = str(new_path(args.out, f"agents-{args.model.rstrip('/').split('/')[-1]}", False))
     cli.show(vars(args))
     backend, adapters = open_backend(args)
+    refuse_long(problems, backend)
     run = RunDir(args.out, vars(args), fingerprint(problems))
     memo, results = {}, {}
     with contextlib.closing(backend), contextlib.closing(Sandbox(args.workers)) as sandbox:

@@ -321,12 +321,12 @@ def test_bad_input_is_one_sentence_and_exit_2(arguments, message, tmp_path):
 
 def test_the_script_compares_workflows_and_keeps_every_episode(tmp_path):
     out = tmp_path / "run"
-    done = subprocess.run([sys.executable, "agents.py", "--limit", "4", "--max-tokens", "24", "--show", "1",
+    done = subprocess.run([sys.executable, "agents.py", "--limit", "2", "--max-tokens", "8", "--show", "1",
                            "--out", str(out)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = ["solver", *agents.TINY["workflow"].split(",")]
     assert all(re.search(rf"^{name} +[0-9.]+ ", done.stdout, re.M) for name in names)
     rows = [json.loads(line) for line in (out / "episodes.jsonl").open()]
-    assert [row["workflow"] for row in rows] == [name for name in names for _ in range(4)]
+    assert [row["workflow"] for row in rows] == [name for name in names for _ in range(2)]
     assert set(json.loads((out / "table.json").read_text())) == set(names)
-    assert json.loads((out / "settings.json").read_text())["settings"]["limit"] == 4
+    assert json.loads((out / "settings.json").read_text())["settings"]["limit"] == 2
