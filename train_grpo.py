@@ -215,7 +215,7 @@ def learn(model, samples: list[Sample], divisor: int, trained, optimizer, lr: fl
     from slm import losses, run
     device = next(model.parameters()).device
     active = [s for s in samples if s.advantage or args.kl > 0]
-    if not run.total({"n": float(len(active))}, device)["n"]:
+    if not run.summed({"n": float(len(active))}, device)["n"]:
         return {"skipped": 1}
     idle = not active  # this rank has nothing, but must meet the others
     active = active or samples[:1]
@@ -230,7 +230,7 @@ def learn(model, samples: list[Sample], divisor: int, trained, optimizer, lr: fl
         sums = {k: sums.get(k, 0.0) + v for k, v in part.items()}
         worst = max(worst, gap)
     norm = run.update(optimizer, trained.values(), lr, args.clip)
-    sums = run.total(sums, device)
+    sums = run.summed(sums, device)
     n = sums.pop("learned")
     return {"loss": sums.pop("loss") / divisor, **{k: v / n for k, v in sums.items()},
             "dlogp_max": max(run.gather([worst])), "grad_norm": norm, "learned_tokens": int(n)}
@@ -258,15 +258,15 @@ def main(args):
     args.data = args.data or ("tiny" if cli.is_small(args.model) else "gsm8k")
     pool = problems.load(args.data, "train", args.limit)
     check_rewards(pool)
-    plan = batches(len(pool), args.batch, args.epochs, args.seed)
-    while args.steps and len(plan) < args.steps:
-        plan += batches(len(pool), args.batch, 1, args.seed + len(plan))
-    plan = plan[:args.steps or None]
-
     out = run.new_path(args.out, f"grpo-{name(args.model)}", args.resume)
     args.dtype = str(dtype).removeprefix("torch.")
     rundir = run.RunDir(out, vars(args), problems.fingerprint(pool), args.resume, log=run.rank() == 0)
     model, tokenizer = prepare(out, device, dtype, args)
+    pool = fitting(pool, tokenizer, model.config.positions)
+    plan = batches(len(pool), args.batch, args.epochs, args.seed)
+    while args.steps and len(plan) < args.steps:
+        plan += batches(len(pool), args.batch, 1, args.seed + len(plan))
+    plan = plan[:args.steps or None]
     if run.rank() == 0:
         cli.show(vars(args))
         introduce(model, tokenizer, pool, plan, device, dtype, reason, args)
@@ -301,6 +301,19 @@ def prepare(out, device, dtype, args):
     return model, tokenizer
 
 
+def fitting(pool, tokenizer, context: int) -> list:
+    """The problems whose prompt leaves room for an answer; says how many don't."""
+    from slm.episode import user
+    from slm.prompts import SOLVER
+    sizes = [len(tokenizer.chat([user(SOLVER(question=p.question))])) for p in pool]
+    fit = [p for p, size in zip(pool, sizes) if size < context - 32]
+    if not fit:
+        raise BadInput(f"all {len(pool)} prompts are too long: {min(sizes)} tokens or more of {context}")
+    if len(fit) < len(pool):
+        print(f"left out: {len(pool) - len(fit)} of {len(pool)} prompts are too long for {context} tokens")
+    return fit
+
+
 def check_rewards(pool) -> None:
     """The reward of gold answers must be +1, and of other problems' golds mostly -1: otherwise grader and
     data do not fit together, and no training would help."""
@@ -331,9 +344,8 @@ def introduce(model, tokenizer, pool, plan, device, dtype, reason, args):
 
 
 def train(model, tokenizer, pool, plan, workflow, algorithm, rundir, args):
-    """All steps from the last checkpoint on; saves at intervals, when asked to stop, and at the end."""
+    """All steps from the last checkpoint on."""
     import torch
-    from tqdm import tqdm
 
     from slm import run
     from slm.sampler import Sampler
@@ -341,26 +353,16 @@ def train(model, tokenizer, pool, plan, workflow, algorithm, rundir, args):
     run.shard(model)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
-    state = rundir.load(next(model.parameters()).device) if args.resume else None
-    start = run.restore(state, trained, optimizer) if state else 0
     sampler, sandbox = Sampler(model, tokenizer), Sandbox() if args.workflow != "solver" else None
-    bar = tqdm(total=len(plan), initial=start, unit="step", disable=run.rank() > 0)
     try:
-        with run.Interrupt() as stop, bar:
-            for step in range(start, len(plan)):
-                lr = args.lr * run.cosine(step, len(plan), args.warmup)
-                row, lines = one_step(model, [pool[i] for i in plan[step]], workflow, sampler, sandbox, step,
-                                      trained, optimizer, lr, algorithm, args)
-                rundir.log("metrics", row)
-                rundir.log("episodes", *lines)
-                bar.set_postfix_str(f"reward {row['reward']:+.2f}, solved {row['solved']:.0%}, "
-                                    f"{row['mean_tokens']:.0f} tokens, {row['tokens_per_s']:,} tok/s")
-                bar.update()
-                stopped = run.total({"stop": float(stop.asked)}, sampler.device)["stop"] > 0
-                if stopped or (step + 1) % args.save_every == 0 or step + 1 == len(plan):
-                    rundir.save(run.training_state(step + 1, trained, optimizer))
-                if stopped:
-                    raise KeyboardInterrupt
+        for step, bar in run.steps(len(plan), rundir, trained, optimizer, args):
+            lr = args.lr * run.cosine(step, len(plan), args.warmup)
+            row, lines = one_step(model, [pool[i] for i in plan[step]], workflow, sampler, sandbox, step,
+                                  trained, optimizer, lr, algorithm, args)
+            rundir.log("metrics", row)
+            rundir.log("episodes", *lines)
+            bar.set_postfix_str(f"reward {row['reward']:+.2f}, solved {row['solved']:.0%}, "
+                                f"{row['mean_tokens']:.0f} tokens, {row['tokens_per_s']:,} tok/s")
     finally:
         if sandbox:
             sandbox.close()
@@ -433,9 +435,9 @@ def line(step: int, episode, score: Scored) -> dict:
 def finish(model, out, args):
     """Write the adapter under its final name with a report, and say what to do with it."""
     from slm import lora, report, run
-    with run.whole(model):
-        if run.rank() == 0:
-            lora.save(model, out / "adapter", base=args.base)
+    run.unshard(model)
+    if run.rank() == 0:
+        lora.save(model, out / "adapter", base=args.base)
     run.barrier()
     if run.rank() == 0:
         report.write(out)

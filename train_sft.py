@@ -132,6 +132,8 @@ def _messages(line: str, where: str) -> list[dict]:
     if not isinstance(row, dict):
         raise BadInput(f"{where}: expected an object, found {line.strip()[:40]}")
     if isinstance(row.get("question"), str) and isinstance(row.get("response"), str):
+        if not (row["question"].strip() and row["response"].strip()):
+            raise BadInput(f"{where}: the question or the response is empty")
         return conversation(row["question"], row["response"])
     messages = row.get("messages")
     if not isinstance(messages, list):
@@ -235,39 +237,26 @@ def introduce(model, tokenizer, rows, steps, source, device, dtype, reason, args
 
 
 def train(model, rows, steps, rundir, device, dtype, args):
-    """All steps from the last checkpoint on; saves at intervals, when asked to stop, and at the end."""
+    """All steps from the last checkpoint on."""
     import torch
-    from tqdm import tqdm
 
     from slm import run
     run.shard(model)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=args.weight_decay)
-    state = rundir.load(device) if args.resume else None
-    start = run.restore(state, trained, optimizer) if state else 0
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.full and dtype == torch.bfloat16)
     model.train()
-    bar = tqdm(total=len(steps), initial=start, unit="step", disable=run.rank() > 0)
-    with run.Interrupt() as stop, bar:
-        for step in range(start, len(steps)):
-            began = time.perf_counter()
-            run.seed_step(args.seed, step)
-            lr = args.lr * run.cosine(step, len(steps), args.warmup)
-            with autocast:
-                batch = [rows[i] for i in steps[step]]
-                row = one_step(model, batch, trained, optimizer, lr, args, stop.asked)
-            rate = row["tokens"] / (time.perf_counter() - began)
-            stopped = row.pop("stop") > 0
-            rundir.log("metrics", {"step": step + 1, **row, "lr": lr, "tokens_per_s": round(rate)})
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tok/s")
-            bar.update()
-            if stopped or (step + 1) % args.save_every == 0 or step + 1 == len(steps):
-                rundir.save(run.training_state(step + 1, trained, optimizer))
-            if stopped:
-                raise KeyboardInterrupt
+    for step, bar in run.steps(len(steps), rundir, trained, optimizer, args):
+        began = time.perf_counter()
+        lr = args.lr * run.cosine(step, len(steps), args.warmup)
+        with autocast:
+            row = one_step(model, [rows[i] for i in steps[step]], trained, optimizer, lr, args)
+        rate = row["tokens"] / (time.perf_counter() - began)
+        rundir.log("metrics", {"step": step + 1, **row, "lr": lr, "tokens_per_s": round(rate)})
+        bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tok/s")
 
 
-def one_step(model, batch, trained, optimizer, lr, args, stop=False) -> dict:
+def one_step(model, batch, trained, optimizer, lr, args) -> dict:
     """One optimizer step on a batch of (ids, mask): sums over micro-batches and ranks, one division."""
     from slm import run
     from slm.losses import pack, score, sft_loss
@@ -284,10 +273,11 @@ def one_step(model, batch, trained, optimizer, lr, args, stop=False) -> dict:
         (loss * weight).backward()
         loss_sum += loss.item() * weight
     norm = run.update(optimizer, trained.values(), lr, args.clip)
-    sums = run.total({"loss": loss_sum, "stop": float(stop)}, logp.device)
-    if not math.isfinite(sums["loss"]):
-        raise BadInput(f"the loss is {sums['loss']}: lower --lr {args.lr}, or use --dtype float32")
-    return {**sums, "grad_norm": norm, "tokens": sum(len(ids) for ids, _ in batch), "trained_tokens": count}
+    loss = run.summed({"loss": loss_sum}, logp.device)["loss"]
+    if not math.isfinite(loss):
+        raise BadInput(f"the loss is {loss}: lower --lr {args.lr}, or use --dtype float32")
+    tokens = sum(len(ids) for ids, _ in batch)
+    return {"loss": loss, "grad_norm": norm, "tokens": tokens, "trained_tokens": count}
 
 
 def finish(model, tokenizer, out, args):

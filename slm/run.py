@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from slm import BadInput
 from slm.cli import is_small
@@ -214,11 +215,6 @@ def cosine(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, total - first)))
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Seed PyTorch (dropout) for one step. Ranks differ."""
-    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank())
-
-
 def update(optimizer, parameters, lr: float, clip: float) -> float:
     """One optimizer step with the gradients' norm cut to `clip`; returns the norm before the cut."""
     parameters = list(parameters)
@@ -229,6 +225,25 @@ def update(optimizer, parameters, lr: float, clip: float) -> float:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
+
+
+def steps(total: int, rundir: RunDir, trained: dict, optimizer, args):
+    """Yield (step, progress bar) from the last checkpoint on. After each step: a checkpoint every
+    args.save_every steps, at the end and after Ctrl-C, which then leaves as KeyboardInterrupt."""
+    device = next(iter(trained.values())).device
+    state = rundir.load(device) if args.resume else None
+    start = restore(state, trained, optimizer) if state else 0
+    bar = tqdm(total=total, initial=start, unit="step", disable=rank() > 0)
+    with Interrupt() as stop, bar:
+        for step in range(start, total):
+            torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + rank())  # for dropout
+            yield step, bar
+            bar.update()
+            stopped = summed({"stop": float(stop.asked)}, device)["stop"] > 0
+            if stopped or (step + 1) % args.save_every == 0 or step + 1 == total:
+                rundir.save(training_state(step + 1, trained, optimizer))
+            if stopped:
+                raise KeyboardInterrupt
 
 
 class Interrupt:
@@ -291,7 +306,7 @@ def gather(rows: list) -> list:
     return [row for part in parts for row in part]
 
 
-def total(values: dict[str, float], device) -> dict[str, float]:
+def summed(values: dict[str, float], device) -> dict[str, float]:
     """Each value summed over the ranks."""
     if world() == 1:
         return values
@@ -335,17 +350,24 @@ def shard(model) -> None:
     for part in (*model.model.layers, model):
         fully_shard(part, reshard_after_forward=False)
         part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # gloo has no other
+
+
+def unshard(model) -> None:
+    """Give every rank the full weights."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.unshard()
 
 
 @contextlib.contextmanager
 def whole(model):
-    """Inside, every rank holds the full weights: to sample without a collective a token, and to save."""
-    parts = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    for part in parts:
-        part.unshard()
+    """Inside, every rank holds the full weights, so that sampling needs no collective a token."""
+    unshard(model)
     yield
-    for part in parts:
-        part.reshard()
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def last_micro_batch(model, last: bool) -> None:

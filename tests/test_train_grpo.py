@@ -1,0 +1,156 @@
+"""GRPO by its promises, on a random model of two layers and with an easy reward."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small import write_small
+
+import train_grpo
+from slm import checkpoint, lora, losses, run
+from slm.episode import Episode, Turn
+from train_grpo import ALGORITHMS, Sample, judge
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return write_small(tmp_path_factory.mktemp("small") / "model")
+
+
+def even(episode, gold, no_box):
+    """An easy reward: most of the sampled ids are even."""
+    ids = [i for turn in episode.turns for i in turn.ids]
+    return (1.0 if sum(i % 2 == 0 for i in ids) > len(ids) / 2 else -1.0), "easy"
+
+
+def train(small, out, *options, steps=4):
+    words = ["--model", small, "--data", "tiny", "--limit", "40", "--out", str(out), "--batch", "3",
+             "--samples", "6", "--steps", str(steps), "--max-tokens", "9", "--lr", "0.02", "--device", "cpu",
+             *options]
+    train_grpo.main(train_grpo.options().parse_args(words))
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_reward_rises_and_the_ratio_starts_at_one(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_grpo, "judge", even)
+    rows = train(small, tmp_path / "run", "--kl", "0.01", steps=24)
+    first, last = (sum(r["reward"] for r in part) / 6 for part in (rows[:6], rows[-6:]))
+    assert last > first + 0.5, (first, last)
+    assert all(r["dlogp_max"] < 1e-4 for r in rows)  # the sampler's log-probs are the trainer's
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[-1]["kl"] > 0.01
+    assert (tmp_path / "run" / "report.html").is_file()
+    model, _ = checkpoint.load(tmp_path / "run" / "adapter")
+    assert model.lora.active == "default"
+
+
+def test_a_run_stopped_and_resumed_ends_on_the_same_bits(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_grpo, "judge", even)
+    whole = train(small, tmp_path / "whole")
+    log = run.RunDir.log
+
+    def dies(self, name, *rows):
+        if rows[0]["step"] == 4:
+            raise KeyboardInterrupt
+        log(self, name, *rows)
+
+    monkeypatch.setattr(run.RunDir, "log", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(small, tmp_path / "cut", "--save-every", "2")
+    monkeypatch.setattr(run.RunDir, "log", log)
+    cut = train(small, tmp_path / "cut", "--save-every", "2", "--resume")
+    timed = ("seconds", "tokens_per_s", "generate_share", "score_share", "learn_share")
+    clean = [[{k: v for k, v in row.items() if k not in timed} for row in rows] for rows in (whole, cut)]
+    assert clean[0] == clean[1]
+    a, b = (torch.load(tmp_path / n / "checkpoints" / "step-000004" / "rank0.pt") for n in ("whole", "cut"))
+    assert all(torch.equal(a["parameters"][k], b["parameters"][k]) for k in a["parameters"])
+
+
+def test_an_sft_adapter_is_merged_and_the_reference_is_the_merged_model(small, tmp_path, capsys):
+    model, _ = checkpoint.load(small)
+    lora.add(model, 4, 8, ["q_proj", "v_proj"])
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in lora.parameters(model):
+            p.normal_(std=0.3)
+    lora.save(model, tmp_path / "sft", base=small)
+    ids, masks = [[5, 6, 7, 8, 9]], [[0, 1, 1, 1, 1]]
+    expected = losses.score(model, ids, masks)[0]
+    args = SimpleNamespace(model=small, adapter=str(tmp_path / "sft"), resume=False, recompute=False, rank=4,
+                           alpha=8, targets="qv")
+    policy, _ = train_grpo.prepare(tmp_path / "run", torch.device("cpu"), torch.float32, args)
+    assert "merged" in capsys.readouterr().out
+    with lora.off(policy):
+        assert torch.allclose(losses.score(policy, ids, masks)[0], expected, atol=1e-5)
+    assert torch.allclose(losses.score(policy, ids, masks)[0], expected, atol=1e-5)
+    assert args.base == str(tmp_path / "run" / "base")
+
+
+# ---- rewards and credit ----------------------------------------------------------------------------------
+
+def episode(response="", error=None, ids=(3, 4)):
+    turn = Turn("solver", [], response, "stop", [1, 2], list(ids), [-1.0] * len(ids), 2, len(ids))
+    turn.error = error
+    return Episode("p", turns=[turn], response=response)
+
+
+@pytest.mark.parametrize("given, reward", [
+    (episode("So \\boxed{12}."), 1.0), (episode("So \\boxed{13}."), -1.0), (episode("It is 12."), -0.5),
+    (episode(""), -0.5)])
+def test_only_a_right_box_is_rewarded(given, reward):
+    assert judge(given, "12", no_box=-0.5)[0] == reward
+
+
+def test_a_failed_episode_has_no_reward_and_moves_nobody():
+    reward, reason = judge(episode(error="connection lost"), "12", -1.0)
+    assert reward != reward and "connection lost" in reason
+    args = SimpleNamespace(samples=3, roles=None, no_box=-1.0, max_tokens=10)
+    problem = SimpleNamespace(gold="12")
+    episodes = [episode("\\boxed{12}"), episode("\\boxed{1}"), episode(error="lost")]
+    scores = train_grpo.scored(episodes, [problem], args)
+    rows = [(0, s.group, s.reward, s.tokens) for s in scores]
+    divisor = train_grpo.give_credit(scores, rows, ALGORITHMS["dapo"], args)
+    assert divisor == 4 and not scores[2].samples
+    assert [s.samples[0].advantage for s in scores[:2]] == pytest.approx([0.7071, -0.7071], abs=1e-3)
+
+
+def test_the_token_that_ends_an_answer_is_trained_and_tool_output_is_not():
+    solve = episode("a", ids=(3, 4, 2))
+    later = Turn("solver", [], "b", "stop", [1, 2, 3, 4, 2, 77, 78], [5, 2], [-0.5, -0.2], 7, 2)
+    solve.turns.append(later)
+    args = SimpleNamespace(samples=1, roles=None, no_box=-1.0, max_tokens=10)
+    (sample,) = train_grpo.scored([solve], [SimpleNamespace(gold="1")], args)[0].samples
+    assert sample.ids == [1, 2, 3, 4, 2, 77, 78, 5, 2]
+    assert sample.mask == [0, 0, 1, 1, 1, 0, 0, 1, 1]
+    assert sample.old == [-1.0, -1.0, -1.0, -0.5, -0.2]
+
+
+# ---- learning --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_step_is_the_same_for_every_cut_into_micro_batches(random_model, algorithm):
+    model = random_model()
+    lora.add(model, 4, 8, ["q_proj", "v_proj"])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in lora.parameters(model):
+            p.normal_(std=0.2)
+    lengths, found = [4, 9, 6, 12, 5], []
+    for micro in (1, 14, 1000):
+        torch.manual_seed(0)
+        ids = [torch.randint(0, 97, (n,)).tolist() for n in lengths]
+        samples = [Sample(x, [0, 0] + [1] * (len(x) - 2), torch.randn(len(x) - 2).tolist(), a, 0.5)
+                   for x, a in zip(ids, (1.0, -1.0, 0.5, 0.0, -0.7))]
+        args = SimpleNamespace(temperature=0.8, kl=0.1, kl_kind="k3", micro_tokens=micro, clip=1e9)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        before = {n: p.detach().clone() for n, p in trained.items()}
+        row = train_grpo.learn(model, samples, 7, trained, torch.optim.SGD(trained.values()), 1.0,
+                               ALGORITHMS[algorithm], args)
+        found.append((row, {n: p.detach() - before[n] for n, p in trained.items()}))
+        with torch.no_grad():
+            for n, p in trained.items():
+                p.copy_(before[n])
+    for row, moved in found[1:]:
+        assert row["loss"] == pytest.approx(found[0][0]["loss"], rel=1e-4)
+        for n, change in moved.items():
+            assert torch.allclose(change, found[0][1][n], atol=1e-5)
