@@ -59,6 +59,8 @@ def evaluate(args: argparse.Namespace) -> None:
     backend, adapters = open_backend(args)
     if args.batch:
         setattr(backend, "workers" if args.endpoint else "max_batch", args.batch)
+    for items in sets.values():
+        problems.refuse_long(items, backend)
     run = RunDir(args.out, saved_settings(args), data, args.resume)
     answers = run.path / "answers.jsonl"
     done = complete_lines(answers) if args.resume else []

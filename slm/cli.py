@@ -13,7 +13,8 @@ from pathlib import Path
 
 from slm import BadInput
 
-FULL_OR_LOCKED = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT}
+CANNOT_WRITE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EEXIST,
+                errno.ENOTDIR}
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -70,7 +71,7 @@ def run(main, args: argparse.Namespace) -> None:
     except BadInput as e:
         sys.exit(_say(e))
     except OSError as e:
-        if e.errno not in FULL_OR_LOCKED:
+        if e.errno not in CANNOT_WRITE:
             raise
         sys.exit(_say(f"cannot write {e.filename or 'the output'}: {e.strerror}; choose another --out"))
     except KeyboardInterrupt:

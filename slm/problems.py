@@ -127,6 +127,22 @@ def fingerprint(problems: list[Problem]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def refuse_long(problems: list[Problem], backend) -> None:
+    """BadInput for a problem whose standard prompt fills the context of a Sampler's model. (An Endpoint's
+    server knows its own.)"""
+    from slm.episode import user
+    from slm.prompts import SOLVER
+    if not hasattr(backend, "tokenizer"):
+        return
+    context = backend.model.config.positions
+    for p in problems:
+        if len(p.question.encode()) > context // 2:  # a token has at least one byte: the others fit
+            tokens = len(backend.tokenizer.chat([user(SOLVER(question=p.question))]))
+            if tokens >= context:
+                raise BadInput(f"problem {p.id}: its prompt has {tokens:,} tokens and the model's context "
+                               f"{context:,}; leave it out, or take another model")
+
+
 def _tiny(split: str, limit: int | None) -> list[Problem]:
     from slm.tiny import world
     if split not in ("train", "test", "unseen"):

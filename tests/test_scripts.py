@@ -1,0 +1,198 @@
+"""What a person meets at the door of every script: help at once, and bad input in one sentence."""
+
+import errno
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from slm import checkpoint
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ("make_data.py", "train_sft.py", "train_grpo.py", "agents.py", "eval.py")
+WITH_MODEL = {  # a command of each script that would load --model and start
+    "make_data.py": ["--teacher", "self", "--samples", "1", "--max-tokens", "8"],
+    "train_sft.py": ["--batch", "2", "--epochs", "1"],
+    "train_grpo.py": ["--steps", "1", "--batch", "1", "--samples", "2", "--max-tokens", "8"],
+    "agents.py": ["--workflow", "solver", "--max-tokens", "8"],
+    "eval.py": ["--max-tokens", "8"]}
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capfd):
+    """call(script, words...) runs it in this process, in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLM_DATA", str(tmp_path / "data"))
+    for name in ("gsm8k", "math500", "aime24", "amc23"):  # make_data.py compares with all test sets
+        (tmp_path / "data" / name).mkdir(parents=True)
+        rows(tmp_path / "data" / name / "test.jsonl", {"question": "an unlike question", "answer": 1})
+    monkeypatch.setenv("SLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.syspath_prepend(str(ROOT))
+
+    def run(script, *words):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        capfd.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as e:
+            code = e.code
+        return code, *capfd.readouterr()
+    return run
+
+
+def refused(result, *said):
+    """One sentence on stderr, exit code 2."""
+    code, _, err = result
+    errors = [line for line in err.splitlines() if "error:" in line]
+    assert code == 2 and len(errors) == 1 and "Traceback" not in err, err[-3000:]
+    assert not err.split(errors[0])[1].strip(), f"more after the sentence: {err[-2000:]}"
+    for words in said:
+        assert re.search(words, errors[0]), f"{words!r} is not in: {errors[0]}"
+
+
+def rows(path, *items):
+    path.write_text("".join((i if isinstance(i, str) else json.dumps(i)) + "\n" for i in items))
+    return path
+
+
+GOOD = {"question": "Tom has 3 cards and buys 4. How many has he?", "answer": "7",
+        "response": "3 + 4 = \\boxed{7}"}
+
+
+# Help and options
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_comes_in_under_two_seconds_in_groups(script):
+    seconds = []
+    for _ in range(3):  # a busy machine is not the script's fault
+        start = time.perf_counter()
+        command = [sys.executable, script, "--help"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+        if seconds[-1] < 2:
+            break
+    assert min(seconds) < 2
+    groups = re.findall(r"^([a-z][^\n]*):$", done.stdout, re.M)
+    assert done.returncode == 0 and len(groups) >= 3
+    for option in ("--model", "--data", "--limit", "--out", "--seed", "--device", "--dtype"):
+        assert f"  {option} " in done.stdout, f"{option} is missing"
+    assert max(map(len, done.stdout.splitlines())) <= 112 and "tiny" in done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_unknown_and_abbreviated_options_and_bad_values_are_refused(call, script):
+    for words in ("--no-such-option", "--mod tiny", "--limit 0", "--limit -3", "--limit many", "--device gpu",
+                  "stray words"):
+        refused(call(script, *words.split()), "|".join(map(re.escape, words.split())))
+
+
+# Models
+
+@pytest.fixture
+def broken(tmp_path):
+    """broken(kind) -> a model directory with something wrong."""
+    def build(kind):
+        path = tmp_path / kind
+        path.mkdir()
+        if kind == "empty":
+            return path
+        for file in checkpoint.TINY.glob("*.json"):
+            shutil.copy(file, path)
+        shutil.copy(checkpoint.TINY / "model.safetensors", path)
+        config = json.loads((path / "config.json").read_text())
+        if kind == "cut":
+            data = (path / "model.safetensors").read_bytes()
+            (path / "model.safetensors").write_bytes(data[:len(data) // 2])
+        elif kind == "other":
+            config |= {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}
+            (path / "config.json").write_text(json.dumps(config))
+        elif kind == "garbled":
+            (path / "config.json").write_text("{not json")
+        elif kind == "mute":
+            (path / "tokenizer.json").unlink()
+        return path
+    return build
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_directory_that_is_no_usable_model_is_named(call, broken, tmp_path, script):
+    data = rows(tmp_path / "good.jsonl", GOOD, GOOD)
+    for kind, said in (("empty", "empty.*config.json"), ("cut", "model.safetensors"),
+                       ("other", "gpt_neox|GPTNeoX"), ("garbled", "config.json"), ("mute", "tokenizer.json")):
+        refused(call(script, *WITH_MODEL[script], "--model", broken(kind), "--data", data), said)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_name_that_is_no_model_is_refused_and_a_hub_id_says_what_to_do_offline(call, tmp_path, script):
+    data = rows(tmp_path / "good.jsonl", GOOD, GOOD)
+    words = [*WITH_MODEL[script], "--data", data, "--model"]
+    refused(call(script, *words, "nosuchmodel"), "nosuchmodel")
+    refused(call(script, *words, "some/where"), "some/where", "config.json")
+
+
+# Data
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_bad_data_file_is_named_with_its_line(call, tmp_path, script):
+    for items, said in (
+            ([GOOD, GOOD, '{"question": "half a', GOOD], "bad.jsonl line 3"), ([], "bad.jsonl"),
+            ([""], "bad.jsonl"), ([GOOD, [1, 2]], "bad.jsonl line 2"), ([{"text": "x"}], "bad.jsonl line 1"),
+            ([{**GOOD, "question": ""}], "bad.jsonl line 1")):
+        data = rows(tmp_path / "bad.jsonl", *items)
+        refused(call(script, *WITH_MODEL[script], "--data", data), said)
+    assert not list((tmp_path / "runs").rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_data_that_is_not_there_says_what_to_put_where(call, monkeypatch, script):
+    refused(call(script, *WITH_MODEL[script], "--data", "no/such/file.jsonl"), "no/such/file.jsonl")
+    from slm import problems
+    url = "http://127.0.0.1:9/x"
+    nowhere = {split: problems.Source(f"svamp/{split}.jsonl", url, 1) for split in ("train", "test")}
+    monkeypatch.setitem(problems.SOURCES, "svamp", nowhere)
+    refused(call(script, *WITH_MODEL[script], "--data", "svamp"), "save http.* as data/svamp/t", "SLM_DATA")
+
+
+@pytest.mark.parametrize("script", ["train_grpo.py", "agents.py", "eval.py", "train_sft.py"])
+def test_a_prompt_longer_than_the_context_is_named(call, tmp_path, script):
+    long = {**GOOD, "question": "How many is one and one? " * 900}
+    data = rows(tmp_path / "long.jsonl", long)
+    refused(call(script, *WITH_MODEL[script], "--data", data), "tokens|max-length")
+
+
+# Output
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_output_that_cannot_be_written_is_named(call, tmp_path, monkeypatch, script):
+    data = rows(tmp_path / "good.jsonl", GOOD, GOOD)
+    (tmp_path / "file").write_text("here")
+    refused(call(script, *WITH_MODEL[script], "--data", data, "--out", tmp_path / "file"), "file")
+    make = Path.mkdir
+
+    def locked(self, *args, **kwargs):
+        if "locked" in str(self):
+            raise OSError(errno.EROFS, "Read-only file system", str(self))
+        make(self, *args, **kwargs)
+    monkeypatch.setattr(Path, "mkdir", locked)
+    words = [*WITH_MODEL[script], "--data", data, "--out", tmp_path / "locked" / "run"]
+    refused(call(script, *words), "locked", "--out")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("script, log", [
+    ("train_sft.py", "metrics.jsonl"), ("train_grpo.py", "metrics.jsonl"), ("agents.py", "episodes.jsonl"),
+    ("eval.py", "answers.jsonl")])
+def test_a_full_disk_is_one_sentence(call, tmp_path, script, log):
+    data = rows(tmp_path / "good.jsonl", GOOD, GOOD)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / log).symlink_to("/dev/full")
+    words = [*WITH_MODEL[script], "--data", data, "--out", tmp_path / "full"]
+    refused(call(script, *words), "No space left", "--out")
