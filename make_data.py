@@ -242,7 +242,7 @@ def leaks(problems: list, names: list[str]) -> dict[str, dict]:
             print(f"warning: overlap with {name} is NOT checked: {e}")
     find = records.Leaks(sets, None if tiny else 13).find
     dropped = {p.id: leak for p in problems if (leak := find(p.question))}
-    print(f"{len(problems):,} problems; {len(dropped):,} overlap {', '.join(sets)} and are dropped")
+    print(f"{len(problems):,} problems; {len(dropped):,} overlap a test set ({', '.join(sets)}) and are dropped")
     return dropped
 
 
@@ -253,7 +253,7 @@ def open_run(args, kind: str, identity: dict, stack) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     stack.enter_context(contextlib.closing(records.lock(out)))
     path = out / "settings.json"
-    if path.exists():
+    if path.exists() and any(rows.stat().st_size for rows in out.glob("*.jsonl")):
         old = json.loads(path.read_text())
         for key, new in json.loads(json.dumps(identity)).items():
             if old.get(key) != new:
@@ -282,7 +282,7 @@ def stopping(asking):
     """Ctrl-C or SIGTERM, once: send nothing more, wait for what is on the wire; twice: leave at once."""
     def stop(*_):
         if asking.why:
-            raise KeyboardInterrupt
+            raise SystemExit(130)
         asking.why = "stopped"
         print(f"\nstopping; {len(asking.wire)} requests are on the wire (Ctrl-C again to leave them)")
     old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -339,7 +339,7 @@ def with_text(question: str):
 def with_python(question: str):
     """A sampled solution in code, with what the code printed."""
     reply = yield from agents.ask("solver", prompts.PYTHON(question=question), **agents.CODING)
-    return agents.printed((yield from agents.execute(reply.text))) or reply
+    return agents.printed((yield from agents.execute(reply))) or reply
 
 
 def make_verifier(args) -> None:

@@ -1,0 +1,500 @@
+"""The promises of make_data.py, slm/cascade.py and slm/records.py: nothing lost, nothing asked twice, only
+verified records, one sentence for what is wrong."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from scripted import Backend
+
+import make_data
+from slm import BadInput, records
+from slm.cascade import Job, Progress, Teacher, read_cascade
+from slm.episode import Reply
+from slm.problems import Problem
+from slm.problems import load as real_load
+from slm.tiny.teacher import Faults, serve, solution
+
+ROOT = Path(__file__).parent.parent
+KEY = "sk-very-secret-0123456789"
+GOOD = "<think>\n2 and 2\n</think>\nAdd the two numbers: 2 + 2 = 4.\nTherefore, the answer is \\boxed{4}."
+
+
+def write_problems(path, n):
+    """n questions whose gold answer is their number."""
+    rows = [{"id": f"p{i}", "question": f"Which number is {i}?", "answer": str(i)} for i in range(n)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def by_number(wrong=0.3):
+    """A teacher who thinks of the number asked for, and gets it wrong now and then; "hard" ones for ever."""
+    def answer(body, rng):
+        number = int(re.search(r"is (\d+)\?", body["messages"][-1]["content"])[1])
+        hard = number % 10 == 7 and body["model"] != "great"
+        number += rng.random() < wrong or hard or number % 25 == 17
+        return f"<think>\nLook at it.\n</think>\n{solution('The number stands there, größer als 0.', number)}"
+    return answer
+
+
+def write_cascade(path, url, *teachers):
+    rows = [{"name": "first", "round": 1, "model": "good"}, {"name": "second", "round": 2, "model": "great"}]
+    lines = []
+    for row in teachers or rows:
+        row = {"base_url": url, "workers": 8, "price_in": 1.0, "price_out": 2.0, "max_tokens": 500} | row
+        lines += ["[[teacher]]", *(f"{k} = {json.dumps(v)}" for k, v in row.items())]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def setup(tmp_path, monkeypatch):
+    """run(server url, problems=30, ...) -> (records, rejected, summary) of make_data in this process."""
+    monkeypatch.setattr(make_data, "TESTS", ())
+    monkeypatch.chdir(tmp_path)
+
+    def run(url, *options, problems=30, teachers=()):
+        data = write_problems(tmp_path / "numbers.jsonl", problems)
+        cascade = write_cascade(tmp_path / "cascade.toml", url, *teachers)
+        make_data.main(make_data.options().parse_args(
+            ["--data", str(data), "--cascade", str(cascade), "--out", "out", *options]))
+        return (*(rows(f"out/{name}.jsonl") for name in ("records", "rejected")),
+                json.loads(Path("out/summary.json").read_text()))
+    return run
+
+
+def rows(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def attempts_of(*files):
+    return [(row["id"], row["teacher"], row["attempt"]) for path in files for row in rows(path)]
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, finish, cause", [
+    (GOOD, "stop", None),
+    (GOOD.replace("boxed{4}", "boxed{5}"), "stop", "wrong"),
+    (GOOD.replace("\\boxed{4}", "4"), "stop", "no box"),
+    (GOOD.replace("2 and 2", "it is \\boxed{4}").replace("is \\boxed{4}.", "is 4."), "stop", "no box"),
+    (GOOD.replace("<think>", ""), "stop", "no think"),
+    (GOOD.replace("</think>", ""), "stop", "no think"),
+    (GOOD + GOOD, "stop", "no think"),
+    ("<think>\n</think>" + GOOD.split("</think>")[1], "stop", "no think"),
+    ("Before. " + GOOD, "stop", "no think"),
+    ("<think>2 and 2</think>\nTherefore, the answer is \\boxed{4}.", "stop", "no steps"),
+    (GOOD + " Or \\boxed{4}.", "stop", "several boxes"),
+    (GOOD, "length", "truncated"),
+    (GOOD, "refused", "refused"),
+    ("I'm sorry, I can't help with that.", "stop", "refused"),
+    (GOOD.replace("2 and 2", "2 and 2 " * 3000), "stop", "too long"),
+    ("", "error", "HTTP error")])
+def test_only_whole_verified_solutions_are_kept(text, finish, cause):
+    found = records.judge(Reply(text, finish=finish, error="x" if finish == "error" else None), "4", 500)
+    assert found["cause"] == cause and (cause is None or cause in records.CAUSES)
+
+
+def test_a_record_is_split_into_thinking_and_solution():
+    found = records.judge(Reply(GOOD), "4", 500)
+    assert (found["thinking"], found["predicted"], found["response"]) == ("2 and 2", "4", GOOD)
+    assert found["solution"] == GOOD.split("</think>\n")[1]
+
+
+def test_reasoning_in_a_field_of_its_own_is_put_into_tags():
+    answer = GOOD.split("</think>\n")[1]
+    found = records.judge(Reply(answer, thinking="2 and 2"), "4", 500)
+    assert found["cause"] is None and found["response"] == GOOD
+    assert records.whole_text(GOOD, "hidden") == GOOD
+
+
+def test_our_own_model_may_think_without_tags_but_not_with_half_of_them():
+    plain = GOOD.split("</think>\n")[1]
+    assert records.judge(Reply(plain), "4", 500, needs_think=False)["cause"] is None
+    assert records.judge(Reply(GOOD), "4", 500, needs_think=False)["cause"] is None
+    assert records.judge(Reply("</think>" + plain), "4", 500, needs_think=False)["cause"] == "no think"
+
+
+def test_records_hold_what_the_page_promises_and_only_right_answers(setup):
+    with serve(by_number(), Faults()) as server:
+        kept, rejected, _ = setup(server.url)
+    wanted = set("id question gold source thinking solution response predicted reason teacher effort round "
+                 "attempt temperature seed tokens_in tokens_out finish seconds prompt".split())
+    assert all(wanted <= row.keys() for row in kept + rejected)
+    assert all(row["predicted"] == row["gold"] for row in kept)
+    assert all(row["cause"] in records.CAUSES for row in rejected)
+    assert all("größer" in row["solution"] and row["prompt"] == "teacher/1" for row in kept)
+
+
+def test_every_fault_is_counted_under_its_cause(setup):
+    faults = Faults({"no_think": 0.1, "no_box": 0.1, "cut": 0.1, "refusal": 0.1, "huge": 0.02})
+    with serve(by_number(), faults) as server:
+        kept, rejected, summary = setup(server.url, problems=60)
+    assert {"no think", "no box", "truncated", "refused", "too long", "wrong"} <= summary["causes"].keys()
+    assert summary["causes"] == dict(Counter(row["cause"] for row in rejected))
+    assert max(len(row["response"]) for row in rejected) <= 20_000
+    total = sum(group["attempts"] for group in summary["teacher"].values())
+    assert total == len(kept) + len(rejected) == summary["total"]["attempts"]
+    dollars = sum(row["tokens_in"] * 1e-6 + row["tokens_out"] * 2e-6 for row in kept + rejected)
+    assert summary["total"]["dollars"] == pytest.approx(dollars)
+    assert sum(summary["tokens_out_of_records"].values()) == len(kept)
+
+
+# ---- who is asked what -----------------------------------------------------------------------------------
+
+def test_round_two_gets_only_what_round_one_left(setup):
+    with serve(by_number(), Faults()) as server:
+        kept, rejected, summary = setup(server.url, problems=50)
+    asked = Counter((row["id"], row["teacher"]) for row in kept + rejected)
+    first = {row["id"] for row in kept if row["teacher"] == "first"}
+    second = {id for id, teacher in asked if teacher == "second"}
+    assert second == {f"p{i}" for i in range(50)} - first and {"p7", "p17", "p27"} <= second
+    assert all(asked[id, "first"] == 3 for id in second) and asked["p17", "second"] == 5
+    unsolved = {f"p{i}" for i in range(50)} - {row["id"] for row in kept}
+    assert {"p17", "p42"} <= unsolved and summary["source"]["all"]["unsolved"] == len(unsolved)
+    assert len({row["id"] for row in kept}) == len(kept)  # no second solution after a right one
+    cycle = {"first": (0.7, 0.5, 0.9), "second": (0.7, 0.5, 0.9, 0.3, 1.0)}
+    assert all(row["temperature"] == cycle[row["teacher"]][row["attempt"] - 1] for row in kept + rejected)
+    assert {row["effort"] for row in kept if row["round"] == 2} == {"high"}
+
+
+def test_all_right_solutions_of_a_round_are_kept():
+    rounds = {"a": 1, "b": 1, "c": 2}
+    teachers = [Teacher(name, "m", "u", round, attempts=2) for name, round in rounds.items()]
+    progress = Progress(teachers)
+    names = lambda: [t.name for t in progress.due("p")]
+    note = lambda teacher, cause: progress.note({"id": "p", "teacher": teacher, "cause": cause})
+    assert names() == ["a", "b"]
+    note("a", None)
+    assert names() == ["b"]
+    note("b", "wrong")
+    note("b", "wrong")
+    assert names() == []       # solved in round 1: c is not asked
+    other = Progress(teachers)
+    for name in "abab":
+        other.note({"id": "p", "teacher": name, "cause": "wrong"})
+    assert [t.name for t in other.due("p")] == ["c"]
+
+
+def test_efforts_follow_their_ratio_and_are_drawn_once_a_problem():
+    teacher = Teacher("a", "m", "u", attempts=3, temperatures=(0.7,), efforts={"low": 1, "very_high": 3})
+    draw = lambda i, attempt, seed=0: Job(Problem(f"p{i}", "?", "1", "s"), teacher, attempt, seed).effort
+    counts = Counter(draw(i, 0) for i in range(2000))
+    assert 420 < counts["low"] < 580 and counts["very_high"] == 2000 - counts["low"]
+    assert all(draw(i, 0) == draw(i, 2) for i in range(50))
+    assert any(draw(i, 0) != draw(i, 0, 1) for i in range(50))
+    teacher = Teacher("a", "m", "u", attempts=3, temperatures=(0.7,), efforts={"very_high": 1})
+    job = Job(Problem("p", "Why?", "1", "s"), teacher, 0, 0)
+    system, question = job.request().messages
+    assert "2500 tokens" in system["content"] and "<think>" in system["content"] and question["content"] == "Why?"
+
+
+def test_our_own_model_as_teacher(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(make_data, "TESTS", ())
+    backend = Backend(lambda text, seed, sampling: (
+        f"It is plain to see.\n\\boxed{{{int(re.search(r'is ([0-9]+)', text)[1]) + seed % 2}}}"))
+    backend.close = lambda: None
+    monkeypatch.setattr(make_data, "own_model", lambda args: backend)
+    data = write_problems(tmp_path / "numbers.jsonl", 30)
+    options = ["--teacher", "self", "--data", str(data), "--samples", "6"]
+    make_data.main(make_data.options().parse_args(options))
+    kept = rows("runs/data-numbers/records.jsonl")
+    assert len(kept) > 20 and all(row["predicted"] == row["gold"] and row["prompt"] == "solver/1" for row in kept)
+
+
+START = "[[teacher]]\nname = 'a'\nmodel = 'm'\nbase_url = 'u'\n"
+
+
+@pytest.mark.parametrize("text, words", [
+    ("x = 1", r"expected \[\[teacher\]\] tables"), ("[[teacher]", "not valid TOML"),
+    ("[[teacher]]\nname = 'a'\nmodel = 'm'", "no base_url"),
+    (START + "api_key = 'k'", "keys stay out of files"),
+    (START + "colour = 1", "unknown key 'colour'"),
+    (START + "attempts = 'x'", "attempts = 'x'; expected a int"),
+    (START + "workers = 0", "above 0"),
+    (START + "price_in = -1", "price_in = -1"),
+    (START + "efforts = {huge = 1}", "very_high"),
+    (START + "temperatures = [3]", "from 0 to 2"),
+    (START * 2, "same name")])
+def test_a_wrong_cascade_file_is_one_sentence(tmp_path, text, words):
+    path = tmp_path / "c.toml"
+    path.write_text(text)
+    with pytest.raises(BadInput, match=words):
+        read_cascade(path)
+    with pytest.raises(BadInput, match="recipes/"):
+        read_cascade(tmp_path / "none.toml")
+
+
+def test_the_recipes_are_the_reports():
+    grok, minimax = read_cascade(ROOT / "recipes" / "report.toml")
+    assert (grok.round, grok.attempts, minimax.round, minimax.attempts) == (1, 3, 2, 5)
+    assert grok.temperatures == (0.7, 0.5, 0.9) and minimax.temperatures == (0.7, 0.5, 0.9, 0.3, 1.0)
+    assert read_cascade(ROOT / "recipes" / "local.toml") and read_cascade(ROOT / "recipes" / "tiny.toml")
+
+
+def test_the_stand_in_is_not_asked_about_other_data():
+    with pytest.raises(BadInput, match="report.toml"):
+        make_data.main(make_data.options().parse_args(["--data", "gsm8k"]))
+
+
+# ---- never loses, never repeats --------------------------------------------------------------------------
+
+def test_a_torn_last_line_is_repaired_wherever_it_is_torn(tmp_path):
+    path = tmp_path / "j.jsonl"
+    first, second = ({"id": i, "text": "größe\nzwei " * 5} for i in range(2))
+    lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in (first, second)]
+    for cut in range(len(lines[1]) + 1):
+        path.write_bytes(lines[0] + lines[1][:cut])
+        journal = records.Journal(path)
+        whole = cut >= len(lines[1]) - 1  # only the line break is missing
+        assert list(journal) == ([first, second] if whole else [first])
+        journal.append(second)
+        assert list(journal) == [first, second, second][:3 if whole else 2]
+        assert path.read_bytes().endswith(b"\n")
+        journal.close()
+    path.write_bytes(b'{"long": "' + b"x" * 200_000)
+    assert list(records.Journal(path)) == [] and path.read_bytes() == b""
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "j.jsonl"
+    path.write_text('{"a": 1}\n{"a": \n{"a": 2}\n')
+    with pytest.raises(BadInput, match=r"j.jsonl line 2"):
+        list(records.Journal(path))
+
+
+def start(tmp_path, url, out, problems=150, *options, **env):
+    """make_data.py in a process of its own."""
+    data, cascade = write_problems(tmp_path / "n.jsonl", problems), write_cascade(tmp_path / "c.toml", url)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import make_data as m; m.TESTS = (); " \
+           "from slm import cli; cli.run(m.main, m.options().parse_args())"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "--data", str(data), "--cascade", str(cascade), "--out", str(out), *options],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | env, cwd=tmp_path)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+def count(*paths):
+    return sum(path.read_bytes().count(b"\n") for path in paths if path.exists())
+
+
+def test_killed_five_times_it_ends_with_the_same_records(tmp_path):
+    faults = Faults({"no_box": 0.05}, {"busy": 0.02, "reset": 0.03, "torn": 0.02, "empty": 0.02, "broken": 0.03},
+                    latency=0.05, retry_after=0.05)
+    files = [tmp_path / "killed" / f"{name}.jsonl" for name in ("records", "rejected")]
+    with serve(by_number(), faults) as server:
+        for kill in range(5):
+            process = start(tmp_path, server.url, tmp_path / "killed")
+            wait_for(lambda n=20 + 35 * kill: count(*files) > n)
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+        with files[0].open("ab") as f:  # and torn, as by a full disk
+            f.write(b'{"id": "p149", "question": "Wh')
+        out, _ = start(tmp_path, server.url, tmp_path / "killed").communicate(timeout=100)
+        answered = sum(server.answered.values())
+        whole, _ = start(tmp_path, server.url, tmp_path / "whole").communicate(timeout=100)
+    landed = attempts_of(*files)
+    assert len(landed) == len(set(landed))                     # nothing that had landed was asked again
+    assert answered - len(landed) <= 5 * 8                     # on the wire at a kill: 8 workers
+    same = attempts_of(*(tmp_path / "whole" / f.name for f in files))
+    assert sorted(same) == sorted(landed), (out, whole)
+    killed, uninterrupted = (sorted((row["id"], row["response"]) for row in rows(tmp_path / name / "records.jsonl"))
+                             for name in ("killed", "whole"))
+    assert killed == uninterrupted and len(killed) > 120
+
+
+def test_two_processes_on_one_output_are_refused(tmp_path):
+    with serve(by_number(), Faults(latency=1, slowest=1)) as server:
+        one = start(tmp_path, server.url, tmp_path / "out")
+        wait_for(lambda: (tmp_path / "out" / "settings.json").exists())
+        two = start(tmp_path, server.url, tmp_path / "out")
+        said = two.communicate(timeout=60)[0]
+        one.kill()
+        one.communicate()
+    assert two.returncode == 2 and "in use by another process" in said and "Traceback" not in said
+
+
+def test_ctrl_c_waits_for_what_is_on_the_wire(tmp_path):
+    files = [tmp_path / "out" / f"{name}.jsonl" for name in ("records", "rejected")]
+    with serve(by_number(), Faults(latency=0.2)) as server:
+        process = start(tmp_path, server.url, tmp_path / "out")
+        wait_for(lambda: count(*files) > 20)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
+        assert sum(server.answered.values()) == count(*files) < 150
+    assert process.returncode == 130 and "ended early" in said and "Traceback" not in said
+
+
+def test_finished_work_is_not_asked_again_and_other_settings_are_refused(setup):
+    with serve(by_number(), Faults()) as server:
+        kept, _, summary = setup(server.url)
+        asked = sum(server.seen.values())
+        assert setup(server.url)[0] == kept and sum(server.seen.values()) == asked
+        assert len(setup(server.url, problems=40)[0]) > len(kept)  # more problems are welcome
+        with pytest.raises(BadInput, match="seed"):
+            setup(server.url, "--seed", "1")
+        text = Path("numbers.jsonl").read_text()
+    assert summary["source"]["all"]["problems"] == 30 and "Which" in text
+
+
+def test_an_attempt_that_failed_over_http_is_made_up_for(setup, monkeypatch):
+    from slm import endpoint
+    monkeypatch.setattr(endpoint.Endpoint.__init__, "__kwdefaults__",
+                        endpoint.Endpoint.__init__.__kwdefaults__ | {"tries": 1})
+    with serve(by_number(0), Faults({}, {"broken": 0.2})) as server:
+        _, rejected, summary = setup(server.url)
+    failed = [row for row in rejected if row["cause"] == "HTTP error"]
+    assert failed and failed[0]["reason"] == "HTTP 500, 1 times" and summary["causes"]["HTTP error"] == len(failed)
+    with serve(by_number(0), Faults()) as server:
+        kept, _, _ = setup(server.url)
+    assert {row["id"] for row in kept} == {f"p{i}" for i in range(30)} - {"p17"}
+
+
+# ---- a good client ---------------------------------------------------------------------------------------
+
+def test_the_budget_stops_cleanly_and_a_larger_one_goes_on(setup, capsys):
+    with serve(by_number(), Faults()) as server:
+        kept, _, summary = setup(server.url, "--budget", "0.02", problems=200)
+        assert 0.01 < summary["total"]["dollars"] <= 0.02 and summary["source"]["all"]["open"] > 20
+        assert "the budget of $0.02" in capsys.readouterr().out
+        more, _, summary = setup(server.url, "--budget", "5", problems=200)
+    assert more[:len(kept)] == kept and "open" not in summary["source"]["all"]
+    ids = attempts_of("out/records.jsonl", "out/rejected.jsonl")
+    assert len(ids) == len(set(ids))
+
+
+def test_a_dead_teacher_is_one_sentence_and_keeps_what_landed(setup):
+    with serve(by_number(), Faults()) as server:
+        teachers = [{"name": "alive", "model": "good"},
+                    {"name": "dead", "model": "x", "base_url": "http://127.0.0.1:9/v1"}]
+        with pytest.raises(BadInput, match="no connection"):
+            setup(server.url, teachers=teachers)
+        landed = sum(server.answered.values())
+    assert len(attempts_of("out/records.jsonl", "out/rejected.jsonl")) == landed
+
+
+def test_the_key_is_in_no_file_and_on_no_screen(tmp_path):
+    data, cascade = write_problems(tmp_path / "n.jsonl", 20), tmp_path / "c.toml"
+    with serve(by_number(), Faults()) as server:
+        write_cascade(cascade, server.url, {"name": "a", "model": "good", "key_env": "TEACHER_KEY"})
+        said = subprocess.run(
+            [sys.executable, str(ROOT / "make_data.py"), "--data", str(data), "--cascade", str(cascade),
+             "--out", str(tmp_path / "out")], capture_output=True, text=True, cwd=tmp_path,
+            env=os.environ | {"TEACHER_KEY": KEY, "SLM_DATA": str(tmp_path), "SLM_CACHE": str(tmp_path),
+                              "HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"})
+    assert said.returncode == 0, said
+    everything = said.stdout + said.stderr + "".join(f.read_text() for f in (tmp_path / "out").iterdir())
+    assert "records.jsonl" in everything and KEY not in everything
+
+
+# ---- leaks and the summary -------------------------------------------------------------------------------
+
+def brute_force(question, tests, n=13):
+    """Whether two texts share n words in a row, or are the same, by comparing all pairs of windows."""
+    words = lambda text: re.findall("[a-z0-9]+", text.lower())
+    windows = lambda w: {tuple(w[i:i + n]) for i in range(len(w) - n + 1)}
+    q = words(question)
+    return any(q == words(t) or windows(q) & windows(words(t)) for t in tests)
+
+
+def test_overlap_is_what_comparing_all_windows_finds():
+    rng = random.Random(0)
+    text = lambda: " ".join(rng.choice("a b C 7".split()) for _ in range(rng.randint(8, 40)))
+    tests = [text() for _ in range(8)]
+    leaks = records.Leaks({"t": tests})
+    found = []
+    for _ in range(300):
+        question = text()
+        if rng.random() < 0.3:
+            part = rng.choice(tests).split()
+            at = rng.randint(0, max(0, len(part) - 13))
+            question += ", " + " ".join(part[at:at + rng.choice((11, 12, 13, 14))]).upper() + "! " + text()
+        found.append(leaks.find(question) is not None)
+        assert found[-1] == brute_force(question, tests)
+    assert 30 < sum(found) < 290
+    assert leaks.find(tests[0].upper() + "?")["kind"] == "exact"
+
+
+def test_overlapping_problems_are_named_and_never_asked(setup, monkeypatch):
+    monkeypatch.setattr(make_data, "TESTS", ("set",))
+    monkeypatch.setattr("slm.problems.load", lambda name, split, limit=None: (
+        [Problem("t", "Which number is 3 ?", "3", "set")] if name == "set" else real_load(name, split, limit)))
+    with serve(by_number(0), Faults()) as server:
+        kept, rejected, summary = setup(server.url)
+    assert "p3" not in {row["id"] for row in kept + rejected}
+    assert summary["overlaps"] == {"p3": {"set": "set", "kind": "exact", "text": "Which number is 3?"}}
+    assert summary["source"]["all"]["overlapping"] == 1 and summary["source"]["all"]["asked"] == 29
+    assert "Which number is 3?" in Path("out/summary.html").read_text()
+
+
+def test_the_reports_table_comes_out():
+    """7,473 -> 7,350 of GSM8K and 12,000 -> 11,596 of MATH: 18,946 of 19,473 kept, 2.71 % unsolved."""
+    sizes = {"gsm8k": 7473, "math": 12000}
+    problems = [Problem(f"{s}{i}", "?", "1", s) for s, n in sizes.items() for i in range(n)]
+    kept = {f"gsm8k{i}" for i in range(7350)} | {f"math{i}" for i in range(11596)}
+    row = lambda p: {"id": p.id, "teacher": "t", "effort": "medium", "round": 1, "tokens_in": 100,
+                     "tokens_out": 700, "cause": None if p.id in kept else "wrong"}
+    summary = records.summarize(problems, {}, set(), map(row, problems), {"t": (0.2, 0.5)})
+    every = summary["source"]["all"]
+    assert [every[k] for k in ("problems", "solved", "unsolved", "unsolved %")] == [19473, 18946, 527, 2.71]
+    assert summary["source"]["gsm8k"]["solved"] == 7350 and summary["source"]["math"]["unsolved"] == 404
+    assert summary["total"]["dollars"] == pytest.approx(19473 * (100 * 0.2 + 700 * 0.5) / 1e6)
+    assert summary["tokens_out_of_records"] == {"512+": 18946}
+    page = records.page(summary, "t")
+    assert "18,946" in page and "2.71" in page and "http" not in page
+
+
+def test_it_runs_with_no_arguments_and_names_the_next_command(tmp_path):
+    said = subprocess.run([sys.executable, str(ROOT / "make_data.py"), "--limit", "40"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert said.returncode == 0, said
+    assert "next: python train_sft.py --model tiny --data runs/data-tiny/records.jsonl" in said.stdout
+    kept = rows(tmp_path / "runs/data-tiny/records.jsonl")
+    assert len(kept) > 30 and {row["effort"] for row in kept} >= {"low", "medium", "high"}
+
+
+# ---- verifier data ---------------------------------------------------------------------------------------
+
+def test_verifier_records_are_balanced_and_their_problems_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(make_data, "TESTS", ())
+
+    def solve(text, seed, sampling):
+        number = int(re.search(r"is ([0-9]+)", text)[1]) + (seed % 3 > 0)
+        return f"```python\nprint({number})\n```" if "Python" in text else f"I see.\n\\boxed{{{number}}}"
+
+    backend = Backend(solve, batch=50)
+    backend.close = lambda: None
+    monkeypatch.setattr(make_data, "own_model", lambda args: backend)
+    data = write_problems(tmp_path / "numbers.jsonl", 60)
+    args = make_data.options().parse_args(["verifier", "--data", str(data)])
+    make_data.main(args)
+    asked = len(backend.requests)
+    sides = {name: rows(f"runs/verifier-numbers/{name}.jsonl") for name in ("train", "test")}
+    for side in sides.values():
+        labels = Counter(row["label"] for row in side)
+        assert labels["CORRECT"] == labels["INCORRECT"] > 2
+        for row in side:
+            solution = row["messages"][0]["content"]
+            number = re.search(r"boxed\{(\d+)\}|```output\n(\d+)\n```", solution)
+            assert ((number[1] or number[2]) == row["gold"]) == (row["messages"][1]["content"] == "CORRECT")
+    assert not {r["id"] for r in sides["train"]} & {r["id"] for r in sides["test"]}
+    assert any(row["run"] for row in sides["train"]) and any(row["run"] is None for row in sides["train"])
+    assert "right and" in capsys.readouterr().out
+    make_data.main(args)
+    assert len(backend.requests) == asked == 240
