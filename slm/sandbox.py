@@ -200,12 +200,12 @@ class _Pool:
         child = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sandbox_child.py")
         log = os.path.join(base, "log")
         with open(log, "wb") as said:
-            process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-s", "-P", "-B", "-X", "utf8", child, json.dumps(plan)], env=ENVIRONMENT,
                 cwd="/", pass_fds=[theirs.fileno()], start_new_session=True, stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, stderr=said)
         theirs.close()
-        self.end = weakref.finalize(self, _end, self.socket, process, base, self.owner)
+        self.end = weakref.finalize(self, _end, self.socket, self.process, base, self.owner)
         try:
             hello = self.exchange(60)[0]
         except (EOFError, ConnectionError, IndexError):

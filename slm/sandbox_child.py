@@ -67,6 +67,7 @@ def be_a_run(plan: dict, scratch: str, channel: int, out: int, err: int) -> None
     sys.stdin = open(0, encoding="utf-8", closefd=False)
     sys.stdout = open(1, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
     sys.stderr = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    sys.argv[:] = sys.orig_argv[:] = [""]
     os.environ.update(HOME=scratch, TMPDIR=scratch)
     tempfile.tempdir = None
     layer.confine(plan, scratch)
@@ -290,7 +291,7 @@ class Run:
         self.job: dict | None = None
         self.started = self.ended = 0.0
         self.deadline, self.why = float("inf"), None
-        self.out, self.err, self.said = Printed(output), Printed(4000), b""
+        self.out, self.err, self.said, self.bytes = Printed(output), Printed(4000), b"", 0
 
 
 class Supervisor:
@@ -391,10 +392,11 @@ class Supervisor:
             del self.by_fd[fd]
             if fd == run.fds[0]:
                 self.end(run)
-        elif run.out.total > PRINTED_BYTES and not run.why:
-            self.stop(run, f"OutputLimit: stopped after printing {PRINTED_BYTES // layer.MB} MB")
+        elif run.bytes > PRINTED_BYTES and not run.why:
+            self.stop(run, f"OutputLimit: stopped after writing {PRINTED_BYTES // layer.MB} MB")
 
     def keep(self, run: Run, fd: int, chunk: bytes) -> None:
+        run.bytes += len(chunk)
         if fd == run.fds[0]:
             run.said = (run.said + chunk)[-REPORT_BYTES:]
         else:
@@ -458,15 +460,17 @@ def verdict(run: Run, code: int, cpu: float) -> dict:
     _, token, body = run.said.partition(run.token)
     report = {}
     if code == 0 and token:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             report = json.loads(body)
     if report is None:
         return {"error": None, "traceback": "", "timed_out": False}
     if isinstance(report, dict) and all(isinstance(report.get(k), str) for k in ("error", "traceback")):
         said = {k: report[k].encode("utf-8", "replace").decode() for k in ("error", "traceback")}
         return {**said, "timed_out": False}
-    how = f"left with exit code {code} before its end" if code >= 0 else f"died of {signal.Signals(-code).name}"
-    return {"error": f"Crash: the program {how}", "traceback": run.err.text(), "timed_out": False}
+    how = f"left with exit code {code} before its end"
+    if code < 0:
+        how = "died of " + {s.value: s.name for s in signal.Signals}.get(-code, f"signal {-code}")
+    return {"error": f"Crash: the program {how}", "timed_out": False, "traceback": run.err.text()}
 
 
 def folder_size(folder: str) -> int:

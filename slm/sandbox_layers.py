@@ -264,15 +264,15 @@ def seccomp() -> None:
 
 # ---- layer: limits ---------------------------------------------------------------------------------------
 
-def limits(memory: int, threads: int) -> None:
-    """`memory`: bytes of address space; 64 MB more can be claimed for the report of a MemoryError."""
+def limits(memory: int, threads: int, file: int) -> None:
+    """memory: bytes of address space; the report of a MemoryError may claim 64 MB more. file: bytes of one."""
     def cap(what: str, soft: int, hard: int | None = None) -> None:
         top = resource.getrlimit(getattr(resource, what))[1]
         values = [v if top == resource.RLIM_INFINITY else min(v, top) for v in (soft, hard or soft)]
         resource.setrlimit(getattr(resource, what), tuple(values))
 
     cap("RLIMIT_CORE", 0)
-    cap("RLIMIT_FSIZE", SCRATCH_BYTES)
+    cap("RLIMIT_FSIZE", file)
     cap("RLIMIT_NOFILE", FILES)
     cap("RLIMIT_NPROC", threads)
     cap("RLIMIT_STACK", 64 * MB)
@@ -308,8 +308,7 @@ def seatbelt(paths: list[str], scratch: str) -> None:
 
 
 def confine(plan: dict, scratch: str) -> None:
-    """Put every layer of the plan around this process. Each may forbid setting up the others, hence the order.
-    """
+    """Put every layer of the plan around this process. Each forbids setting up others, hence the order."""
     layers = plan["layers"]
     os.setsid()
     os.umask(0o077)
@@ -318,9 +317,10 @@ def confine(plan: dict, scratch: str) -> None:
     elif os.geteuid() == 0:
         leave_root(0)
     os.chdir(scratch)
-    limits(plan["memory"], plan["threads"])
+    limits(plan["memory"], plan["threads"], SCRATCH_BYTES if "namespaces" in layers else SCRATCH_BYTES // 8)
     if sys.platform == "linux":
         prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: gone with the zygote
+        prctl(4, 0)               # PR_SET_DUMPABLE: no core dump, whoever the kernel hands those to
         drop_privileges()
     if "landlock" in layers:
         landlock(plan["paths"], scratch, WRITE if "namespaces" in layers else FLAT)
@@ -363,7 +363,7 @@ def find_layers(plan: dict) -> None:
         tries = {"seatbelt": lambda: seatbelt(paths, plan["base"])}
     plan["refused"] = {name: said for name, action in tries.items() if (said := attempt(action))}
     plan["layers"] = [name for name in tries if name not in plan["refused"]]
-    # The kernel counts a user's threads per user namespace: where runs have none, the user's others count too.
+    # The kernel counts a user's threads per user namespace; where runs have none, all the user's count.
     plan["threads"] = THREADS if "namespaces" in plan["layers"] else 4 * THREADS + tasks_now()
 
 

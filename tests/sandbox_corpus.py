@@ -3,6 +3,7 @@ programs with the output they must have. Used by test_sandbox.py and bench/sandb
 
 `python sandbox_corpus.py` runs them all in a pool of its own and prints the counts as JSON.
 """
+# ruff: noqa: E501  (a program stands on its line)
 
 import contextlib
 import json
@@ -400,6 +401,7 @@ if __name__ == "__main__":
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:0] = [os.path.dirname(here), os.path.join(os.path.dirname(here), "slm")]
     import sandbox_layers as layers
+
     from slm.sandbox import Sandbox
     options = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}
     if options.get("ordinary") and os.geteuid() == 0:
