@@ -68,7 +68,7 @@ def clean(text: str) -> str:
     while text != (text := THOUSANDS.sub("", text)):
         pass
     text = NOISE.sub(" ", DECIMAL_COMMA.sub(".", text))
-    text = re.sub(r"\\\(|\\\)|\\\[|\\\]|\*\*", " ", text)
+    text = re.sub(r"\\\(|\\\)|\\\[|\\\]|^\s*\*\*|\*\*\s*$", " ", text)
     if text.count("$") - text.count(r"\$") != 1:
         text = re.sub(r"(?<!\\)\$", " ", text)
     return re.sub(r"\s+", " ", text).strip().rstrip(".,;: ")
@@ -166,8 +166,8 @@ SHORT_WORDS = set("no on up to is in am pm of by at as it so an if we".split())
 
 def letters(run: str, after_number: bool) -> list[tuple[str, str]]:
     """A run of letters outside \\text: a function, a constant, words, or a product of one-letter variables."""
-    if run in FUNCTIONS or run in GREEK or run in ("pi", "infinity", "inf", "oo", "infty", "cup", "pm", "or", "and"):
-        return [("cmd", run)] if run not in ("or", "and") else [("op", ",")]
+    if run in FUNCTIONS or run in GREEK or run in ("pi", "infinity", "inf", "oo", "infty", "cup", "pm"):
+        return [("cmd", ALIAS.get(run, run))]
     if len(run) == 1 or (run.isupper() and len(run) > 1) or (len(run) == 2 and not (after_number and is_unit(run))
                                                             and run not in SHORT_WORDS):
         return [("sym", run)] if run.isupper() else [("sym", c) for c in run]
@@ -1290,7 +1290,7 @@ def place(node: tuple) -> float | None:
         return math.inf if node == ("inf",) else -math.inf
     try:
         with localcontext(Context(prec=30)):
-            return float(real(pair(Evaluator({}, False, False, False)(node))))
+            return float(real(pair(Evaluator({}, False, False, False)(node[1] if node[0] == "unit" else node))))
     except (Unreadable, *UNDEFINED):
         return None
 

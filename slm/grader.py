@@ -26,7 +26,7 @@ GLUE = re.compile(r"[\s$,;.&]*(?:\\(?:text|mbox|textrm)\{\s*)?(?:and|or|,|;)?(?:
                   r"(?:and|or)?[\s$]*(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?\$?", re.I)
 MAX_BOX, MAX_TRIES = 2000, 16
 MARKER = re.compile(r"(?:final answer|answer)\**\s*(?:is|:|=)\s*:?\**:?|####", re.I)
-NUMBER = re.compile(r"(?<![\w.])-?\$?\d[\d,]*(?:\.\d+)?(?:/\d+)?%?|(?<![\w.])-?\.\d+|\d[\d,]*(?:\.\d+)?(?:/\d+)?%?")
+NUMBER = re.compile(r"(?:(?<![\w.)}\]])-)?(?<![\w.])\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?%?(?![a-zA-Z]*\d)")
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
@@ -88,26 +88,32 @@ def last_number(text: str) -> str | None:
     last = max(text.rfind(d) for d in "0123456789")
     if last < 0:
         return None
-    found = NUMBER.findall(text[max(0, last - 60) : last + 2])
+    found = NUMBER.findall(text[max(0, last - 1000) : last + 2])
     return found[-1].rstrip(",") if found else None
 
 
+FORMULA = re.compile(r"(?:(?:so|thus|hence|therefore|finally|then|we (?:get|have|find))\b[^$.]{0,40}[,:]?\s*)?"
+                     r"(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\])[.\s]*", re.I | re.S)
+
+
 def bare(text: str) -> str | None:
-    """A response that is one short formula, alone or as the only formula of one line."""
+    """A response that is nothing but one formula, at most behind a "so" or "thus": the formula."""
     text = text.strip()
-    if len(text) > 300 or not text:
+    if not 0 < len(text) <= 300:
         return None
-    formulas = re.findall(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", text)
-    if len(formulas) == 1 and not re.match(r"\$\s*\d", text):
-        return next(filter(None, formulas[0]))
-    return text if answers.parse(text)[0] != "raw" and len(text.split()) <= 20 else None
+    if m := FORMULA.fullmatch(text):
+        return next(filter(None, m.groups()))
+    if not re.match(r"[a-zA-Z]\w?\s*(?:=|<|>|\\[lg]e)|[-+−\d.\\({\[$|√π±]|[\w()]+[.\s]*$", text) or "boxed" in text:
+        return None
+    return text if len(text.split()) == 1 or answers.parse(text)[0] not in ("raw", "text") else None
 
 
 def extract(response: str, strict: bool = False, plain_gold: bool = True) -> str | None:
+    """The answer a response stands by, or None. plain_gold: the last number may stand in for a missing marker."""
     answer = boxed(response)
     if answer is not None or strict:
         return answer
-    return after_marker(response) or (last_number(response) if plain_gold else bare(response))
+    return after_marker(response) or bare(response) or (last_number(response) if plain_gold else None)
 
 
 def gold_answer(gold: str) -> str:
@@ -125,12 +131,39 @@ def grade(response: str, gold: str, strict: bool = False) -> Grade:
     gold = gold_answer(gold)
     is_plain = bool(PLAIN.fullmatch(gold.strip("$ ")))
     answer = extract(response, strict, plain_gold=is_plain)
-    if answer is None and is_plain and not strict:
-        answer = bare(response)
     if answer is None:
         return Grade(False, None, "no boxed answer" if strict else "no answer found", gold)
     correct = answers.equal(answer, gold)
-    return Grade(correct, answer, "same value" if correct else "different value", gold)
+    return Grade(correct, answer, "same value" if correct else why_not(answer, gold), gold)
+
+
+def why_not(answer: str, gold: str) -> str:
+    """One phrase on how a wrong answer differs, for the reader of a run's transcripts."""
+    a, b = answers.plain(answers.parse(answer)), answers.plain(answers.parse(gold))
+    if "raw" in (a[0], b[0]):
+        return "too large or not understood"
+    many = ("list", "set", "tuple")
+    if a[0] in many or b[0] in many:
+        size_a, size_b = (len(answers.children(x)) if x[0] in many else 1 for x in (a, b))
+        if size_a != size_b:
+            return "more than the answer" if size_a > size_b else "part of the answer"
+        if a[0] == b[0] == "tuple":
+            if all(map(answers.same, a[3:], b[3:])):
+                return "an end open or closed"
+            if answers.same(("list", *a[3:]), ("list", *b[3:])):
+                return "same members in another order"
+    if a[0] == b[0] == "unit" and a[2] and b[2] and a[2] != b[2]:
+        return "another unit"
+    if a[0] in (*many, "text", "rel", "union", "matrix") or b[0] in (*many, "text", "rel", "union", "matrix") or answers.letters_of(a):
+        return "different value"
+    x, y = answers.place(a), answers.place(b)
+    if x is None or y is None:
+        return "too large or not understood"
+    if answers.equal_or_rounded(b, a):
+        return "rounded"
+    if x and x == -y:
+        return "opposite sign"
+    return "off by a factor of 100" if y and x and round(x / y, 12) in (100, 0.01) else "different value"
 
 
 def equal(a: str, b: str) -> bool:

@@ -1,0 +1,180 @@
+r"""The grader beside math-verify: right answers, false positives, hangs, crashes and time per case.
+
+    python bench/grader.py                         # the table of tests/grader_cases.jsonl, then the data sets
+    python bench/grader.py --limit 300             # the same on fewer golds
+    python bench/grader.py --audit runs/x/answers.jsonl     # where saved answers are graded differently, to read
+
+Both graders get the same strings in the same process, one case after the other: the response, or the answer in
+\boxed{}, and the gold, which math-verify gets in \boxed{} too. Time is of parsing and comparing together. math-verify
+runs with its default time limits and sees --peer-limit golds, since it is slow. Times are CPU times of this process, so
+that a busy machine does not change them. A shuffled gold that is the response's own by chance is left out.
+"""
+
+import argparse
+import json
+import logging
+import os
+import random
+import re
+import statistics
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from slm import cli
+from slm.grader import grade
+
+HANG = 1.0  # seconds
+
+
+def arguments() -> argparse.Namespace:
+    p = cli.parser(__doc__)
+    p.add_argument("--limit", type=cli.positive, help="golds of each data set; default: all")
+    p.add_argument("--peer-limit", type=cli.positive, default=300, help="golds that math-verify sees")
+    p.add_argument("--audit", metavar="FILE", help="print the disagreements on an answers.jsonl and stop")
+    return p.parse_args()
+
+
+def ours(response: str, gold: str) -> bool:
+    return grade(response, gold).correct
+
+
+def peer():
+    """math-verify as a function of (response, gold), or None where it is not installed."""
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        return None
+    logging.disable(logging.CRITICAL)
+    return lambda response, gold: verify(parse(rf"\boxed{{{gold}}}"), parse(response))
+
+
+# ---- cases: (response, gold, right) ------------------------------------------------------------------------
+
+def table() -> list[tuple[str, str, bool]]:
+    rows = map(json.loads, (ROOT / "tests" / "grader_cases.jsonl").read_text().splitlines())
+    return [(r["response"] if "response" in r else rf"\boxed{{{r['answer']}}}", r["gold"], r["right"]) for r in rows]
+
+
+def load(limit: int | None) -> dict[str, list[dict]]:
+    """{set: rows of gold and, where there is one, solution} of the data folder."""
+    folder = Path(os.environ.get("SLM_DATA", ROOT.parent / "shared" / "data"))
+    found = {}
+    for name in ("math/train", "math500/test", "gsm8k/train", "gsm8k/test", "aime24/test", "amc23/test"):
+        path = folder / f"{name}.jsonl"
+        if path.is_file():
+            rows = [json.loads(line) for line in path.read_text().splitlines()][:limit]
+            found[name] = [{"gold": str(r["answer"]).rsplit("####", 1)[-1].strip(),
+                            "solution": r["answer"] if "gsm8k" in name else r.get("solution", "")} for r in rows]
+            found[name] = [r for r in found[name] if r["gold"]]
+    return found
+
+
+def forms(gold: str) -> list[str]:
+    """Five ways to write the same answer."""
+    plain = re.sub(r"(?<![\d}\w ])\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}", r"(\1)/(\2)", gold)
+    signs = {r"\pi": "π", r"\infty": "∞", r"\cup": "∪", r"^\circ": "°", "-": "−", r"\pm": "±"}
+    sign = re.sub(r"\\sqrt\{([^{}]+)\}", r"√(\1)", gold)
+    for latex, char in signs.items():
+        sign = sign.replace(latex, char)
+    sized = re.sub(r"(?<!\\right)(?<!\\)([)\]])", r"\\right\1", re.sub(r"(?<!\\left)(?<!\\)([(\[])", r"\\left\1", gold))
+    return [f"${gold}$", gold.replace(r"\frac", r"\dfrac") + ".", plain, sign,
+            sized if re.search(r"^[^\[\]]*$|\\begin", gold) is None or "(" in gold and "sqrt[" not in gold else f" {gold} "]
+
+
+def data_cases(data: dict[str, list[dict]], rng: random.Random) -> tuple[list, list, list]:
+    """(gold in five forms, gold against other golds, solutions as responses)."""
+    golds = sorted({r["gold"] for rows in data.values() for r in rows})
+    rng.shuffle(golds)
+    same = [(rf"\boxed{{{f}}}", g, True) for g in golds for f in forms(g)]
+    pairs = [(rng.choice(golds), g) for g in golds for _ in range(2)]
+    cross = [(rf"\boxed{{{p}}}", g, False) for p, g in pairs if p != g]
+    return same, cross, [(r["solution"], r["gold"], True) for rows in data.values() for r in rows if r["solution"]]
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------
+
+def measure(name: str, judge, cases: list, show: int = 0) -> dict:
+    """Run one grader over cases and print one line; the first `show` wrong verdicts after it."""
+    seconds, wrong, count = [], [], Counter()
+    for response, gold, right in cases:
+        start = time.process_time()
+        try:
+            verdict = judge(response, gold)
+        except Exception as e:
+            count["crashes"] += 1
+            verdict = repr(e)
+        seconds.append(time.process_time() - start)
+        count["hangs"] += seconds[-1] > HANG
+        if verdict is not right:
+            count["false positives" if not right else "false negatives"] += 1
+            wrong.append((response, gold))
+    seconds.sort()
+    p99 = seconds[min(len(seconds) - 1, len(seconds) * 99 // 100)]
+    figures = {"cases": len(cases), "right": 1 - len(wrong) / len(cases), "false positives": count["false positives"],
+               "false negatives": count["false negatives"], "hangs": count["hangs"], "crashes": count["crashes"],
+               "median ms": 1e3 * statistics.median(seconds), "p99 ms": 1e3 * p99, "worst ms": 1e3 * seconds[-1],
+               "cases/s": len(cases) / sum(seconds)}
+    print(f"{name:34}{len(cases):7,}{100 * figures['right']:9.2f} %{figures['false positives']:6}"
+          f"{figures['false negatives']:6}{figures['hangs']:6}{figures['crashes']:7}{figures['median ms']:9.3f}"
+          f"{figures['p99 ms']:9.2f}{figures['worst ms']:9.1f}{figures['cases/s']:11,.0f}", flush=True)
+    for response, gold in wrong[:show]:
+        print(f"    {response[-90:]!r} against {gold!r}")
+    return figures
+
+
+def audit(path: Path, other) -> None:
+    """Saved answers that the saved verdict, today's grader and math-verify do not all judge alike, one block each."""
+    differ = total = 0
+    for row in map(json.loads, path.read_text().splitlines()):
+        total += 1
+        now = grade(row["response"], row["gold"])
+        verdicts = {"saved": row.get("correct"), "now": now.correct,
+                    "math-verify": bool(other(row["response"], row["gold"])) if other else None}
+        if len({v for v in verdicts.values() if v is not None}) > 1:
+            differ += 1
+            print(f"{row.get('id', total)}: gold {row['gold']!r}, answer {now.answer!r} ({now.reason})")
+            print("    " + ", ".join(f"{k} {'right' if v else 'wrong'}" for k, v in verdicts.items() if v is not None))
+            print(f"    ...{row['response'][-160:]!r}")
+    print(f"{differ} of {total} answers judged differently")
+
+
+def main() -> None:
+    args = arguments()
+    other = peer()
+    if args.audit:
+        return audit(Path(args.audit), other)
+    print(f"{'':34}{'cases':>7}{'right':>11}{'fp':>6}{'fn':>6}{'hangs':>6}{'crash':>7}{'median':>9}{'p99':>9}{'worst':>9}"
+          f"{'cases/s':>11}   (times in ms)")
+    results = {}
+    rng = random.Random(0)
+    data = load(args.limit)
+    same, cross, solutions = data_cases(data, rng)
+    golds = [g for _, g, _ in solutions]
+    shuffled = [(s, g, False) for (s, own, _), g in zip(solutions, rng.sample(golds, len(golds)))
+                if own.replace(" ", "") != g.replace(" ", "")]
+    rng.shuffle(solutions)
+    for name, cases in {"table": table(), "golds in five forms": same, "golds against others": cross,
+                        "solutions as responses": solutions, "solutions shuffled": shuffled}.items():
+        if not cases:
+            print(f"{name}: no data folder here (SLM_DATA)")
+            continue
+        some = cases if name == "table" else cases[: args.peer_limit]
+        results[name] = {"slm": measure(f"{name}, slm", ours, cases, show=25)}
+        if other:
+            results[name]["math-verify"] = measure(f"{name}, math-verify", other, some)
+            if len(some) < len(cases):
+                results[name]["slm on the same"] = measure(f"{name}, slm on the same", ours, some)
+    for name, r in results.items():
+        if "math-verify" in r:
+            fair = r.get("slm on the same", r["slm"])
+            print(f"{name}: {fair['cases/s'] / r['math-verify']['cases/s']:.0f}x math-verify's cases per second")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
