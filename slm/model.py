@@ -93,7 +93,7 @@ class Config:
 def rope(positions: Tensor, theta: float, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (T, 1, E), of the angles position * theta^(-2i/E), i = 0 .. E/2-1, twice in a
     row. The angles are float32 whatever the model's dtype: bfloat16 would round position 4,095 to 4,096."""
-    frequency = theta ** -(torch.arange(0, size, 2, device=positions.device).float() / size)
+    frequency = 1.0 / theta ** (torch.arange(0, size, 2, device=positions.device).float() / size)
     angle = positions.float()[:, None, None] * frequency
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
