@@ -448,9 +448,10 @@ def open_backend(args: argparse.Namespace):
     print(f"{args.model} on {device}, {str(dtype).removeprefix('torch.')}: {reason}")
     model, tokenizer = checkpoint.load(args.model, device, dtype)
     adapters = {}
-    for given in args.adapter:
-        role, _, folder = given.rpartition("=")
-        lora.load(model, checkpoint.resolve(folder), adapters.setdefault(role or "*", role or "all"))
+    with lora.off(model):  # what is active stays so afterwards, for the roles without an adapter of their own
+        for given in args.adapter:
+            role, _, folder = given.rpartition("=")
+            lora.load(model, checkpoint.resolve(folder), adapters.setdefault(role or "*", role or "all"))
     return Sampler(model, tokenizer), adapters
 
 

@@ -330,3 +330,23 @@ def test_the_script_compares_workflows_and_keeps_every_episode(tmp_path):
     assert [row["workflow"] for row in rows] == [name for name in names for _ in range(2)]
     assert set(json.loads((out / "table.json").read_text())) == set(names)
     assert json.loads((out / "settings.json").read_text())["settings"]["limit"] == 2
+
+
+def test_an_adapter_serves_its_role_and_no_other(tiny, tmp_path):
+    import torch
+
+    from slm import lora
+    model, _ = tiny
+    lora.add(model, r=4)
+    for p in lora.parameters(model):
+        torch.nn.init.normal_(p, 0, 0.5)
+    lora.save(model, tmp_path, base="tiny")
+    texts = {}
+    for given in ((), (f"checker={tmp_path}",), (str(tmp_path),)):
+        backend, adapters = agents.open_backend(SimpleNamespace(
+            endpoint=None, model="tiny", device="cpu", dtype="float32", adapter=given))
+        episode, = run_episodes(jobs_for([problem("p", "2 + 2?")], WORKFLOWS["solver"]), backend,
+                                sampling=Sampling(12), adapters=adapters)
+        texts[given and given[0][:7]] = episode.turns[0].ids
+    alone, checker, everyone = texts.values()
+    assert alone == checker != everyone
