@@ -169,6 +169,8 @@ class Endpoint:
                     return
                 reply = self._answer(session, self.body(request, sample))
                 if reply:
+                    if request.sampling.stop_at_box:
+                        cut_after_box(reply)
                     self._done.put((ticket, sample, reply))
 
     def _answer(self, session: requests.Session, body: dict) -> Reply | None:
@@ -311,6 +313,16 @@ def read(raw: bytes) -> Reply:
         finish = "refused"
     return Reply(text, finish=finish, thinking=thinking, tokens_in=usage.get("prompt_tokens") or 0,
                  tokens_out=usage.get("completion_tokens") or (len(text) + len(thinking or "")) // 4)
+
+
+def cut_after_box(reply: Reply) -> None:
+    """What a Sampler does while it writes, done afterwards: the text ends with its first complete box."""
+    depth, start = 0, reply.text.find("\\boxed{")
+    for at in range(max(0, start), len(reply.text)) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(reply.text[at], 0)
+        if depth == 0 and reply.text[at] == "}":
+            reply.text, reply.finish = reply.text[:at + 1], "box"
+            return
 
 
 def _clean(text: str) -> str:

@@ -1,5 +1,6 @@
 """The promises of slm/endpoint.py, against small servers over real HTTP."""
 
+import gzip
 import json
 import threading
 import time
@@ -40,7 +41,8 @@ def scripted(answer):
             reply = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
             self.send_response(status)
             for name, value in {"Content-Length": len(reply), **(headers[0] if headers else {})}.items():
-                self.send_header(name, str(value))
+                if value is not None:
+                    self.send_header(name, str(value))
             self.end_headers()
             self.wfile.write(reply)
 
@@ -267,6 +269,26 @@ def test_workers_survive_a_server_that_does_everything_wrong():
     with serve(lambda body, rng: "größe 考える 🤔 " + body["messages"][0]["content"], faults) as server:
         replies = collect(quick(server.url, workers=50), *(ask(str(i)) for i in range(500)))
     assert [r.text for r in replies] == [f"größe 考える 🤔 {i}" for i in range(500)]
+
+
+@pytest.mark.parametrize("text, cut, finish", [
+    ("So \\boxed{\\frac{1}{2}} and \\boxed{3}", "So \\boxed{\\frac{1}{2}}", "box"),
+    ("So \\boxed{\\frac{1}{2}", None, "stop"), ("{no} box", None, "stop")])
+def test_a_reply_ends_at_its_first_box_where_that_is_asked(text, cut, finish):
+    with scripted(lambda *_: chat(text)) as (url, _):
+        short, whole = collect(quick(url, workers=1), ask(stop_at_box=True), ask())
+    assert (short.text, short.finish) == (cut or text, finish)
+    assert (whole.text, whole.finish) == (text, "stop")
+
+
+def test_packed_and_chunked_bodies_are_read():
+    packed = gzip.compress(json.dumps(chat("größe " * 5000)[1]).encode())
+    chunks = [packed[i:i + 7] for i in range(0, len(packed), 7)]
+    body = b"".join(b"%x\r\n%s\r\n" % (len(c), c) for c in chunks) + b"0\r\n\r\n"
+    headers = {"Transfer-Encoding": "chunked", "Content-Encoding": "gzip", "Content-Length": None}
+    with scripted(lambda *_: (200, body, headers)) as (url, seen):
+        first, second = collect(quick(url, workers=1), ask(n=2))
+    assert first.text == second.text == "größe " * 5000 and len(seen) == 2
 
 
 def test_close_drops_the_queue_and_ends_the_threads():
