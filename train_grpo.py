@@ -28,9 +28,9 @@ from slm import BadInput, cli
 from train_sft import TARGETS, batches, name
 
 PAPER = {"lr": 5e-6, "batch": 16, "samples": 2, "kl": 0.05, "epochs": 1, "temperature": 0.7,
-         "max_tokens": 2048, "micro_tokens": 8192, "warmup": 0.1, "save_every": 20, "steps": 0}
+         "max_tokens": 2048, "micro_tokens": 2048, "warmup": 0.1, "save_every": 20, "steps": 0}
 TINY = {"lr": 3e-4, "batch": 32, "samples": 8, "kl": 0.0, "temperature": 1.0, "max_tokens": 200,
-        "micro_tokens": 8192, "warmup": 0.05, "save_every": 1000, "steps": 30}
+        "micro_tokens": 4096, "warmup": 0.05, "save_every": 1000, "steps": 30}
 
 
 @dataclass(frozen=True)
@@ -177,8 +177,8 @@ def give_credit(mine: list[Scored], everyone: list[tuple], algorithm: Algorithm,
 # ---- learning --------------------------------------------------------------------------------------------
 
 def losses_of(model, samples: list[Sample], algorithm: Algorithm, args):
-    """One micro-batch -> (weighted sum of the loss, {sums of what is logged}). Sums are over trained
-    tokens."""
+    """One micro-batch -> weighted sum of the loss, {sums over trained tokens for the log}, largest gap
+    between the sampler's log-prob and ours."""
     import torch
 
     from slm import lora, losses
@@ -217,18 +217,16 @@ def learn(model, samples: list[Sample], divisor: int, trained, optimizer, lr: fl
     active = [s for s in samples if s.advantage or args.kl > 0]
     if not run.summed({"n": float(len(active))}, device)["n"]:
         return {"skipped": 1}
-    idle = not active  # this rank has nothing, but must meet the others
-    active = active or samples[:1]
-    for s in active if idle else ():
-        s.weight = 0.0
+    idle = not active  # this rank has nothing to learn, but must meet the others: two tokens of weight 0
+    active = active or [Sample([0, 0], [0, 1], [0.0])]
     micro = losses.pack([len(s.ids) for s in active], args.micro_tokens)
     sums, worst = {}, 0.0
     for i, members in enumerate(micro):
         run.last_micro_batch(model, i == len(micro) - 1)
         loss, part, gap = losses_of(model, [active[j] for j in members], algorithm, args)
         (loss / divisor).backward()
-        sums = {k: sums.get(k, 0.0) + v for k, v in part.items()}
-        worst = max(worst, gap)
+        sums = {k: sums.get(k, 0.0) + (0.0 if idle else v) for k, v in part.items()}
+        worst = max(worst, 0.0 if idle else gap)
     norm = run.update(optimizer, trained.values(), lr, args.clip)
     sums = run.summed(sums, device)
     n = sums.pop("learned")
@@ -252,13 +250,13 @@ def main(args):
         raise BadInput(f"--temperature {args.temperature}: exploring needs more than 0")
     if args.samples == 1 and algorithm.advantage not in ("batch", "none"):
         raise BadInput(f"--samples 1: {args.algorithm} compares a problem's samples and needs 2 or more")
-    device, dtype, reason = run.pick_device(args.device, args.dtype, args.model)
+    out = run.new_path(args.out, f"grpo-{name(args.model)}", args.resume)
+    device, dtype, reason = run.pick_device(args.device, run.settled(out, args), args.model)
     run.start_ranks(device)
     torch.manual_seed(args.seed)
     args.data = args.data or ("tiny" if cli.is_small(args.model) else "gsm8k")
     pool = problems.load(args.data, "train", args.limit)
     check_rewards(pool)
-    out = run.new_path(args.out, f"grpo-{name(args.model)}", args.resume)
     args.dtype = str(dtype).removeprefix("torch.")
     rundir = run.RunDir(out, vars(args), problems.fingerprint(pool), args.resume, log=run.rank() == 0)
     model, tokenizer = prepare(out, device, dtype, args)

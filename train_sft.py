@@ -24,7 +24,7 @@ from pathlib import Path
 
 from slm import BadInput, cli
 
-PAPER = {"batch": 128, "epochs": 2, "max_length": 2048, "micro_tokens": 8192, "dropout": 0.05, "warmup": 0.03,
+PAPER = {"batch": 128, "epochs": 2, "max_length": 2048, "micro_tokens": 2048, "dropout": 0.05, "warmup": 0.03,
          "weight_decay": 0.01, "save_every": 20}
 TINY = {"batch": 64, "max_length": 1024, "micro_tokens": 4096, "dropout": 0.0, "save_every": 1000}
 RATES = {"paper": {"lora": 1e-4, "full": 5e-5}, "tiny": {"lora": 3e-3, "full": 1e-3}}
@@ -194,7 +194,8 @@ def main(args):
     cli.resolve(args, {**PAPER, "lr": RATES["paper"][how]}, {**TINY, "lr": RATES["tiny"][how]})
     if args.data is None and not cli.is_small(args.model):
         raise BadInput("--data is missing: records of make_data.py, or gsm8k for its worked solutions")
-    device, dtype, reason = run.pick_device(args.device, args.dtype, args.model)
+    out = run.new_path(args.out, f"sft-{name(args.model)}-{how}", args.resume)
+    device, dtype, reason = run.pick_device(args.device, run.settled(out, args), args.model)
     run.start_ranks(device)
     torch.manual_seed(args.seed)  # the adapter's initial values
 
@@ -207,7 +208,6 @@ def main(args):
     rows = fitting(tokenizer, conversations, args)
     steps = batches(len(rows), args.batch, args.epochs, args.seed)
 
-    out = run.new_path(args.out, f"sft-{name(args.model)}-{how}", args.resume)
     args.dtype = str(dtype).removeprefix("torch.")
     rundir = run.RunDir(out, vars(args), run.fingerprint(rows), args.resume, log=run.rank() == 0)
     if run.rank() == 0:
@@ -233,6 +233,10 @@ def introduce(model, tokenizer, rows, steps, source, device, dtype, reason, args
     print(f"data: {source}, {len(rows):,} rows, {tokens:,} tokens, {trained / tokens:.0%} in the loss")
     print(f"work: {args.epochs} epochs, {len(steps)} steps of {args.batch} rows, "
           f"{args.epochs * tokens:,} tokens; {run.memory(model, args.micro_tokens)}")
+    sizes = model.model.embed_tokens.weight.detach().float().norm(dim=1)
+    if not args.full and sizes[tokenizer.end_of_turn] < 0.5 * sizes.median():
+        print("note: the token that ends an answer has a small embedding, as if this model never met it. "
+              "LoRA does not train embeddings: answers may not end; prefer --full")
     print("the first row, trained tokens marked:\n" + run.marked(tokenizer, *rows[0]))
 
 

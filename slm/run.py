@@ -12,6 +12,7 @@ the last bit).
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -147,7 +148,11 @@ class RunDir:
         final = self.checkpoints / f"step-{state['step']:06d}"
         part = final.with_name(final.name + ".tmp")
         part.mkdir(parents=True, exist_ok=True)
-        torch.save(state, part / f"rank{rank()}.pt")
+        try:
+            torch.save(state, part / f"rank{rank()}.pt")
+        except RuntimeError as e:  # what PyTorch makes of a full disk
+            shutil.rmtree(part, ignore_errors=True)
+            raise OSError(errno.ENOSPC, f"no room for a checkpoint ({e})", str(part)) from None
         barrier()
         if self.log_here:
             shutil.rmtree(final, ignore_errors=True)
@@ -180,6 +185,14 @@ def new_path(out: str | None, default: str, resume: bool) -> Path:
     while (following := path if n == 1 else path.with_name(f"{default}-{n}")).exists():
         n, last = n + 1, following
     return last if resume and n > 1 else following
+
+
+def settled(out: Path, args) -> str:
+    """The dtype to ask for: a resumed run keeps the one that it was started with."""
+    if args.resume and args.dtype == "auto":
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return json.loads((out / "settings.json").read_text())["settings"]["dtype"]
+    return args.dtype
 
 
 def fingerprint(value) -> str:
