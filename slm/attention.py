@@ -9,8 +9,8 @@ arXiv:1706.03762, eq. 1) over the keys that the query's sequence has so far.
 
 On CUDA in half precision Packed runs PyTorch's variable-length flash attention (Dao 2023, arXiv:2307.08691).
 Elsewhere sequences of near length are padded on the right into a few batches for PyTorch's
-scaled_dot_product_attention. Under a causal mask nobody sees what stands to their right, so the padding needs no
-mask, and its own output is dropped.
+scaled_dot_product_attention. Under a causal mask nobody sees what stands to their right, so the padding needs
+no mask, and its own output is dropped.
 """
 
 import inspect
@@ -120,15 +120,18 @@ def _ranges(lengths: list[int]) -> Tensor:
 # ---- with a KV cache (sampler.py) --------------------------------------------------------------------------
 
 class KVCache:
-    """Keys and values of `slots` sequences of up to `length` tokens: k[layer] and v[layer], (slots, K, length, E).
+    """Keys and values of `slots` sequences of up to `length` tokens: k[layer], v[layer], (slots, K, length,
+    E).
 
-    On a CPU the keys lie in memory as (slots, K, E, length): scores are then a row-major product, twice as fast in
-    bfloat16. What no sequence has written yet is zero, never NaN: it is multiplied by attention weights of 0.
+    On a CPU the keys lie in memory as (slots, K, E, length): scores are then a row-major product, twice as
+    fast in bfloat16. What nothing was written to is zero, never NaN: it is multiplied by attention weights of
+    0. spare: columns behind `length`, where rows that only fill up a recorded batch may write.
     """
 
     def __init__(self, config: Config, device="cpu", dtype=torch.float32):
         self.layers, self.heads, self.size = config.layers, config.kv_heads, config.head_size
         self.device, self.dtype = torch.device(device), dtype
+        self.spare = int(self.device.type == "cuda")
         self.token_bytes = 2 * config.layers * config.kv_heads * config.head_size * dtype.itemsize
         self.clear()
 
@@ -138,10 +141,10 @@ class KVCache:
         self.k, self.v = [self._zeros(keys=True)] * self.layers, [self._zeros()] * self.layers
 
     def _zeros(self, keys: bool = False) -> Tensor:
-        shape = (self.slots, self.heads, self.length, self.size)
+        length = self.length + self.spare
         if keys and self.device.type == "cpu":
-            return torch.zeros(*shape[:2], self.size, self.length, dtype=self.dtype).transpose(2, 3)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+            return torch.zeros(self.slots, self.heads, self.size, length, dtype=self.dtype).transpose(2, 3)
+        return torch.zeros(self.slots, self.heads, length, self.size, dtype=self.dtype, device=self.device)
 
     def resize(self, slots: int, length: int) -> None:
         """Change the capacity, one layer after the other; what fits into the new one is kept."""
@@ -188,7 +191,8 @@ class Prefill:
         if self.packed:
             return self.packed(layer, q, k, v)
         out = []
-        for (slot, start, n), new, seen in zip(self.segments, q.split([s[2] for s in self.segments]), self.seen):
+        news = q.split([n for _, _, n in self.segments])
+        for (slot, start, n), new, seen in zip(self.segments, news, self.seen):
             span = slice(slot, slot + 1), slice(None), slice(start + n)
             out.append(F.scaled_dot_product_attention(
                 new.transpose(0, 1)[None], keys[span].contiguous(), values[span], attn_mask=seen,
@@ -199,15 +203,16 @@ class Prefill:
 class Decode:
     """One new token for each of the first B slots. positions (B,): where it goes; it sees 0 .. position.
 
-    The query heads that share a key head are the rows of one product, so keys and values are read once and in place.
-    longest: above every position, for callers that know it without asking the device."""
+    The query heads that share a key head are the rows of one product: keys and values are read once, where
+    they lie. longest: above every position, for callers that know it without asking the device."""
 
     def __init__(self, cache: KVCache, positions: Tensor, longest: int):
         self.cache, self.positions = cache, positions
-        self.span = min(-(-longest // 32) * 32, cache.length)
+        self.span = min(-(-longest // 64) * 64, cache.length)
         self.rows = torch.arange(len(positions), device=cache.device)
-        hidden = torch.arange(self.span, device=cache.device) > positions[:, None]
-        bias = torch.zeros(hidden.shape, dtype=cache.dtype, device=cache.device).masked_fill_(hidden, -torch.inf)
+        unseen = torch.arange(self.span, device=cache.device) > positions[:, None]
+        bias = torch.zeros(unseen.shape, dtype=cache.dtype, device=cache.device)
+        bias = bias.masked_fill_(unseen, -torch.inf)
         self.bias = bias.repeat_interleave(cache.heads, 0)[:, None]  # (B K, 1, L)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

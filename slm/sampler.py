@@ -25,6 +25,7 @@ trainer's own tensors, taken as they are at each step.
 Not covered: beam search, speculative decoding, more than one device (a vLLM server through endpoint.py is).
 """
 
+import copy
 import math
 import re
 import time
@@ -32,18 +33,23 @@ import warnings
 import zlib
 from array import array
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from slm import BadInput, lora
 from slm.attention import Decode, KVCache, Prefill
+from slm.draw import Controls
 from slm.episode import Reply, Request, Sampling
-from slm.losses import warp
 
 PREFILL_TOKENS = 4096  # in one packed pass
 SHARED_TOKENS = 32     # a shorter common prefix is computed rather than copied
+BURST = 8              # decode rounds between two looks at what was drawn, on a GPU
+SPAN = 128             # recorded rounds attend over a multiple of this
+ROWS = [1, 2, 4, *range(8, 64, 8), *range(64, 4097, 32)]  # and have one of these numbers of rows
 BOX = re.compile(r"\\boxed\s*\{")
 
 
@@ -69,6 +75,10 @@ class Row:
         if self.sampling.stop_at_box:
             self.watch.add("}")
 
+    def state(self) -> tuple:
+        """What slm.draw needs: last token, its position, key, tokens drawn so far, settings."""
+        return self.tokens[-1], len(self.tokens) - 1, self.key, len(self.logprobs), self.sampling
+
 
 class Sampler:
     """submit() requests, step() until nothing is pending; or generate() for a list of them.
@@ -88,6 +98,12 @@ class Sampler:
         self.finished: list[Row] = []
         self.controls: Controls | None = None  # of the running rows; None after any change among them
         self.prefill_tokens = PREFILL_TOKENS
+        cuda, c = self.device.type == "cuda", model.config
+        # Waking a second thread takes longer than half of so small a product.
+        self.threads = 1 if self.device.type == "cpu" and c.hidden * c.intermediate < 1 << 18 else 0
+        self.burst = BURST if cuda else 1
+        self.recorder = partial(record, pool=torch.cuda.graph_pool_handle()) if cuda else None
+        self.recorded = {}                     # (rows, span, ...) -> recorded round, see _replay
         self.steps = self.tickets = self.tokens = 0
         self.weights = None                    # fingerprint of the weights the cache was computed with
         self.pieces: dict[int, str] = {}       # text of single tokens
@@ -135,7 +151,7 @@ class Sampler:
             self.model.eval()
             self.training = True
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), _threads(self.threads):
                 self._admit()
                 if self.running:
                     self._decode()
@@ -265,19 +281,26 @@ class Sampler:
                                                  key=lambda i: self.slots[i].used)
 
     def _fit(self, slots: int, length: int) -> bool:
-        """Make the cache hold this many slots of this length; False when cache_tokens forbids it. Grows in
-        large steps, and keeps room for finished rows where there is some."""
+        """Make the cache hold this many slots of this length; False when cache_tokens forbids it. Where
+        there is room it gets slots for finished rows too. On a CPU its length stays close to what is needed:
+        bfloat16 products copy what they don't read whole."""
         cache = self.cache
         if slots <= cache.slots and length <= cache.length:
             return True
         most = min(self.model.config.positions, self.cache_tokens)
-        roomy = cache.length if length <= cache.length else min(_round(length * 3 // 2), most)
-        fitting = [n for n in (roomy, min(_round(length), most), length) if n * slots <= self.cache_tokens]
+        wanted = [_round(length), length]
+        if length <= cache.length:
+            wanted.insert(0, cache.length)
+        elif self.recorder:  # a new size means new recordings
+            everyone = [*self.waiting, *self.slots[:self.running]]
+            wanted[:0] = [max(row.prompt + row.limit for row in everyone), _round(length * 3 // 2)]
+        fitting = [n for n in (min(n, most) for n in wanted) if n * slots <= self.cache_tokens]
         if not fitting:
             return False
         wish = min(self.max_batch, self.running + len(self.waiting)) * 3 // 2
         count = max(slots, min(max(cache.slots, wish), self.cache_tokens // fitting[0]))
         cache.resize(count, fitting[0])
+        self.recorded, self.controls = {}, None  # they know the old addresses
         kept = [r if r and len(r.tokens) <= fitting[0] else None for r in self.slots[:count]]
         self.slots = kept + [None] * (count - len(kept))
         return True
@@ -293,12 +316,13 @@ class Sampler:
                 row.used, self.controls = self.steps, None
                 self.finished.append(row)
 
-    def _preempt(self) -> None:
-        """Send the newest row back to the waiting line."""
+    def _preempt(self) -> list[Row]:
+        """Send the newest row back to the waiting line; returns the others."""
         self.running -= 1
         row, self.slots[self.running] = self.slots[self.running], None
         row.filled, row.cached, self.controls = False, 0, None
         self.waiting.appendleft(row)
+        return self.slots[:self.running]
 
     # ---- the two passes ------------------------------------------------------------------------------------
 
@@ -327,21 +351,49 @@ class Sampler:
                 self.cache.copy(self.slots.index(row), copies, len(row.tokens))
         rows = pack + [twin for twin, _ in twins]
         hidden = torch.stack([last[row] for row in pack] + [last[original] for _, original in twins])
-        self._accept(rows, [Controls(rows, self.device).draw(self.model.logits(hidden))])
+        controls = Controls([row.state() for row in rows], self.device)
+        self._accept(rows, [controls.draw(self.model.logits(hidden))])
         self._leave()
 
     def _decode(self) -> None:
-        """One more token for every running row."""
-        while not self._fit(self.running, max(len(row.tokens) for row in self.slots[:self.running])):
-            self._preempt()
+        """One more token for every running row; on a GPU several, since asking for each would idle it."""
         rows = self.slots[:self.running]
+        count = min(self.burst, *(row.limit - len(row.logprobs) for row in rows))
+        while not self._fit(len(rows), (longest := max(len(row.tokens) for row in rows) + count - 1)):
+            rows = self._preempt()
+        adapters = [(row.adapter, 1) for row in rows]
+        recorded = self.recorder and len({row.adapter for row in rows}) == 1
         if self.controls is None:
-            self.controls = Controls(rows, self.device)
-        c = self.controls
-        attend = Decode(self.cache, c.position, max(len(row.tokens) for row in rows))
-        hidden = self._forward(c.last, c.position, attend, [(row.adapter, 1) for row in rows])
-        self._accept(rows, [c.draw(self.model.logits(hidden))])
+            padded = next((n for n in ROWS if recorded and len(rows) <= n <= self.cache.slots), 0)
+            self.controls = Controls([row.state() for row in rows], self.device, padded,
+                                     self.cache.length * self.cache.spare)
+        draws = []
+        for _ in range(count):
+            if recorded and not self.controls.cut:
+                draws.append(self._replay(adapters[0][0], longest))
+            else:
+                draws.append(self._round(self.controls, longest, adapters))
+        self._accept(rows, draws)
         self._leave()
+
+    def _round(self, c: Controls, longest: int, adapters) -> tuple[torch.Tensor, torch.Tensor]:
+        """Feed the rows' last tokens and draw the next ones: ids (B,), log-probs (B,). No host involved."""
+        hidden = self._forward(c.last, c.position, Decode(self.cache, c.position, longest), adapters)
+        return c.draw(self.model.logits(hidden))
+
+    def _replay(self, adapter: str | None, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same by replaying a recorded round of this many rows and this span, recorded when first met."""
+        c = self.controls
+        span = min(-(-longest // SPAN) * SPAN, self.cache.length)
+        key = len(c.last), span, c.sampled, adapter
+        if key not in self.recorded:
+            self.recorded[key] = c, self.recorder(lambda: self._round(c, span, [(adapter, len(c.last))]), c)
+        own, (graph, ids, logprobs) = self.recorded[key]
+        if own is not c:
+            own.take(c)
+            self.controls = own
+        graph.replay()
+        return ids.clone(), logprobs.clone()
 
     def _forward(self, ids, positions, attend, adapters: list[tuple[str | None, int]]) -> torch.Tensor:
         """Hidden states (T, D), each row of the batch with its own adapter."""
@@ -418,75 +470,31 @@ class Sampler:
         return max(room // self.cache.token_bytes, 2048)
 
 
-class Controls:
-    """What a batch of rows (B,) needs to draw its next tokens, as tensors on the device."""
-
-    def __init__(self, rows: list[Row], device: torch.device):
-        tensor = lambda values, dtype=torch.int64: torch.tensor(values, dtype=dtype, device=device)
-        s = [row.sampling for row in rows]
-        self.last = tensor([row.tokens[-1] for row in rows])
-        self.position = tensor([len(row.tokens) - 1 for row in rows])
-        self.place = tensor([len(row.logprobs) for row in rows])
-        self.sampled = any(x.temperature > 0 for x in s)
-        if self.sampled:
-            self.key = tensor([row.key for row in rows])
-            self.greedy = tensor([x.temperature == 0 for x in s], torch.bool)
-            self.temperature = tensor([x.temperature or 1.0 for x in s], torch.float32)
-        # Greedy is not a distribution: its log-probs are those of the untruncated one at temperature 1.
-        self.top_k = tensor([x.top_k for x in s]) if any(x.top_k and x.temperature for x in s) else 0
-        self.top_p = (tensor([x.top_p if x.temperature else 1.0 for x in s], torch.float32)
-                      if any(x.top_p < 1 and x.temperature for x in s) else 1.0)
-
-    def draw(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """logits (B, V) -> ids (B,), log-probs (B,) float32; these tokens become the rows' last ones."""
-        logits = logits.float()
-        best = logits.argmax(-1)
-        if self.sampled:
-            warped = warp(logits, self.temperature, self.top_k, self.top_p)
-            total = warped.logsumexp(-1, keepdim=True)
-            drawn = categorical((warped - total).exp_(), uniform(self.key, self.place))
-            ids = torch.where(self.greedy, best, drawn)
-            logprobs = (warped.gather(1, ids[:, None]) - total).squeeze(1)
-        else:
-            ids = best
-            logprobs = logits.gather(1, ids[:, None]).squeeze(1) - logits.logsumexp(-1)
-        self.last, self.position, self.place = ids, self.position + 1, self.place + 1
-        return ids, logprobs
+def record(run, controls: Controls, pool=None):
+    """Run on CUDA, after a warm-up, into a graph that replays it with one launch: (graph, *results). The
+    controls are put back to where they were; what is written to the cache meanwhile is written again."""
+    before = copy.deepcopy(controls)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        results = run()
+    controls.take(before)
+    return graph, *results
 
 
-def uniform(key: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Numbers in [0, 1), (B,) float32 with 24 random bits, from int64 keys and places: splitmix64 (Steele
-    et al. 2014, "Fast splittable pseudorandom number generators") of place in the stream of key."""
-    def mix(z):
-        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
-            z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
-        return z
-    z = mix(mix(key) + (place + 1) * -0x61C8864680B583EB)
-    return ((z >> 40) & 0xFFFFFF).float() * 2.0 ** -24
-
-
-def categorical(p: torch.Tensor, u: torch.Tensor, width: int = 64) -> torch.Tensor:
-    """Draw from probabilities p (B, V) by inverting their cumulative sum at u (B,) -> ids (B,). The sum runs
-    over blocks of `width` first, then inside the block that was hit: one pass over the vocabulary."""
-    size = p.shape[1]
-    if size % width:
-        p = torch.nn.functional.pad(p, (0, -size % width))
-    blocks = p.view(len(p), -1, width)
-    block, rest = _invert(blocks.sum(-1), u)
-    inside = blocks[torch.arange(len(p), device=p.device), block]
-    ids = block * width + _invert(inside, rest, scaled=True)[0]
-    return ids.clamp_(max=size - 1)  # NaN probabilities lead anywhere
-
-
-def _invert(mass: torch.Tensor, u: torch.Tensor, scaled: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """First index at which the cumulative mass (B, N) exceeds u (of the total, unless scaled), and how far
-    into its mass. Rounding can't select an index of mass 0: the target is kept just below the total."""
-    sums = mass.cumsum(-1)
-    total = sums[:, -1]
-    target = torch.minimum(u if scaled else u * total, total * (1 - 1e-6))
-    index = torch.searchsorted(sums, target[:, None], right=True).clamp_(max=mass.shape[1] - 1)
-    before = (sums - mass).gather(1, index).squeeze(1)
-    return index.squeeze(1), (target - before).clamp_(min=0)
+@contextmanager
+def _threads(count: int):
+    """Run on this many CPU threads; 0: as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _boxed(text: str) -> bool:

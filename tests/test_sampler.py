@@ -1,9 +1,11 @@
 """The sampler, against transformers, against the training forward, and against itself in other company."""
 
+import copy
 import math
 import random
 import warnings
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -11,10 +13,11 @@ import torch
 from slm import BadInput, lora
 from slm import sampler as module
 from slm.attention import Packed
+from slm.draw import categorical, uniform
 from slm.episode import Request, Sampling
 from slm.losses import token_logprobs, warp
 from slm.model import Config, Qwen2
-from slm.sampler import Sampler, categorical, uniform
+from slm.sampler import Sampler
 
 torch.set_num_threads(1)
 
@@ -168,6 +171,36 @@ def test_bfloat16_stays_near_the_training_forward():
             expected = forward_logprobs(model, reply, request.sampling.temperature)
             differences.append((torch.tensor(reply.logprobs) - expected).abs())
     assert torch.cat(differences).mean() < 0.03
+
+
+@pytest.mark.parametrize("options", COMPANY)
+def test_recorded_rounds_and_bursts_change_nothing(options):
+    """The way of a GPU, with a stand-in for its graphs: rows that fill up a batch, several rounds at once."""
+    def record(run, controls):
+        before = copy.deepcopy(controls)
+        results = run()  # warm-up and recording leave their traces in the cache
+        results = run()
+        controls.take(before)
+
+        class Graph:
+            def replay(self):
+                for kept, new in zip(results, run()):
+                    kept.copy_(new)
+        recorded.append(len(controls.last))
+        return Graph(), *results
+
+    recorded, model, requests = [], build(seed=6), some_requests(30, seed=8)
+    requests += some_requests(4, seed=9, temperatures=(1.0,), top_k=7)
+    expected = run(model, requests)
+    sampler = Sampler(model, Letters(), **options)
+    sampler.recorder, sampler.burst, sampler.cache.spare = record, 4, 1
+    sampler.cache.clear()
+    for _ in range(2):  # the second time from kept prefixes
+        replies = sampler.generate(requests, progress=False)
+        assert ids_of(replies) == ids_of(expected)
+        for got, want in zip(chain(*replies), chain(*expected)):
+            assert got.logprobs == pytest.approx(want.logprobs, abs=1e-5) and got.finish == want.finish
+    assert options or set(recorded) <= {1, 2, 4, *range(8, 100, 8)}
 
 
 # ---- what is computed, and with which weights ------------------------------------------------------------

@@ -1,0 +1,285 @@
+"""Sampling speed: ours, transformers and, where installed, llama.cpp, one after the other, same prompts.
+
+    export OMP_WAIT_POLICY=PASSIVE SLM_DATA=...
+    python bench/sampler.py                                                       # tiny, 64 sequences
+    python bench/sampler.py --model DIR --data gsm8k --prompts 48 --tokens 192
+    python bench/sampler.py --model DIR --data gsm8k --prompts 8 --samples 8
+    python bench/sampler.py --model DIR --data gsm8k --prompts 4 --batch 1
+    python bench/sampler.py --device cuda --model Qwen/Qwen2.5-1.5B --data gsm8k --prompts 256
+
+Each contender runs in a process of its own, so that its peak memory is its own. Same prompt ids, same stop
+ids, answers of their natural lengths; greedy, or temperature 1 where --samples is above 1. transformers gets
+left-padded batches of each size in --peer-batch, and its best one counts. Time is from the first prompt to
+the last reply, the models loaded and warm.
+
+The floor is what memory allows: the weights once a step and the live cache of every row, over the bandwidth
+of a large copy measured afterwards. The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from slm import cli
+
+
+def arguments() -> argparse.Namespace:
+    p = cli.parser(__doc__)
+    p.add_argument("--model", default="tiny", help="tiny, a directory or a hub id")
+    p.add_argument("--data", default="tiny", help="where the prompts come from, as for eval.py")
+    p.add_argument("--prompts", type=cli.positive, default=64)
+    p.add_argument("--samples", type=cli.positive, default=1, help="samples of each prompt")
+    p.add_argument("--tokens", type=cli.positive, default=192, help="new tokens at most")
+    p.add_argument("--batch", type=cli.positive, help="rows of our batch; default: the sampler's own")
+    p.add_argument("--peer-batch", type=int, nargs="+", help="of transformers; default: all at once")
+    p.add_argument("--device", default="cuda" if os.path.exists("/dev/nvidia0") else "cpu")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    p.add_argument("--peer-dtype", choices=("float32", "bfloat16"), nargs="+", help="default: the same")
+    p.add_argument("--gguf", help="the model as GGUF for llama.cpp (batch 1; needs llama-cpp-python)")
+    p.add_argument("--peers", nargs="*", default=["transformers"],
+                   choices=("transformers", "transformers-continuous", "llama.cpp"))
+    p.add_argument("--seconds", type=cli.positive, default=600, help="a contender is stopped after this long")
+    p.add_argument("--only", help=argparse.SUPPRESS)
+    return p.parse_args()
+
+
+def prompts(args, tokenizer) -> list[list[int]]:
+    from slm import problems
+    from slm.prompts import SOLVER
+    found = problems.load(args.data, "test", args.prompts)
+    return [tokenizer.chat([{"role": "user", "content": SOLVER(question=p.question)}]) for p in found]
+
+
+def bandwidth(device, size: int = 1 << 28) -> float:
+    """Bytes a second that a large copy moves, read and written."""
+    import torch
+    a = torch.ones(size // 4, device=device)
+    b = torch.empty_like(a)
+    best = float("inf")
+    for _ in range(5):
+        start = clock(device)
+        b.copy_(a)
+        best = min(best, clock(device) - start)
+    return 2 * size / best
+
+
+def matrix_rate(device, dtype, n: int = 2048) -> float:
+    """Floating-point operations a second of a large square product."""
+    import torch
+    a = torch.randn(n, n, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(4):
+        start = clock(device)
+        a @ a
+        best = min(best, clock(device) - start)
+    return 2 * n ** 3 / best
+
+
+def clock(device) -> float:
+    if str(device).startswith("cuda"):
+        import torch
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak(device) -> float:
+    """GB"""
+    if str(device).startswith("cuda"):
+        import torch
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+# ---- the contenders: each returns a dict with tokens, seconds, replies -----------------------------------
+
+def ours(args) -> dict:
+    import torch
+
+    from slm import checkpoint
+    from slm.episode import Request, Sampling
+    from slm.sampler import Sampler
+    begin = time.perf_counter()
+    model, tokenizer = checkpoint.load(args.model, args.device, getattr(torch, args.dtype))
+    sampler = Sampler(model, tokenizer, max_batch=args.batch)
+    warm = Sampling(4, 1.0 if args.samples > 1 else 0.0)
+    ids = prompts(args, tokenizer)
+    sampler.generate([Request(ids=x, sampling=warm, n=args.samples) for x in ids[:4]], progress=False)
+    sampler.forget()
+    ready = time.perf_counter() - begin
+    sampling = Sampling(args.tokens, 1.0 if args.samples > 1 else 0.0)
+    prefill, steps = timed(sampler, "_prefill", args.device), sampler.steps
+    start = clock(args.device)
+    replies = sampler.generate([Request(ids=x, sampling=sampling, n=args.samples) for x in ids], False)
+    seconds, memory = clock(args.device) - start, peak(args.device)
+    replies = [reply for group in replies for reply in group]
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    live = sum(len(r.prompt_ids) * len(r.ids) + len(r.ids) ** 2 // 2 for r in replies)
+    rounds, tokens = sampler.steps - steps, sum(len(r.ids) for r in replies)
+    moved = rounds * weights + live * sampler.cache.token_bytes
+    flops = 2 * tokens * sum(p.numel() for p in model.parameters())
+    decode = seconds - prefill[0]
+    return {"tokens": tokens, "seconds": seconds, "prefill_seconds": prefill[0], "decode_steps": rounds,
+            "rows_a_step": tokens / rounds, "floor_share": moved / bandwidth(args.device) / decode,
+            "matrix_share": flops / matrix_rate(args.device, getattr(torch, args.dtype)) / decode,
+            "startup_seconds": ready, "finish": count(r.finish for r in replies),
+            "replies": [r.ids for r in replies], "peak_gb": memory}
+
+
+def timed(thing, name: str, device) -> list[float]:
+    """Make thing.name add its seconds to the list returned."""
+    total, inner = [0.0], getattr(thing, name)
+
+    def wrapper(*args):
+        start = clock(device)
+        inner(*args)
+        total[0] += clock(device) - start
+    setattr(thing, name, wrapper)
+    return total
+
+
+def transformers(args, dtype: str, batch: int) -> dict:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from slm import checkpoint
+    from slm.tokenizer import Tokenizer
+    folder = checkpoint.resolve(args.model)
+    tokenizer = Tokenizer.load(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(args.device).eval()
+    stops, ids, replies = sorted(tokenizer.stop_ids), prompts(args, tokenizer), []
+    batch = max(1, (batch or len(ids) * args.samples) // args.samples)
+
+    def generate(some, tokens):
+        width = max(map(len, some))
+        padded = torch.tensor([[stops[0]] * (width - len(x)) + x for x in some], device=args.device)
+        mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in some], device=args.device)
+        how = ({"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
+                "num_return_sequences": args.samples} if args.samples > 1 else {"do_sample": False})
+        with torch.inference_mode():
+            out = model.generate(padded, attention_mask=mask, max_new_tokens=tokens, eos_token_id=stops,
+                                 pad_token_id=stops[0], **how)
+        return out[:, width:].tolist()
+
+    generate(ids[:4], 4)
+    start = clock(args.device)
+    for i in range(0, len(ids), batch):
+        replies += [cut(row, stops) for row in generate(ids[i:i + batch], args.tokens)]
+    seconds = clock(args.device) - start
+    return {"tokens": sum(map(len, replies)), "seconds": seconds, "replies": replies}
+
+
+def transformers_continuous(args) -> dict:
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from slm import checkpoint
+    from slm.tokenizer import Tokenizer
+    folder = checkpoint.resolve(args.model)
+    tokenizer = Tokenizer.load(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype))
+    model = model.to(args.device).eval()
+    ids = [x for x in prompts(args, tokenizer) for _ in range(args.samples)]
+    stops = sorted(tokenizer.stop_ids)
+    config = GenerationConfig(max_new_tokens=args.tokens, eos_token_id=stops, pad_token_id=stops[0],
+                              do_sample=args.samples > 1, temperature=1.0, top_k=0)
+    model.generate_batch(inputs=ids[:4], generation_config=config)
+    start = clock(args.device)
+    out = model.generate_batch(inputs=ids, generation_config=config)
+    seconds = clock(args.device) - start
+    replies = [cut(list(x.generated_tokens), stops) for x in out.values()]
+    return {"tokens": sum(map(len, replies)), "seconds": seconds, "replies": []}
+
+
+def llama_cpp(args) -> dict:
+    from llama_cpp import Llama
+
+    from slm import checkpoint
+    from slm.tokenizer import Tokenizer
+    tokenizer = Tokenizer.load(checkpoint.resolve(args.model))
+    model = Llama(args.gguf, n_ctx=2048, n_threads=os.cpu_count(), verbose=False)
+    replies, start = [], None
+    for x in [prompts(args, tokenizer)[0][:8], *prompts(args, tokenizer)]:
+        reply = []
+        for token in model.generate(x, temp=0.0, reset=True):
+            reply.append(token)
+            if token in tokenizer.stop_ids or len(reply) == (args.tokens if start else 4):
+                break
+        replies, start = (replies + [reply], start) if start else ([], time.perf_counter())
+    return {"tokens": sum(map(len, replies)), "seconds": time.perf_counter() - start, "replies": replies}
+
+
+def cut(ids: list[int], stops: list[int]) -> list[int]:
+    """The ids up to and with the first stop id."""
+    return ids[:next((i + 1 for i, t in enumerate(ids) if t in stops), len(ids))]
+
+
+def count(items) -> dict:
+    items = list(items)
+    return {x: items.count(x) for x in sorted(set(items))}
+
+
+# ---- one process each, and the comparison ----------------------------------------------------------------
+
+def contender(args) -> None:
+    """In the child: run one contender and print its result as the last line."""
+    name, *more = args.only.split(":")
+    call = {"ours": ours, "transformers": transformers, "transformers-continuous": transformers_continuous,
+            "llama.cpp": llama_cpp}[name]
+    result = call(args, more[0], int(more[1])) if more else call(args)
+    print(json.dumps({"peak_gb": peak(args.device), **result}))
+
+
+def measure(name: str, seconds: int) -> dict | None:
+    try:
+        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", name], text=True,
+                              capture_output=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        print(f"{name}: stopped after {seconds} s")
+        return None
+    if done.returncode:
+        print(f"{name}: failed: {done.stderr.strip().splitlines()[-1:]}")
+        return None
+    result = json.loads(done.stdout.splitlines()[-1])
+    result["rate"] = result["tokens"] / result["seconds"]
+    r = result
+    print(f"{name:34} {r['rate']:9.1f} tok/s  ({r['tokens']:,} tokens in {r['seconds']:.1f} s, "
+          f"peak {r['peak_gb']:.2f} GB)", flush=True)
+    if "floor_share" in r:
+        print(f"{'':34} decode: {r['floor_share']:.0%} of the bandwidth floor, {r['matrix_share']:.0%} of the "
+              f"matrix rate, {r['rows_a_step']:.1f} rows a step")
+    return result
+
+
+def main(args) -> None:
+    names = ["ours"]
+    for dtype in args.peer_dtype or [args.dtype]:
+        names += [f"transformers:{dtype}:{b}" for b in args.peer_batch or [args.batch or 0]
+                  if "transformers" in args.peers]
+    names += [p for p in args.peers if p != "transformers"]
+    results = {name: r for name in names if (r := measure(name, args.seconds))}
+    mine = results.pop("ours")
+    summary = {"model": str(args.model), "device": args.device, "dtype": args.dtype, "prompts": args.prompts,
+               "samples": args.samples, "tokens": args.tokens,
+               "ours": {k: v for k, v in mine.items() if k != "replies"}}
+    for peer in ("transformers", "transformers-continuous", "llama.cpp"):
+        found = [r for name, r in results.items() if name.split(":")[0] == peer]
+        if found:
+            best = max(found, key=lambda r: r["rate"])
+            same = sum(a == b for a, b in zip(mine["replies"], best["replies"]))
+            summary[peer] = {k: v for k, v in best.items() if k != "replies"}
+            summary[f"ratio to {peer}"] = round(mine["rate"] / best["rate"], 2)
+            print(f"ours / {peer}: {mine['rate'] / best['rate']:.2f}"
+                  + (f"; {same} of {len(mine['replies'])} replies the same" if args.samples == 1 else ""))
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    args = arguments()
+    cli.run(contender if args.only else main, args)

@@ -1,0 +1,100 @@
+"""The next tokens of a batch, drawn from its logits: every row has its own temperature, truncation and stream
+of random numbers.
+
+A stream is a hash of (key, place), so a draw depends on nothing else in the batch, costs nothing to seek, and
+needs no generator on any device. Drawing inverts the cumulative sum at one such number a token. (Gumbel noise
+would need one for each entry of the vocabulary.)
+"""
+
+import torch
+import torch.nn.functional as F
+
+from slm.losses import warp
+
+
+class Controls:
+    """What rows (B,) need to draw their next tokens, on the device; draw() moves it on to the token after.
+
+    rows: (last token, its position, key, tokens drawn so far, Sampling) of each. size: rows are added up to
+    here that draw greedily at position `outside` and are ignored.
+    """
+
+    def __init__(self, rows: list[tuple], device, size: int = 0, outside: int = 0):
+        blank = max(0, size - len(rows))
+        last, position, key, place, s = zip(*rows)
+        tensor = lambda values, fill, dtype: torch.tensor([*values, *[fill] * blank], dtype=dtype,
+                                                          device=device)
+        self.last, self.position = tensor(last, 0, torch.int64), tensor(position, outside, torch.int64)
+        self.key, self.place = tensor(key, 0, torch.int64), tensor(place, 0, torch.int64)
+        self.greedy = tensor([x.temperature == 0 for x in s], True, torch.bool)
+        self.temperature = tensor([x.temperature or 1.0 for x in s], 1.0, torch.float32)
+        self.sampled, self.outside, self.count = any(x.temperature for x in s), outside, len(rows)
+        # Greedy is not a distribution: its log-probs are those at temperature 1, nothing cut.
+        self.top_k, self.top_p = 0, 1.0
+        if any(x.top_k and x.temperature for x in s):
+            self.top_k = tensor([x.top_k if x.temperature else 0 for x in s], 0, torch.int64)
+        if any(x.top_p < 1 and x.temperature for x in s):
+            self.top_p = tensor([x.top_p if x.temperature else 1.0 for x in s], 1.0, torch.float32)
+
+    @property
+    def cut(self) -> bool:
+        return torch.is_tensor(self.top_k) or torch.is_tensor(self.top_p)
+
+    def take(self, other: "Controls") -> None:
+        """Copy another batch's state into these tensors, which stay where they are."""
+        self.count = other.count
+        for name in ("last", "position", "place", "key", "greedy", "temperature"):
+            getattr(self, name).copy_(getattr(other, name))
+
+    def draw(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """logits (B, V) -> ids (B,), log-probs (B,) float32 under the distribution drawn from."""
+        logits = logits.float()
+        ids = logits.argmax(-1)
+        if self.sampled:
+            logits = warp(logits, self.temperature, self.top_k, self.top_p)
+            total = logits.logsumexp(-1)
+            drawn = categorical((logits - total[:, None]).exp_(), uniform(self.key, self.place))
+            ids = torch.where(self.greedy, ids, drawn)
+        else:
+            total = logits.logsumexp(-1)
+        self.last.copy_(ids)
+        self.position.add_(1)
+        if self.outside:
+            self.position.clamp_(max=self.outside)
+        self.place.add_(1)
+        return ids, logits.gather(1, ids[:, None]).squeeze(1) - total
+
+
+def uniform(key: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """Numbers in [0, 1), (B,) float32 with 24 random bits, from int64 keys and places: splitmix64 (Steele
+    et al. 2014, "Fast splittable pseudorandom number generators") of place in the stream of key."""
+    def mix(z):
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+            z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
+        return z
+    z = mix(mix(key) + (place + 1) * -0x61C8864680B583EB)
+    return ((z >> 40) & 0xFFFFFF).float() * 2.0 ** -24
+
+
+def categorical(p: torch.Tensor, u: torch.Tensor, width: int = 64) -> torch.Tensor:
+    """Draw from probabilities p (B, V) by inverting their cumulative sum at u (B,) -> ids (B,). The sum runs
+    over blocks of `width` first, then inside the block that was hit: one pass over the vocabulary."""
+    size = p.shape[1]
+    if size % width:
+        p = F.pad(p, (0, -size % width))
+    blocks = p.view(len(p), -1, width)
+    sums = blocks.sum(-1)
+    block, rest = _invert(sums, u * sums.sum(-1))
+    inside = blocks[torch.arange(len(p), device=p.device), block]
+    ids = block * width + _invert(inside, rest)[0]
+    return ids.clamp_(max=size - 1)  # NaN probabilities lead anywhere
+
+
+def _invert(mass: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First index at which the cumulative mass (B, N) exceeds the target (B,), and how far into its mass. A
+    target that rounding put at the total or above is moved below it, so mass 0 is never selected."""
+    sums = mass.cumsum(-1)
+    target = torch.minimum(target, sums[:, -1] * (1 - 1e-6))
+    index = torch.searchsorted(sums, target[:, None], right=True).clamp_(max=mass.shape[1] - 1)
+    before = (sums - mass).gather(1, index).squeeze(1)
+    return index.squeeze(1), (target - before).clamp_(min=0)
