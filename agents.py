@@ -93,9 +93,8 @@ def printed(outcome) -> str | None:
     line = next((line for line in reversed(lines) if re.search(r"\d", line)), None)
     if line is None:
         return None
-    line = line.split("=")[-1].split(":")[-1].strip()
-    words = re.sub(r"sqrt|pi|frac|\bI\b|\be\b", "", line)
-    if re.search(r"[A-Za-z$%]", words) or not line:
+    line = re.split(r"=|:\s", line)[-1].strip()  # after a label
+    if re.search(r"[A-Za-z]{2}|[$%]", re.sub(r"sqrt|pi|frac", "", line)) or not line:
         line = (NUMBER.findall(line) or [None])[-1]
     return line and re.sub(r"-?\d+\.\d{9,}", lambda m: f"{float(m[0]):.10g}", line)
 

@@ -1,5 +1,6 @@
 """Each workflow behaves as its description says, on scripted replies; the comparison and the command line."""
 
+import doctest
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from scripted import Backend, Sandbox, problem
 
 import agents
+import slm.episode
 from agents import WORKFLOWS, blocks_of, printed, settle, shown, tally, verdict
 from slm.episode import Reply, Sampling, answer_record, jobs_for, run_episodes
 
@@ -243,7 +245,8 @@ def test_workflows_without_tools_share_the_greedy_first_call(name):
     ("3\n18.0\n", "18.0"), ("The answer is 12 eggs\n", "12"), ("x = 5", "5"), ("total: 1,250\n\n", "1,250"),
     ("0.30000000000000004", "0.3"), ("2.6666666666666665", "2.666666667"), ("sqrt(2)/2", "sqrt(2)/2"),
     ("(3, 4)", "(3, 4)"), ("7\ndone", "7"), ("7/3", "7/3"), ("$18", "18"), ("done", None), ("", None),
-    ("-4", "-4"), ("[1, 2]", "[1, 2]"), ("x**2 + 1", "1")])
+    ("-4", "-4"), ("[1, 2]", "[1, 2]"), ("x**2 + 1", "x**2 + 1"), ("It is 3 + 4 eggs", "4"),
+    ("12:30", "12:30")])
 def test_the_answer_that_code_printed(stdout, answer):
     assert printed(SimpleNamespace(stdout=stdout, error=None, timed_out=False)) == answer
 
@@ -281,6 +284,10 @@ def test_verdicts(text, said):
 def test_votes_and_settling():
     assert tally(["1/2", "3", "0.5", None, "3", "3"]) == [("3", 3), ("1/2", 2)]
     assert settle([None, "2", "5"]) == "5" and settle([None, None]) is None and settle(["1"]) == "1"
+
+
+def test_the_examples_in_the_docstrings():
+    assert not doctest.testmod(agents).failed and not doctest.testmod(slm.episode).failed
 
 
 # ---- the command line ------------------------------------------------------------------------------------
