@@ -212,6 +212,8 @@ class _Pool:
             with open(log) as said:
                 raise RuntimeError(f"the sandbox did not start:\n{said.read()}") from None
         self.layers, self.refused = hello["layers"], hello["refused"]
+        if "namespaces" in self.layers:
+            shutil.rmtree(base)  # scratch folders are in memory then
 
     def exchange(self, wait: float) -> list[dict]:
         """Send what is to be said and return what has come, waiting at most `wait` seconds for something.

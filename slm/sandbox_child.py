@@ -78,9 +78,7 @@ def be_a_run(plan: dict, scratch: str, channel: int, out: int, err: int) -> None
     job = receive(CHANNEL)
     seconds = int(job["timeout"]) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    report = run_blocks(job["blocks"], sys.stdout)
-    os.write(CHANNEL, job["token"].encode() + json.dumps(report).encode())
-    os._exit(0)
+    run_blocks(job["blocks"], job["token"].encode(), sys.stdout)
 
 
 def receive(fd: int) -> dict:
@@ -93,48 +91,45 @@ def receive(fd: int) -> dict:
     return json.loads(data[4:])
 
 
-def run_blocks(blocks: list[str], out) -> dict | None:
-    """Run the blocks like cells of one notebook. None, or what went wrong (see `describe`)."""
+def run_blocks(blocks: list[str], token: bytes, out, write=os.write, leave=os._exit) -> None:
+    """Run the blocks like cells of one notebook, say on the channel how it went, and leave. `write` and
+    `leave` are taken before the program can replace them: success goes through nothing that it can."""
     module = types.ModuleType("__main__")
     sys.modules["__main__"] = module
     names = ["<code>"] if len(blocks) == 1 else [f"<block {i + 1}>" for i in range(len(blocks))]
-    problem = None
+    report = b"null"
     try:
         for source, name in zip(blocks, names):
             run_cell(source, name, module.__dict__)
         threading._shutdown()  # as at the end of any program: threads are waited for, atexit is honoured
         atexit._run_exitfuncs()
+    except SystemExit as error:
+        if error.code not in (None, 0):
+            report = describe(error, names)
     except BaseException as error:
-        problem = error
-    # The program may have left behind what would run inside the report: tracing, signals, other streams.
-    sys.settrace(None)
-    sys.setprofile(None)
-    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    report = describe(problem, names) if problem is not None else None
+        report = describe(error, names)
     for stream in {id(s): s for s in (sys.stdout, out)}.values():
         with contextlib.suppress(Exception):
             stream.flush()
-    return report
+    write(CHANNEL, token + report)
+    leave(0)
 
 
 def run_cell(source: str, name: str, space: dict) -> None:
     """Run one block in the namespace `space` and show the value of a last bare expression."""
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
-    tree = ast.parse(source, name)
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    tree, shown = ast.parse(source, name), []
+    if tree.body and isinstance(tree.body[-1], ast.Expr) and not source.rstrip().endswith(";"):
+        shown = [tree.body.pop()]
     exec(compile(tree, name, "exec", dont_inherit=True), space)
-    if last is None:
-        return
-    value = eval(compile(ast.Expression(last.value), name, "eval", dont_inherit=True), space)
-    if value is not None and not source.rstrip().endswith(";"):
-        space["_"] = value
-        print(repr(value))
+    exec(compile(ast.Interactive(shown), name, "single", dont_inherit=True), space)
 
 
-def describe(error: BaseException, names: list[str]) -> dict | None:
-    """What went wrong as {"error": one line, "traceback": text}, with no frames but the program's own."""
-    if isinstance(error, SystemExit) and error.code in (None, 0):
-        return None
+def describe(error: BaseException, names: list[str], quote=json.encoder.encode_basestring_ascii) -> bytes:
+    """What went wrong as JSON, {"error": one line, "traceback": text}, with the program's own frames only."""
+    sys.settrace(None)  # the program may have left behind what would run in here
+    sys.setprofile(None)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     if sys.platform == "linux":
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
@@ -152,7 +147,8 @@ def describe(error: BaseException, names: list[str]) -> dict | None:
     if isinstance(error, SyntaxError) and error.filename in names:
         line, name = error.lineno, error.filename
     place = f" ({'' if name == '<code>' else name[1:-1] + ', '}line {line})" if line else ""
-    return {"error": cut(said, 1000) + place, "traceback": cut("".join(whole.format()), 8000)}
+    said, trace = cut(said, 1000) + place, cut("".join(whole.format()), 8000)
+    return f'{{"error": {quote(said)}, "traceback": {quote(trace)}}}'.encode()
 
 
 def cut(text: str, limit: int) -> str:
@@ -509,6 +505,8 @@ def main() -> None:
     finally:
         supervisor.close()
         os.waitpid(pid, 0)
+        if proc is None:
+            shutil.rmtree(plan["base"], ignore_errors=True)
 
 
 if __name__ == "__main__":

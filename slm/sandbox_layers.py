@@ -265,7 +265,7 @@ def seccomp() -> None:
 # ---- layer: limits ---------------------------------------------------------------------------------------
 
 def limits(memory: int, threads: int, file: int) -> None:
-    """memory: bytes of address space; the report of a MemoryError may claim 64 MB more. file: bytes of one."""
+    """memory: bytes of address space; the report of a MemoryError may use 64 MB more. file: bytes of one."""
     def cap(what: str, soft: int, hard: int | None = None) -> None:
         top = resource.getrlimit(getattr(resource, what))[1]
         values = [v if top == resource.RLIM_INFINITY else min(v, top) for v in (soft, hard or soft)]

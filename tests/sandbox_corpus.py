@@ -245,7 +245,7 @@ BENIGN = {
     "atexit": ("import atexit\natexit.register(print, 'bye')\nprint('hi')", "hi\nbye\n"),
     "exit": ("print(1)\nimport sys\nsys.exit()\nprint(2)", "1\n"),
     "alarm": ("import signal\nsignal.signal(signal.SIGALRM, lambda *a: print('ring'))\nsignal.setitimer(signal.ITIMER_REAL, .01)\n"
-              "signal.pause()\nprint('on')", "ring\non\n"),
+              "import time\ntime.sleep(.3)\nprint('on')", "ring\non\n"),
     "scratch file": ("with open('a.txt', 'w') as f: f.write('1 2')\nprint(open('a.txt').read().split())\n"
                      "import os; os.remove('a.txt'); os.listdir('.')", "['1', '2']\n[]\n"),
     "temporary file": ("import tempfile\nwith tempfile.NamedTemporaryFile('w+') as f:\n    f.write('x'); f.seek(0); print(f.read())", "x\n"),
