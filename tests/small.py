@@ -15,5 +15,7 @@ def write_small(folder):
     for p in model.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.1)
+    with torch.no_grad():  # even and odd ids differ, so that an easy reward can be learned
+        model.model.embed_tokens.weight[::2, 0] += 0.35
     checkpoint.save(model, tokenizer, folder)
     return str(folder)

@@ -18,10 +18,10 @@ def small(tmp_path_factory):
     return write_small(tmp_path_factory.mktemp("small") / "model")
 
 
-def even(episode, gold, no_box):
-    """An easy reward: most of the sampled ids are even."""
+def odd(episode, gold, no_box):
+    """An easy reward: most of the sampled ids are odd."""
     ids = [i for turn in episode.turns for i in turn.ids]
-    return (1.0 if sum(i % 2 == 0 for i in ids) > len(ids) / 2 else -1.0), "easy"
+    return (1.0 if sum(i % 2 for i in ids) > len(ids) / 2 else -1.0), "easy"
 
 
 def train(small, out, *options, steps=4):
@@ -33,10 +33,10 @@ def train(small, out, *options, steps=4):
 
 
 def test_the_reward_rises_and_the_ratio_starts_at_one(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_grpo, "judge", even)
-    rows = train(small, tmp_path / "run", "--kl", "0.01", steps=24)
-    first, last = (sum(r["reward"] for r in part) / 6 for part in (rows[:6], rows[-6:]))
-    assert last > first + 0.5, (first, last)
+    monkeypatch.setattr(train_grpo, "judge", odd)
+    rows = train(small, tmp_path / "run", "--kl", "0.01", "--lr", "0.005", steps=20)
+    first, last = (sum(r["reward"] for r in part) / 3 for part in (rows[:3], rows[-3:]))
+    assert last > first + 0.4, (first, last)
     assert all(r["dlogp_max"] < 1e-4 for r in rows)  # the sampler's log-probs are the trainer's
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[-1]["kl"] > 0.01
     assert (tmp_path / "run" / "report.html").is_file()
@@ -45,7 +45,7 @@ def test_the_reward_rises_and_the_ratio_starts_at_one(small, tmp_path, monkeypat
 
 
 def test_a_run_stopped_and_resumed_ends_on_the_same_bits(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_grpo, "judge", even)
+    monkeypatch.setattr(train_grpo, "judge", odd)
     whole = train(small, tmp_path / "whole")
     log = run.RunDir.log
 
