@@ -1,4 +1,4 @@
-"""Sampling speed: ours, transformers and, where installed, llama.cpp, one after the other, same prompts.
+"""Sampling speed: ours, transformers and, where installed, llama.cpp, on the same prompts.
 
     export OMP_WAIT_POLICY=PASSIVE SLM_DATA=...
     python bench/sampler.py                                                       # tiny, 64 sequences
@@ -252,8 +252,8 @@ def measure(name: str, seconds: int) -> dict | None:
     print(f"{name:34} {r['rate']:9.1f} tok/s  ({r['tokens']:,} tokens in {r['seconds']:.1f} s, "
           f"peak {r['peak_gb']:.2f} GB)", flush=True)
     if "floor_share" in r:
-        print(f"{'':34} decode: {r['floor_share']:.0%} of the bandwidth floor, {r['matrix_share']:.0%} of the "
-              f"matrix rate, {r['rows_a_step']:.1f} rows a step")
+        print(f"{'':34} decode: {r['floor_share']:.0%} of the bandwidth floor, {r['matrix_share']:.0%} of "
+              f"the matrix rate, {r['rows_a_step']:.1f} rows a step")
     return result
 
 

@@ -107,8 +107,11 @@ class Batches:
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q (S, L, H, E), k and v (S, L, K, E) -> (S * L, H, E)."""
+    groups = q.shape[2] // k.shape[2]
+    if groups > 1 and q.device.type != "cpu":  # only the CPU's fused kernel shares heads in float32
+        k, v, groups = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2), 1
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                                         is_causal=True, enable_gqa=q.shape[2] != k.shape[2])
+                                         is_causal=True, enable_gqa=groups > 1)
     return out.transpose(1, 2).flatten(0, 1)
 
 
@@ -120,8 +123,7 @@ def _ranges(lengths: list[int]) -> Tensor:
 # ---- with a KV cache (sampler.py) --------------------------------------------------------------------------
 
 class KVCache:
-    """Keys and values of `slots` sequences of up to `length` tokens: k[layer], v[layer], (slots, K, length,
-    E).
+    """Keys and values of `slots` sequences of up to `length` tokens: per layer k and v (slots, K, length, E).
 
     On a CPU the keys lie in memory as (slots, K, E, length): scores are then a row-major product, twice as
     fast in bfloat16. What nothing was written to is zero, never NaN: it is multiplied by attention weights of
@@ -130,8 +132,7 @@ class KVCache:
 
     def __init__(self, config: Config, device="cpu", dtype=torch.float32):
         self.layers, self.heads, self.size = config.layers, config.kv_heads, config.head_size
-        self.device, self.dtype = torch.device(device), dtype
-        self.spare = int(self.device.type == "cuda")
+        self.device, self.dtype, self.spare = torch.device(device), dtype, int("cuda" in str(device))
         self.token_bytes = 2 * config.layers * config.kv_heads * config.head_size * dtype.itemsize
         self.clear()
 

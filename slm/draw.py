@@ -6,6 +6,9 @@ needs no generator on any device. Drawing inverts the cumulative sum at one such
 would need one for each entry of the vocabulary.)
 """
 
+import copy
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
@@ -98,3 +101,25 @@ def _invert(mass: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, tor
     index = torch.searchsorted(sums, target[:, None], right=True).clamp_(max=mass.shape[1] - 1)
     before = (sums - mass).gather(1, index).squeeze(1)
     return index.squeeze(1), (target - before).clamp_(min=0)
+
+
+def record(run, controls: Controls):
+    """Run on CUDA, after a warm-up, into a graph that replays it with one launch: (graph, *results). The
+    controls are put back to where they were; what is written to the cache meanwhile is written again."""
+    before = copy.deepcopy(controls)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=_pool()):
+        results = run()
+    controls.take(before)
+    return graph, *results
+
+
+@cache
+def _pool():
+    """One for all recordings: they run one after the other, and their results are copied at once."""
+    return torch.cuda.graph_pool_handle()

@@ -25,7 +25,6 @@ trainer's own tensors, taken as they are at each step.
 Not covered: beam search, speculative decoding, more than one device (a vLLM server through endpoint.py is).
 """
 
-import copy
 import math
 import re
 import time
@@ -33,16 +32,14 @@ import warnings
 import zlib
 from array import array
 from collections import deque
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from slm import BadInput, lora
 from slm.attention import Decode, KVCache, Prefill
-from slm.draw import Controls
+from slm.draw import Controls, record
 from slm.episode import Reply, Request, Sampling
 
 PREFILL_TOKENS = 4096  # in one packed pass
@@ -50,7 +47,7 @@ SHARED_TOKENS = 32     # a shorter common prefix is computed rather than copied
 BURST = 8              # decode rounds between two looks at what was drawn, on a GPU
 SPAN = 128             # recorded rounds attend over a multiple of this
 ROWS = [1, 2, 4, *range(8, 64, 8), *range(64, 4097, 32)]  # and have one of these numbers of rows
-BOX = re.compile(r"\\boxed\s*\{")
+BOX, BRACE = re.compile(r"\\boxed\s*\{"), re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 @dataclass(eq=False)
@@ -82,16 +79,16 @@ class Row:
 
 class Sampler:
     """submit() requests, step() until nothing is pending; or generate() for a list of them.
-
-    max_batch: rows decoded together. cache_tokens: room of the KV cache, rows times the longest one's length.
-    """
+    max_batch: rows decoded together. cache_tokens: room of the KV cache, rows times the longest one's length;
+    by default what 2 GiB hold, or half of a GPU's free memory."""
 
     def __init__(self, model, tokenizer, max_batch: int | None = None, cache_tokens: int | None = None):
         self.model, self.tokenizer = model, tokenizer
         self.device = next(model.parameters()).device
         self.max_batch = max_batch or (256 if self.device.type == "cuda" else 64)
         self.cache = KVCache(model.config, self.device, next(model.parameters()).dtype)
-        self.cache_tokens = cache_tokens or self._affordable_tokens()
+        free = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else 2 << 30
+        self.cache_tokens = cache_tokens or max(2048, free // self.cache.token_bytes)
         self.waiting: deque[Row] = deque()
         self.slots: list[Row | None] = []   # running rows first, then kept ones and gaps
         self.running = 0
@@ -102,11 +99,11 @@ class Sampler:
         # Waking a second thread takes longer than half of so small a product.
         self.threads = 1 if self.device.type == "cpu" and c.hidden * c.intermediate < 1 << 18 else 0
         self.burst = BURST if cuda else 1
-        self.recorder = partial(record, pool=torch.cuda.graph_pool_handle()) if cuda else None
+        self.recorder = record if cuda else None
         self.recorded = {}                     # (rows, span, ...) -> recorded round, see _replay
         self.steps = self.tickets = self.tokens = 0
-        self.weights = None                    # fingerprint of the weights the cache was computed with
-        self.pieces: dict[int, str] = {}       # text of single tokens
+        self.weights: list = []                # address and version of each, when the cache was computed
+        self.pieces: dict[int, set[str]] = {}  # characters of single tokens
         self.training = False                  # whether to put the model back into training mode
 
     # ---- the protocol --------------------------------------------------------------------------------------
@@ -150,40 +147,37 @@ class Sampler:
         if self.model.training:  # no dropout here; training mode comes back once nothing is pending
             self.model.eval()
             self.training = True
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.threads or threads)
         try:
-            with torch.inference_mode(), _threads(self.threads):
+            with torch.inference_mode():
                 self._admit()
                 if self.running:
                     self._decode()
         except RuntimeError as e:
-            if not _out_of_memory(e) or len(self.slots) + len(self.waiting) == 0:
-                raise
             self._shrink(e)
+        finally:
+            torch.set_num_threads(threads)
         self.steps += 1
         done, self.finished = self.finished, []
-        if not self.pending:
-            self._rest()
+        if self.training and not self.pending:
+            self.model.train()
+            self.training = False
         return [(row.ticket, row.sample, self._reply(row)) for row in done]
 
     def close(self) -> None:
         """Forget every request and give the cache's memory back."""
         self.waiting.clear()
-        self.finished.clear()
-        self.running = 0
+        self.running, self.finished = 0, []
         self.forget()
-        self._rest()
-
-    def _rest(self) -> None:
-        if self.training:
-            self.model.train()
-            self.training = False
+        self.model.train(self.model.training or self.training)
+        self.training = False
 
     def forget(self) -> None:
         """Drop all that is cached; what is running is prefilled again."""
-        self.waiting.extendleft(reversed(self.slots[:self.running]))
-        for row in self.waiting:
-            row.cached, row.filled = 0, False
-        self.slots, self.running, self.controls = [], 0, None
+        for row in reversed(self.slots[:self.running]):
+            self._requeue(row)
+        self.slots, self.running, self.recorded = [], 0, {}
         self.cache.clear()
 
     def generate(self, requests: list[Request], progress: bool = True) -> list[list[Reply]]:
@@ -194,7 +188,7 @@ class Sampler:
         except BadInput:
             self.waiting.clear()
             raise
-        replies: list[list] = [[None] * request.n for request in requests]
+        replies: list[dict] = [{} for _ in requests]
         start, tokens = time.monotonic(), self.tokens
         bar = tqdm(total=sum(r.n for r in requests), disable=not progress, unit="reply", smoothing=0.1)
         try:
@@ -210,7 +204,7 @@ class Sampler:
             print(f"\nstopped: {bar.n} of {bar.total} replies are finished")
         finally:
             bar.close()
-        return [[reply for reply in group if reply is not None] for group in replies]
+        return [[group[i] for i in sorted(group)] for group in replies]
 
     # ---- who is in the batch -------------------------------------------------------------------------------
 
@@ -275,10 +269,8 @@ class Sampler:
 
     def _spare_slot(self, source: Row | None) -> int:
         """A slot for a kept row that must make way: a free one, or else that of the one kept longest."""
-        kept = range(self.running, len(self.slots))
-        free = next((i for i in kept if self.slots[i] is None), None)
-        return free if free is not None else min((i for i in kept if self.slots[i] is not source),
-                                                 key=lambda i: self.slots[i].used)
+        slots = [i for i in range(self.running, len(self.slots)) if self.slots[i] is not source or not source]
+        return min(slots, key=lambda i: self.slots[i].used if self.slots[i] else -1)
 
     def _fit(self, slots: int, length: int) -> bool:
         """Make the cache hold this many slots of this length; False when cache_tokens forbids it. Where
@@ -287,13 +279,13 @@ class Sampler:
         cache = self.cache
         if slots <= cache.slots and length <= cache.length:
             return True
-        most = min(self.model.config.positions, self.cache_tokens)
-        wanted = [_round(length), length]
+        most, up = min(self.model.config.positions, self.cache_tokens), lambda n: -(-n // 64) * 64
+        wanted = [up(length), length]
         if length <= cache.length:
             wanted.insert(0, cache.length)
         elif self.recorder:  # a new size means new recordings
             everyone = [*self.waiting, *self.slots[:self.running]]
-            wanted[:0] = [max(row.prompt + row.limit for row in everyone), _round(length * 3 // 2)]
+            wanted[:0] = [max(row.prompt + row.limit for row in everyone), up(length * 3 // 2)]
         fitting = [n for n in (min(n, most) for n in wanted) if n * slots <= self.cache_tokens]
         if not fitting:
             return False
@@ -316,13 +308,10 @@ class Sampler:
                 row.used, self.controls = self.steps, None
                 self.finished.append(row)
 
-    def _preempt(self) -> list[Row]:
-        """Send the newest row back to the waiting line; returns the others."""
-        self.running -= 1
-        row, self.slots[self.running] = self.slots[self.running], None
+    def _requeue(self, row: Row) -> None:
+        """Send a row back to the head of the waiting line."""
         row.filled, row.cached, self.controls = False, 0, None
         self.waiting.appendleft(row)
-        return self.slots[:self.running]
 
     # ---- the two passes ------------------------------------------------------------------------------------
 
@@ -350,7 +339,7 @@ class Sampler:
             if copies:
                 self.cache.copy(self.slots.index(row), copies, len(row.tokens))
         rows = pack + [twin for twin, _ in twins]
-        hidden = torch.stack([last[row] for row in pack] + [last[original] for _, original in twins])
+        hidden = torch.stack([last[row] for row in [*pack, *(original for _, original in twins)]])
         controls = Controls([row.state() for row in rows], self.device)
         self._accept(rows, [controls.draw(self.model.logits(hidden))])
         self._leave()
@@ -360,7 +349,9 @@ class Sampler:
         rows = self.slots[:self.running]
         count = min(self.burst, *(row.limit - len(row.logprobs) for row in rows))
         while not self._fit(len(rows), (longest := max(len(row.tokens) for row in rows) + count - 1)):
-            rows = self._preempt()
+            self._requeue(rows.pop())
+            self.running -= 1
+            self.slots[self.running] = None
         adapters = [(row.adapter, 1) for row in rows]
         recorded = self.recorder and len({row.adapter for row in rows}) == 1
         if self.controls is None:
@@ -422,10 +413,9 @@ class Sampler:
     def _stopped(self, row: Row, token: int) -> str | None:
         """"box" or "stop_string" if this token completed one. The reply is decoded only when the token's
         text could: it holds the last character (or a part of a character, shown as U+FFFD)."""
-        piece = self.pieces.get(token)
-        if piece is None:
-            piece = self.pieces[token] = self.tokenizer.decode([token], skip_special=False)
-        if not (row.watch & set(piece)):
+        if token not in self.pieces:
+            self.pieces[token] = set(self.tokenizer.decode([token], skip_special=False))
+        if not row.watch & self.pieces[token]:
             return None
         text = self.tokenizer.decode(row.tokens[row.prompt:])
         if any(stop in text for stop in row.sampling.stop):
@@ -442,67 +432,36 @@ class Sampler:
     # ---- faults --------------------------------------------------------------------------------------------
 
     def _shrink(self, error: Exception) -> None:
-        """Out of memory: halve the batch and the cache, and put what was running back in line."""
-        if self.max_batch == 1 or not (self.running or self.waiting):
+        """After running out of memory: halve batch and cache, and put what was running back in line."""
+        known = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not known or self.max_batch == 1:
             raise error
         self.max_batch = max(1, (self.running or self.max_batch) // 2)
         self.prefill_tokens = max(256, self.prefill_tokens // 2)
-        held = self.cache.slots * self.cache.length
+        held = self.cache.slots * self.cache.length or self.cache_tokens
         self.forget()
-        needed = max(row.prompt + row.limit for row in self.waiting)
-        self.cache_tokens = max(needed, min(self.cache_tokens, held or self.cache_tokens) // 2)
+        self.cache_tokens = max(held // 2, *(row.prompt + row.limit for row in self.waiting))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         warnings.warn(f"out of memory: sampling goes on with at most {self.max_batch} rows and "
                       f"{self.cache_tokens:,} cached tokens", stacklevel=3)
 
     def _check_weights(self) -> None:
-        """Forget what was cached with other weights (seen by the version counters of the parameters)."""
-        if not self.running:
-            now = hash(tuple((id(p), p._version) for p in self.model.parameters()))
-            if now != self.weights:
-                self.forget()
-            self.weights = now
-
-    def _affordable_tokens(self) -> int:
-        """Tokens of cache in 2 GiB, or in half of what is free on a GPU."""
-        room = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else 2 << 30
-        return max(room // self.cache.token_bytes, 2048)
-
-
-def record(run, controls: Controls, pool=None):
-    """Run on CUDA, after a warm-up, into a graph that replays it with one launch: (graph, *results). The
-    controls are put back to where they were; what is written to the cache meanwhile is written again."""
-    before = copy.deepcopy(controls)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        results = run()
-    controls.take(before)
-    return graph, *results
-
-
-@contextmanager
-def _threads(count: int):
-    """Run on this many CPU threads; 0: as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        """Drop what was cached with other weights (seen by the version counters of the parameters)."""
+        if self.pending:
+            return
+        before, self.weights = self.weights, [(p.data_ptr(), p._version) for p in self.model.parameters()]
+        if self.weights != before:
+            self.slots = [None] * len(self.slots)
+            self.recorded = {}
 
 
 def _boxed(text: str) -> bool:
     """Whether a \\boxed{...} is complete, its braces balanced."""
     for start in BOX.finditer(text):
         depth = 1
-        for brace in re.finditer(r"\\.|[{}]", text[start.end():], re.DOTALL):
-            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+        for brace in BRACE.findall(text, start.end()):
+            depth += {"{": 1, "}": -1}.get(brace, 0)
             if depth == 0:
                 return True
     return False
@@ -515,11 +474,3 @@ def _common(a: list[int], b: list[int], most: int) -> int:
         middle = (low + most + 1) // 2
         low, most = (middle, most) if a[low:middle] == b[low:middle] else (low, middle - 1)
     return low
-
-
-def _round(length: int) -> int:
-    return -(-length // 64) * 64
-
-
-def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
