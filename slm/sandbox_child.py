@@ -75,6 +75,7 @@ def be_a_run(plan: dict, scratch: str, channel: int, out: int, err: int) -> None
         sys.modules["numpy.random"].seed()
     gc.enable()
     sys.set_int_max_str_digits(0)  # answers of any size; the clock bounds the quadratic conversion
+    os.write(CHANNEL, b".")  # ready
     job = receive(CHANNEL)
     seconds = int(job["timeout"]) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
@@ -103,11 +104,10 @@ def run_blocks(blocks: list[str], token: bytes, out, write=os.write, leave=os._e
             run_cell(source, name, module.__dict__)
         threading._shutdown()  # as at the end of any program: threads are waited for, atexit is honoured
         atexit._run_exitfuncs()
-    except SystemExit as error:
-        if error.code not in (None, 0):
-            report = describe(error, names)
     except BaseException as error:
-        report = describe(error, names)
+        report = b'{"error": "the program failed, and then the report of its error", "traceback": ""}'
+        with contextlib.suppress(BaseException):
+            report = describe(error, names)
     for stream in {id(s): s for s in (sys.stdout, out)}.values():
         with contextlib.suppress(Exception):
             stream.flush()
@@ -127,6 +127,8 @@ def run_cell(source: str, name: str, space: dict) -> None:
 
 def describe(error: BaseException, names: list[str], quote=json.encoder.encode_basestring_ascii) -> bytes:
     """What went wrong as JSON, {"error": one line, "traceback": text}, with the program's own frames only."""
+    if isinstance(error, SystemExit) and error.code in (None, 0):
+        return b"null"
     sys.settrace(None)  # the program may have left behind what would run in here
     sys.setprofile(None)
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -284,7 +286,7 @@ class Run:
 
     def __init__(self, pid: int, scratch: str, fds: list[int], output: int):
         self.pid, self.scratch, self.fds = pid, scratch, fds
-        self.job: dict | None = None
+        self.ready, self.job = False, None
         self.started = self.ended = 0.0
         self.deadline, self.why = float("inf"), None
         self.out, self.err, self.said, self.bytes = Printed(output), Printed(4000), b"", 0
@@ -301,7 +303,8 @@ class Supervisor:
         self.runs: dict[int, Run] = {}      # by pid
         self.by_fd: dict[int, Run] = {}
         self.busy: set[Run] = set()
-        self.forking = True                 # until the zygote says "ready"
+        self.forking = True                 # until the zygote or its newest run says that it is ready
+        self.stillborn = 0                  # runs that died before that, in a row
         self.poll = select.poll()
         self.poll.register(caller, select.POLLIN)
         self.poll.register(zygote, select.POLLIN)
@@ -346,11 +349,10 @@ class Supervisor:
             if "reaped" in message:
                 self.finish(self.runs.pop(message["reaped"]), message["code"], message["cpu"])
                 continue
-            self.forking = False
+            self.forking = bool(message)
             if message:
                 run = Run(message["pid"], message["scratch"], fds, self.plan["output"])
                 self.runs[run.pid] = run
-                self.spare.append(run)
                 for fd in fds:
                     os.set_blocking(fd, False)
                     self.by_fd[fd] = run
@@ -382,6 +384,10 @@ class Supervisor:
             return
         except OSError:
             chunk = b""
+        if chunk == b"." and fd == run.fds[0] and not run.ready:
+            run.ready, self.forking, self.stillborn = True, False, 0
+            self.spare.append(run)
+            return
         self.keep(run, fd, chunk)
         if not chunk:
             self.poll.unregister(fd)
@@ -408,6 +414,10 @@ class Supervisor:
             run.ended = time.monotonic()
             if run in self.spare:
                 self.spare.remove(run)
+            elif not run.ready:
+                self.forking, self.stillborn = False, self.stillborn + 1
+                if self.stillborn > 9:
+                    raise RuntimeError(f"runs die before they start: {run.err.text()}")
             self.zygote.sendall(b"reap %d\n" % run.pid)
 
     def patience(self) -> float | None:
