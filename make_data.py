@@ -19,6 +19,7 @@ import contextlib
 import itertools
 import json
 import random
+import shlex
 import signal
 import sys
 import time
@@ -242,7 +243,7 @@ def leaks(problems: list, names: list[str]) -> dict[str, dict]:
             print(f"warning: overlap with {name} is NOT checked: {e}")
     find = records.Leaks(sets, None if tiny else 13).find
     dropped = {p.id: leak for p in problems if (leak := find(p.question))}
-    print(f"{len(problems):,} problems; {len(dropped):,} overlap a test set ({', '.join(sets)}) and are dropped")
+    print(f"{len(problems):,} problems; dropped for an overlap with {', '.join(sets)}: {len(dropped):,}")
     return dropped
 
 
@@ -254,13 +255,15 @@ def open_run(args, kind: str, identity: dict, stack) -> Path:
     stack.enter_context(contextlib.closing(records.lock(out)))
     path = out / "settings.json"
     if path.exists() and any(rows.stat().st_size for rows in out.glob("*.jsonl")):
-        old = json.loads(path.read_text())
+        old = json.loads(path.read_text())["settings"]
         for key, new in json.loads(json.dumps(identity)).items():
             if old.get(key) != new:
                 raise BadInput(f"{path}: made with {key} = {old.get(key)}, now {new}; choose another --out")
         print(f"going on in {out}")
     else:
-        records.write_text(path, json.dumps(identity, indent=1))
+        about = {"command": shlex.join(sys.argv), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+                 "settings": identity, "versions": {"python": sys.version.split()[0]}}
+        records.write_text(path, json.dumps(about, indent=1))
     cli.show(vars(args) | {"out": out})
     return out
 
@@ -310,22 +313,24 @@ class Bar:
 
 
 def report(out: Path, problems, dropped, still_open, attempts, prices) -> None:
-    """summary.json, summary.html and the main figures on screen."""
+    """summary.json, report.html and the main figures on screen."""
+    from slm.report import write
     summary = records.summarize(problems, dropped, still_open, attempts, prices)
     records.write_text(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
-    records.write_text(out / "summary.html", records.page(summary, f"Data from {', '.join(prices)}"))
-    for title in ("source", "round", "teacher"):
-        print_table(records.table(summary[title], title))
+    for title in ("source", "round", "teacher", "effort"):
+        print_table(summary[title], title)
     causes = ", ".join(f"{n:,} {cause}" for cause, n in summary["causes"].items())
-    every = summary["source"]["all"]
-    print(f"rejected attempts: {causes or 'none'}")
-    print(f"{every['problems']:,} problems -> {every.get('solved', 0):,} solved, {every['unsolved %']} % "
-          f"unsolved, ${summary['total'].get('dollars', 0):.4f}; page: {out}/summary.html")
+    print(f"rejected attempts: {causes or 'none'}\n{summary['told']}; page: {write(out)}")
 
 
-def print_table(rows: list[list[str]]) -> None:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for first, *rest in rows:
+def print_table(rows: dict[str, dict], title: str) -> None:
+    """A line for each row, a column for every key of any of them."""
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    text = lambda x: f"{x:,.4g}" if isinstance(x, float) else f"{x:,}"
+    body = [[name, *(text(row.get(c, 0)) for c in columns)] for name, row in rows.items()]
+    lines = [[title, *columns], *body]
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    for first, *rest in lines:
         print(first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:])), sep="  ")
 
 

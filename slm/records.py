@@ -2,11 +2,10 @@
 test set, and the summary of it all.
 
 Files of a make_data.py run: records.jsonl (kept), rejected.jsonl (every other attempt, with its cause),
-settings.json, summary.json and summary.html. Imports no torch.
+settings.json, summary.json and report.html. Imports no torch.
 """
 
 import fcntl
-import html
 import json
 import os
 import re
@@ -201,8 +200,11 @@ def summarize(problems: list, dropped: dict[str, dict], still_open: set[str], at
             counts.update(["solved", f"in round {solved[p.id]}"])
         elif p.id in asked:
             counts["open" if p.id in still_open else "unsolved"] += 1
-    sources["all"] = sum(sources.values(), Counter())
-    return {"source": {name: dict(c) | {"unsolved %": _percent(c)} for name, c in sources.items()},
+    every = sources["all"] = sum(sources.values(), Counter())
+    told = (f"{every['problems']:,} problems -> {every['solved']:,} solved, {_percent(every)} % unsolved, "
+            f"${total['dollars']:.4f}")
+    return {"told": told,
+            "source": {name: dict(c) | {"unsolved %": _percent(c)} for name, c in sources.items()},
             **{key: {name: dict(c) for name, c in sorted(group.items())} for key, group in groups.items()},
             "total": dict(total), "causes": {c: causes[c] for c in CAUSES if causes[c]}, "overlaps": dropped,
             "tokens_out_of_records": {f"{b}+": lengths[b] for b in BINS if lengths[b]}}
@@ -216,28 +218,3 @@ def cost(row: dict, prices: dict[str, tuple[float, float]]) -> float:
 
 def _percent(counts: Counter) -> float:
     return round(100 * counts["unsolved"] / max(1, counts["asked"]), 2)
-
-
-def table(rows: dict[str, dict], title: str) -> list[list[str]]:
-    """Rows of text with a header, every key of every row a column."""
-    columns = list(dict.fromkeys(k for row in rows.values() for k in row))
-    text = lambda x: f"{x:,.4g}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
-    body = [[name, *(text(row.get(c, 0)) for c in columns)] for name, row in rows.items()]
-    return [[title, *columns], *body]
-
-
-def page(summary: dict, title: str) -> str:
-    """The summary as one HTML page."""
-    lengths = summary["tokens_out_of_records"]
-    parts = [table(summary[key], key) for key in ("source", "round", "teacher", "effort")]
-    parts.append(table({c: {"attempts": n} for c, n in summary["causes"].items()}, "why rejected"))
-    parts.append(table({b: {"records": n, "": "▇" * max(1, 60 * n // max(lengths.values()))}
-                        for b, n in lengths.items()}, "tokens of a record"))
-    parts.append(table(summary["overlaps"], "dropped: overlaps a test set"))
-    cells = lambda row, tag: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-    tables = "".join("<table><tr>" + cells(part[0], "th") + "</tr>" + "".join(
-        f"<tr>{cells(row, 'td')}</tr>" for row in part[1:]) + "</table>" for part in parts if len(part) > 1)
-    style = ("body{font:15px sans-serif;margin:2em}table{border-collapse:collapse;margin:1.5em 0}"
-             "td,th{padding:.2em .8em;border-bottom:1px solid #ccc;text-align:left}")
-    return (f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>{style}</style>"
-            f"<h1>{html.escape(title)}</h1>{tables}")
