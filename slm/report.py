@@ -55,7 +55,7 @@ def write(run_dir: str | Path) -> Path:
     for text in TEXTS:
         if picked := spread(path / f"{text}.jsonl"):
             parts += [f"<h2>{text}: {len(picked)} to read</h2>", *map(episode, picked)]
-    parts += ["<h2>Settings</h2>", *(show(about.get(key, {})) for key in ("settings", "versions"))]
+    parts += ["<h2>Settings</h2>", show(about.get("settings", about)), show(about.get("versions", {}))]
     page, body = path / "report.html", "\n".join(parts)
     head = f"<!doctype html><meta charset=utf-8><title>{name}</title><style>{STYLE}</style>"
     page.write_text(f"{head}\n{body}\n", encoding="utf-8", errors="replace")
@@ -79,6 +79,7 @@ def curves(rows: list[dict]) -> bytes:
         axes.set_title(HEADLINES[name], fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
+        axes.locator_params(axis="x", integer=True)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
     return file.getvalue()
@@ -143,7 +144,7 @@ def episode(row: dict) -> str:
     """One row to read: a title that says whether it was right, and everything in it when opened."""
     keys = ("step", "reward", "answer", "gold", "cause")
     facts = ", ".join(f"{k} {row[k]}" for k in keys if row.get(k) not in (None, ""))
-    title = html.escape(f"{row.get('id') or row.get('problem_id') or ''}: {facts}"[:200])
+    title = html.escape(f"{row.get('id') or row.get('problem_id') or row.get('problem', '')}: {facts}"[:200])
     if row.get("correct") is not None:
         word = "right" if row["correct"] else "wrong"
         title = f'<b class="{word}">{word}</b> {title}'
