@@ -288,11 +288,11 @@ def finish(model, tokenizer, out, args):
     """Write the result under its final name, and say what to do with it."""
     from slm import checkpoint, lora, run
     result = out / ("model" if args.full else "adapter")
-    with run.whole(model):
-        if run.rank() == 0 and args.full:
-            checkpoint.save(model, tokenizer, result)
-        elif run.rank() == 0:
-            lora.save(model, result, base=args.model)
+    run.unshard(model)
+    if run.rank() == 0 and args.full:
+        checkpoint.save(model, tokenizer, result)
+    elif run.rank() == 0:
+        lora.save(model, result, base=args.model)
     run.barrier()
     if run.rank() == 0:
         last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
