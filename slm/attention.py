@@ -171,7 +171,6 @@ class KVCache:
 
 class Prefill:
     """New tokens of some slots, packed. segments: (slot, tokens already in the cache, new tokens) of each.
-
     A token sees what its slot holds and, of the new ones, those up to itself."""
 
     def __init__(self, cache: KVCache, segments: list[tuple[int, int, int]]):
@@ -203,7 +202,6 @@ class Prefill:
 
 class Decode:
     """One new token for each of the first B slots. positions (B,): where it goes; it sees 0 .. position.
-
     The query heads that share a key head are the rows of one product: keys and values are read once, where
     they lie. longest: above every position, for callers that know it without asking the device."""
 

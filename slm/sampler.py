@@ -429,8 +429,6 @@ class Sampler:
             text = text[:min(i for i in map(text.find, row.sampling.stop) if i >= 0)]
         return Reply(text, ids, row.logprobs, row.finish, row.tokens[:row.prompt], None, row.prompt, len(ids))
 
-    # ---- faults --------------------------------------------------------------------------------------------
-
     def _shrink(self, error: Exception) -> None:
         """After running out of memory: halve batch and cache, and put what was running back in line."""
         known = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
