@@ -112,7 +112,7 @@ def train(out: Path, steps: int, tokens: int, seed: int) -> None:
             rate = seen / (time.time() - start)
             print(f"step {step} loss {loss.item():.4f} tokens/s {rate:.0f} "
                   f"left {(steps - step) * tokens / rate / 60:.1f} min", flush=True)
-        if step % 500 == 499:
+        if step % 100 == 99:
             store(model, out)
     store(model, out)
 
@@ -153,7 +153,7 @@ def main(args) -> None:
 if __name__ == "__main__":
     p = cli.parser(__doc__)
     p.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder to write (default runs/tiny)")
-    p.add_argument("--steps", type=cli.positive, default=2600, help="optimizer steps (default 2600)")
+    p.add_argument("--steps", type=cli.positive, default=1100, help="optimizer steps (default 1100)")
     p.add_argument("--tokens", type=cli.positive, default=8192, help="tokens a step, about (default 8192)")
     p.add_argument("--seed", type=int, default=1, help="corpus and initialization (default 1)")
     cli.run(main, p.parse_args())
