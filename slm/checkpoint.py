@@ -43,7 +43,7 @@ def resolve(name: str | Path) -> Path:
     if str(name) == "tiny":
         return TINY
     path = Path(name).expanduser()
-    if path.is_dir():
+    if str(name) and path.is_dir():
         if not (path / CONFIG).is_file() and not (path / ADAPTER).is_file():
             raise BadInput(f"{path}: not a model, this directory has no {CONFIG} and no {ADAPTER}")
         return path
@@ -85,12 +85,13 @@ def load(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     """The model, in evaluation mode, and its tokenizer. An adapter's directory loads its base model and then
     the adapter, active under the name "default"."""
     directory = resolve(name)
-    if (directory / ADAPTER).is_file() and not (directory / CONFIG).is_file():
+    if (directory / ADAPTER).is_file() and not any((directory / name).is_file() for name in (WEIGHTS, INDEX)):
         from slm import lora
         base = read_json(directory / ADAPTER).get("base_model_name_or_path")
-        if not base:
-            raise BadInput(f"{directory / ADAPTER}: base_model_name_or_path is missing")
-        model, tokenizer = load(base, device, dtype)
+        try:
+            model, tokenizer = load(base or "", device, dtype)
+        except BadInput as e:
+            raise BadInput(f"{directory / ADAPTER}: base_model_name_or_path {base!r}: {e}") from None
         lora.load(model, directory)
         return model, tokenizer
     config = Config.from_hf(read_json(directory / CONFIG), str(directory / CONFIG))

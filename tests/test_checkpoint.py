@@ -213,6 +213,14 @@ def test_an_adapter_directory_loads_its_base_and_itself(tmp_path):
     assert tokenizer.directory == TINY
 
 
+def test_an_adapter_without_its_base_says_where_it_looked(random_model, tmp_path):
+    model = random_model()
+    lora.add(model, r=2)
+    lora.save(model, tmp_path / "adapter", base="/not/there")
+    with pytest.raises(BadInput, match=r"adapter_config\.json: base_model_name_or_path '/not/there'"):
+        checkpoint.load(tmp_path / "adapter")
+
+
 # ---- cost --------------------------------------------------------------------------------------------------
 
 def test_loading_needs_the_weights_and_one_tensor(random_model, tmp_path):
@@ -320,6 +328,7 @@ def test_a_hub_id_is_downloaded_once_without_pickles_and_then_works_offline(hub,
     assert "put config.json" in offline
 
 
+@pytest.mark.slow
 def test_a_download_that_breaks_off_is_not_taken_for_a_model(hub, saved):
     hub.handler.breaks = 1000
     broken, = hub("org/small")
