@@ -35,7 +35,7 @@ FULL = {"namespaces", "seccomp", "landlock"}
 CODE_BYTES = 4 << 20
 TRIES = 3  # deaths of the pool in a row before the programs it was at are given up
 # All the environment a program sees: one thread for numerical libraries, one order of sets.
-ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0",
+ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C", "TZ": "UTC", "PYTHONHASHSEED": "0",
                "MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
                "MKL_NUM_THREADS": "1", "VECLIB_MAXIMUM_THREADS": "1"}
 

@@ -48,6 +48,8 @@ eventfd2 290 19, epoll_create1 291 20, dup3 292 24, pipe2 293 59, preadv 295 69,
 getcpu 309 168, renameat2 316 276, getrandom 318 278, membarrier 324 283, copy_file_range 326 285,
 statx 332 291, rseq 334 293, close_range 436 436, faccessat2 439 439
 """
+# Allowed where every file in sight is the program's own.
+MODES = "chmod 90 -, fchmod 91 52, fchmodat 268 53, utimensat 280 88"
 # Allowed under the conditions that `seccomp_filter` states, or used by this file only.
 OTHERS = """
 ioctl 16 29, socketpair 53 199, sendto 44 206, clone 56 220, kill 62 129, fcntl 72 25, capset 126 91,
@@ -65,7 +67,7 @@ def _numbers(table: str) -> dict[str, int]:
     return {row[0]: int(row[column]) for row in rows if row[column] != "-"}
 
 
-NUMBER = _numbers(ALLOWED + "," + OTHERS)
+NUMBER = _numbers(",".join((ALLOWED, MODES, OTHERS)))
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -228,7 +230,8 @@ def _allow_if(checks: list[tuple[int, list[int]]]) -> bytes:
 def seccomp_filter(pid: int) -> bytes:
     """The allow-list as a BPF program over struct seccomp_data (number, architecture, instruction pointer,
     six arguments of 64 bits). Everything unnamed is refused with EPERM: new processes, exec, sockets,
-    tracing, mounts, keys, io_uring, memory files, changes of owner, mode and time of files."""
+    tracing, mounts, keys, io_uring, memory files, changes of owner, mode and time of files (those two are
+    allowed to process 1, which has namespaces)."""
     rules = {
         "ioctl": _allow_if([(_argument(1), IOCTLS)]),
         "fcntl": _allow_if([(_argument(1), FCNTLS)]),
@@ -247,7 +250,7 @@ def seccomp_filter(pid: int) -> bytes:
         program += _op(AT_LEAST, 0x40000000, 0, 1) + _op(RETURN, REFUSE)  # the numbers of x32
     for name, rule in rules.items():
         program += _op(EQUAL, NUMBER[name], 0, len(rule) // 8) + rule
-    numbers = set(_numbers(ALLOWED).values())
+    numbers = set(_numbers(f"{ALLOWED},{MODES}" if pid == 1 else ALLOWED).values())
     for number in range(max(numbers) + 2):  # a comparison wherever allowed turns to refused or back
         if (number in numbers) != (number - 1 in numbers):
             program += _op(AT_LEAST, number, 1, 0) + _op(RETURN, REFUSE if number in numbers else ALLOW)

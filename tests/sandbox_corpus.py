@@ -249,6 +249,7 @@ BENIGN = {
     "scratch file": ("with open('a.txt', 'w') as f: f.write('1 2')\nprint(open('a.txt').read().split())\n"
                      "import os; os.remove('a.txt'); os.listdir('.')", "['1', '2']\n[]\n"),
     "temporary file": ("import tempfile\nwith tempfile.NamedTemporaryFile('w+') as f:\n    f.write('x'); f.seek(0); print(f.read())", "x\n"),
+    "copy a file": ("import shutil\nopen('a', 'w').write('1')\nshutil.copy('a', 'b')\nopen('b').read()", "'1'\n"),
     "StringIO and redirect": ("import io, contextlib\ns = io.StringIO()\nwith contextlib.redirect_stdout(s): print('in')\ns.getvalue()",
                               "'in\\n'\n"),
     "large integer": ("n = 7 ** 6000\nlen(str(n))", "5071\n"),

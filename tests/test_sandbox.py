@@ -114,7 +114,7 @@ def at_level(**options) -> dict:
 @pytest.mark.parametrize("ordinary, refused, level", [
     (True, [], "full: namespaces+seccomp+landlock+limits"),
     (True, ["unshare"], "seccomp+landlock+limits"),
-    (False, ["unshare"], "seccomp+landlock+limits"),
+    pytest.param(False, ["unshare"], "seccomp+landlock+limits", marks=pytest.mark.slow),
     pytest.param(False, ["landlock_create_ruleset"], "namespaces+seccomp+limits", marks=pytest.mark.slow)])
 def test_holds_for_an_ordinary_user_and_where_a_layer_is_refused(full, ordinary, refused, level):
     result = at_level(ordinary=ordinary, refuse=refused)
@@ -242,7 +242,7 @@ def test_the_pool_processes_hold_no_secret_of_the_caller(full, monkeypatch):
     with Sandbox() as fresh:
         fresh.run("print('needle' + str('stack'))")
         fresh.submit("import time; time.sleep(30)", 30)
-        assert len(processes() - others) >= 4
+        assert len(processes() - others) >= 3
         for pid in processes() - others:
             assert SECRET.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
             found = {needle: scan(pid, needle) for needle in (SECRET.encode(), b"needlestack")}
@@ -327,7 +327,6 @@ CRASHES = {
     "deep C recursion": ("import sys\nsys.setrecursionlimit(10**9)\nclass A:\n    def __getattr__(s, n): return getattr(s, n)\n"
                          "A().x", None),
     "deep recursion": ("def f(): return f()\nf()", "RecursionError: maximum recursion depth exceeded (line 1)"),
-    "endless recursion": ("import sys\nsys.setrecursionlimit(10**9)\ndef f(): return f() + 1\nf()", None),
     "closes everything": ("import os\nos.closerange(0, 1000)\nraise ValueError", None),
     "memory": ("x = []\nwhile True: x.append(bytearray(1 << 25))", "MemoryError (line 2)"),
     "memory, small pieces": ("x = []\nwhile True: x.append([x] * 100000)", "MemoryError (line 2)"),
@@ -496,7 +495,7 @@ def test_ctrl_c_in_the_middle_loses_nothing():
 
 
 @LINUX
-@pytest.mark.parametrize("end", ["exit", "SIGINT", "SIGKILL"])
+@pytest.mark.parametrize("end", [pytest.param("exit", marks=pytest.mark.slow), "SIGINT", "SIGKILL"])
 def test_nothing_is_left_however_the_caller_ends(end):
     script = ("import os, sys, time\nfrom slm.sandbox import Sandbox\nbox = Sandbox()\nbox.run('1')\n"
               "for _ in range(3): box.submit('import time; time.sleep(60)', 60)\n"
@@ -505,7 +504,7 @@ def test_nothing_is_left_however_the_caller_ends(end):
                               text=True, cwd=ROOT, start_new_session=True)
     base = caller.stdout.readline().strip()
     pids = [p for p in processes() if base in Path(f"/proc/{p}/cmdline").read_text()]
-    assert len(pids) >= 4
+    assert len(pids) >= 3
     if end != "exit":
         os.killpg(caller.pid, getattr(signal, end))  # the whole foreground group, as a terminal does
     caller.wait(10)
@@ -566,18 +565,21 @@ HEADERS = {"x86_64": "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "aarch64":
 @pytest.mark.parametrize("machine", HEADERS)
 def test_the_filter_allows_what_is_listed_and_nothing_else(machine):
     layers = layers_for(machine)
-    program, allowed = layers.seccomp_filter(1), set(layers._numbers(layers.ALLOWED).values())
+    program, allowed = layers.seccomp_filter(7), set(layers._numbers(layers.ALLOWED).values())
+    first, files = layers.seccomp_filter(1), set(layers._numbers(layers.MODES).values())
     asked = {"ioctl", "fcntl", "kill", "tgkill", "prlimit64", "prctl", "socketpair", "sendto", "clone", "clone3"}
     for number in set(range(1000)) - {layers.NUMBER[name] for name in asked}:
         verdict = decide(program, number, layers.AUDIT_ARCH, [0] * 6)
         assert verdict == (layers.ALLOW if number in allowed else layers.REFUSE), number
+        verdict = decide(first, number, layers.AUDIT_ARCH, [0] * 6)
+        assert verdict == (layers.ALLOW if number in allowed | files else layers.REFUSE), number
     assert decide(program, 0, layers.AUDIT_ARCH ^ 1, [0] * 6) == layers.KILL
     if machine == "x86_64":
         assert decide(program, 0x40000000, layers.AUDIT_ARCH, [0] * 6) == layers.REFUSE
     yes, no = layers.ALLOW, layers.REFUSE
     for name, args, verdict in [
             ("clone", [0x3D0F00], yes), ("clone", [17], no), ("clone", [0x4111], no), ("clone3", [0, 88], layers.UNKNOWN),
-            ("kill", [1, 9], yes), ("kill", [0, 9], no), ("kill", [-1, 9], no), ("kill", [2, 9], no), ("tgkill", [5, 5], no),
+            ("kill", [7, 9], yes), ("kill", [0, 9], no), ("kill", [-1, 9], no), ("kill", [2, 9], no), ("tgkill", [5, 5], no),
             ("fcntl", [3, 8], no), ("fcntl", [3, 1030], yes), ("ioctl", [0, 0x5412], no), ("ioctl", [0, 0x5401], yes),
             ("socketpair", [1, 0o2000001], yes), ("socketpair", [1, 2], no), ("socketpair", [16, 1], no),
             ("sendto", [3, 4096, 1, 0, 0], yes), ("sendto", [3, 4096, 1, 0, 4096], no), ("sendto", [3, 0, 1, 0, 1 << 32], no),
