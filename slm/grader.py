@@ -1,115 +1,78 @@
-r"""Grade a response against the gold answer: what the answer is, whether it is right, and why.
+r"""Grade a response against the gold answer: what the answer is, whether it is right, and why not.
 
 The answer is the last complete \boxed{} or \fbox{} (boxes side by side are a list); without one, what follows the last
 "answer is" or "####"; without one, the last number where the gold is a plain number. A response that is nothing but one
-formula is that formula. Strict mode, for rewards, takes a box only. Equality is decided in slm/answers.py, exactly.
+formula is that formula. Strict mode, for rewards, takes a box only. slm/answers.py reads an answer into a tree,
+slm/values.py compares expressions; here is what surrounds them: lists, tuples, intervals, equations, units, choices.
 
-Pure functions: no signals, threads, clocks or global state; any input is answered within milliseconds.
+Pure functions: no signals, threads or global state; model text is never executed; any input gets a verdict within
+milliseconds, since every size is bounded before anything is computed.
 """
 
+import math
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
-from slm import answers
+from slm.answers import LINE, MAX_CHARS, Unreadable, braced, children, parse
+from slm.values import equal_values, letters, names, number, proportional
+
+Node = tuple
 
 
 @dataclass(frozen=True)
 class Grade:
     correct: bool
-    answer: str | None  # what was extracted from the response
+    answer: str | None  # what was taken from the response
     reason: str  # one short phrase
     gold: str
 
 
+def grade(response: str, gold: str, strict: bool = False) -> Grade:
+    """Is the response's answer equal to the gold one? strict: an answer counts only in a box."""
+    gold = gold_answer(gold)
+    answer = extract(response, strict, plain_gold=bool(PLAIN_NUMBER.fullmatch(gold.strip("$ "))))
+    if answer is None:
+        return Grade(False, None, "no boxed answer" if strict else "no answer found", gold)
+    correct = equal(answer, gold)
+    return Grade(correct, answer, "same value" if correct else why_not(answer, gold), gold)
+
+
+def equal(a: str, b: str) -> bool:
+    """Do two written answers have the same value? Symmetric, never raises; a majority vote counts with it."""
+    if not a.strip() or not b.strip() or a.strip() == b.strip():
+        return a.strip() == b.strip()
+    try:
+        x, y = parse(a), parse(b)
+        if same(x, y):
+            return True
+        if "list" in (x[0], y[0]) and re.search(r"\d,\d{3}", a[:MAX_CHARS] + " " + b[:MAX_CHARS]):
+            return same(parse(a, merge=x[0] == "list"), parse(b, merge=y[0] == "list"))
+    except RecursionError:  # the caller's stack was nearly full: a verdict all the same
+        pass
+    return False
+
+
+# ---- what the answer is ------------------------------------------------------------------------------------
+
 BOX_START = re.compile(r"\\(?:boxed|fbox)\s*")
-GLUE = re.compile(r"[\s$,;.&]*(?:\\(?:text|mbox|textrm)\{\s*)?(?:and|or|,|;)?(?:\s*\})?[\s$,;.&]*(?:\\(?:quad|qquad|,|;|\\)\s*)*"
-                  r"(?:and|or)?[\s$]*(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?\$?", re.I)
-MAX_BOX, MAX_TRIES = 2000, 16
-MARKER = re.compile(r"(?:final answer|answer)\**\s*(?:is|:|=)\s*:?\**:?|####", re.I)
+WORD = r"(?:\\(?:text|mbox|textrm)\{\s*)?(?:and|or)?(?:\s*\})?"
+GLUE = re.compile(rf"[\s$,;.&]*{WORD}[\s$,;.&]*(?:\\(?:quad|qquad|,|;|\\)\s*)*{WORD}[\s$]*"
+                  r"(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?\$?", re.I)
+MARKER = re.compile(r"answer\**\s*(?:is|:|=)\s*:?\**:?|####", re.I)
+SENTENCE_END = re.compile(r"\n|\.(?:\s|$)|,? (?:because|since|which|so|as) ")
+DISPLAY = re.compile(r"[*\s]*(?:\$\$(.+?)\$\$|\\\[(.+?)\\\])", re.S)
+FIRST_FORMULA = re.compile(r"\$[^$]+\$(?!\s*(?:,|or|and\b(?! not)))(?=[^$]*$)")
 NUMBER = re.compile(r"(?:(?<![\w.)}\]])-)?(?<![\w.])\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?%?(?![a-zA-Z]*\d)")
-
-
-def boxes(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, content) of the last complete, non-empty boxes, in order of appearance, nested ones inside their
-    outer box. At most MAX_TRIES openings are looked at, from the end, MAX_BOX characters each."""
-    found: list[tuple[int, int, str]] = []
-    at, tries = len(text), 0
-    while tries < MAX_TRIES:
-        at = max(text.rfind("\\boxed", 0, at), text.rfind("\\fbox", 0, at))
-        if at < 0:
-            break
-        tries += 1
-        end = BOX_START.match(text, at).end()
-        if text[end : end + 1] == "{":
-            try:
-                stop = answers.braced(text[: end + MAX_BOX], end)
-            except answers.Unreadable:
-                continue
-            content = text[end + 1 : stop - 1]
-        else:
-            number = re.compile(r"-?\d[\d,.]*").match(text, end)
-            if not number:
-                continue
-            stop, content = number.end(), number[0]
-        if content.strip():
-            found = [f for f in found if f[0] >= stop]
-            found.insert(0, (at, stop, content))
-    return found
-
-
-def boxed(text: str) -> str | None:
-    """The last box, joined by commas with the ones directly beside it."""
-    found = boxes(text)
-    if not found:
-        return None
-    group = [found.pop()]
-    while found and group[0][0] - found[-1][1] <= 40 and GLUE.fullmatch(text, found[-1][1], group[0][0]):
-        group.insert(0, found.pop())
-    last = group[-1][2].strip()
-    others = [content.strip() for _, _, content in group[:-1]]
-    return last if all(answers.equal(last, o) for o in others) else ", ".join(dict.fromkeys([*others, last]))
-
-
-def after_marker(text: str) -> str | None:
-    """What follows the last "answer is", "answer:" or "####", to the end of the sentence."""
-    marks = list(MARKER.finditer(text[-20_000:]))
-    if not marks:
-        return None
-    rest = text[-20_000:][marks[-1].end() :].strip()
-    if display := re.match(r"[*\s]*(?:\$\$(.+?)\$\$|\\\[(.+?)\\\])", rest[:MAX_BOX], re.S):
-        return (display[1] or display[2]).strip()
-    line = re.split(r"\n|(?<!\d)\.(?:\s|$)|(?<=\d)\.(?:\s|$)|,? (?:because|since|which|so|as) ", rest, maxsplit=1)[0].strip()
-    formula = re.match(r"\$[^$]+\$(?!\s*(?:,|or|and\b(?! not)))(?=[^$]*$)", line)
-    line = formula[0] if formula else line
-    return line[: MAX_BOX + 1].strip("* ") or None
-
-
-def last_number(text: str) -> str | None:
-    last = max(text.rfind(d) for d in "0123456789")
-    if last < 0:
-        return None
-    found = NUMBER.findall(text[max(0, last - 1000) : last + 2])
-    return found[-1].rstrip(",") if found else None
-
-
-FORMULA = re.compile(r"(?:(?:so|thus|hence|therefore|finally|then|we (?:get|have|find))\b[^$.]{0,40}[,:]?\s*)?"
-                     r"(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\])[.\s]*", re.I | re.S)
-
-
-def bare(text: str) -> str | None:
-    """A response that is nothing but one formula, at most behind a "so" or "thus": the formula."""
-    text = text.strip()
-    if not 0 < len(text) <= 300:
-        return None
-    if m := FORMULA.fullmatch(text):
-        return next(filter(None, m.groups()))
-    if not re.match(r"[a-zA-Z]\w?\s*(?:=|<|>|\\[lg]e)|[-+−\d.\\({\[$|√π±]|[\w()]+[.\s]*$", text) or "boxed" in text:
-        return None
-    return text if len(text.split()) == 1 or answers.parse(text)[0] not in ("raw", "text") else None
+PLAIN_NUMBER = re.compile(r"[-+$\s\\]*\d[\d,]*(?:\.\d*)?(?:/\d+)?\s*\\?%?")
+ONE_FORMULA = re.compile(r"(?:(?:so|thus|hence|therefore|finally|then|we (?:get|have|find))\b[^$.]{0,40}[,:]?\s*)?"
+                         r"(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\])[.\s]*", re.I | re.S)
+FORMULA_START = re.compile(r"[a-zA-Z]\w?\s*(?:=|<|>|\\[lg]e)|[-+−\d.\\({\[$|√π±]|[\w()]+[.\s]*$")
+MAX_BOX, MAX_TRIES, MAX_TAIL = 2000, 16, 20_000
 
 
 def extract(response: str, strict: bool = False, plain_gold: bool = True) -> str | None:
-    """The answer a response stands by, or None. plain_gold: the last number may stand in for a missing marker."""
+    """The answer a response stands by, or None. plain_gold: the last number may stand in for a marker."""
     answer = boxed(response)
     if answer is not None or strict:
         return answer
@@ -117,55 +80,493 @@ def extract(response: str, strict: bool = False, plain_gold: bool = True) -> str
 
 
 def gold_answer(gold: str) -> str:
-    """The gold may come as `$x$`, in a box, or at the end of a GSM8K rationale."""
-    gold = str(gold)
-    if "####" in gold:
-        gold = gold.rsplit("####", 1)[1]
+    """A gold answer may come plain, in a box, or at the end of a GSM8K rationale."""
+    gold = str(gold).rsplit("####", 1)[-1]
     return boxed(gold) or gold.strip()
 
 
-PLAIN = re.compile(r"[-+$\s\\]*\d[\d,]*(?:\.\d*)?(?:/\d+)?\s*\\?%?")
+def boxes(text: str) -> list[tuple[int, int, str]]:
+    """(start, end, content) of the last complete, non-empty boxes in order, nested ones within their outer box. From
+    the end, MAX_TRIES openings are looked at, MAX_BOX characters each."""
+    found: list[tuple[int, int, str]] = []
+    at = len(text)
+    for _ in range(MAX_TRIES):
+        at = max(text.rfind("\\boxed", 0, at), text.rfind("\\fbox", 0, at))
+        if at < 0:
+            break
+        start = BOX_START.match(text, at).end() if BOX_START.match(text, at) else at
+        if text[start : start + 1] == "{":
+            try:
+                stop = start + braced(text[start : start + MAX_BOX], 0)
+            except Unreadable:
+                continue
+            content = text[start + 1 : stop - 1]
+        else:  # \boxed 5
+            digits = re.compile(r"-?\d[\d,.]*").match(text, start)
+            if not digits:
+                continue
+            stop, content = digits.end(), digits[0]
+        if content.strip():
+            found = [(at, stop, content), *(f for f in found if f[0] >= stop)]
+    return found
 
 
-def grade(response: str, gold: str, strict: bool = False) -> Grade:
-    gold = gold_answer(gold)
-    is_plain = bool(PLAIN.fullmatch(gold.strip("$ ")))
-    answer = extract(response, strict, plain_gold=is_plain)
-    if answer is None:
-        return Grade(False, None, "no boxed answer" if strict else "no answer found", gold)
-    correct = answers.equal(answer, gold)
-    return Grade(correct, answer, "same value" if correct else why_not(answer, gold), gold)
+def boxed(text: str) -> str | None:
+    """The last box, joined by commas with those directly before it unless they say the same."""
+    found = boxes(text)
+    if not found:
+        return None
+    group = [found.pop()]
+    while found and group[0][0] - found[-1][1] <= 40 and GLUE.fullmatch(text, found[-1][1], group[0][0]):
+        group.insert(0, found.pop())
+    *others, last = (content.strip() for _, _, content in group)
+    return last if all(equal(last, o) for o in others) else ", ".join(dict.fromkeys([*others, last]))
+
+
+def after_marker(text: str) -> str | None:
+    """What follows the last "answer is", "answer:" or "####", to the end of the sentence or formula."""
+    tail = text[-MAX_TAIL:]
+    marks = list(MARKER.finditer(tail))
+    if not marks:
+        return None
+    rest = tail[marks[-1].end() :].strip()[:MAX_BOX]
+    if display := DISPLAY.match(rest):
+        return (display[1] or display[2]).strip()
+    line = SENTENCE_END.split(rest, maxsplit=1)[0].strip()
+    formula = FIRST_FORMULA.match(line)
+    return (formula[0] if formula else line).strip("* ") or None
+
+
+def last_number(text: str) -> str | None:
+    last = max(text.rfind(d) for d in "0123456789")
+    found = NUMBER.findall(text[max(0, last - 1000) : last + 2]) if last >= 0 else None
+    return found[-1].rstrip(",") if found else None
+
+
+def bare(text: str) -> str | None:
+    """A response that is nothing but one formula, at most behind a "so" or "thus": the formula."""
+    text = text.strip()
+    if not 0 < len(text) <= 300 or "boxed" in text:
+        return None
+    if m := ONE_FORMULA.fullmatch(text):
+        return next(filter(None, m.groups()))
+    if not FORMULA_START.match(text):
+        return None
+    return text if len(text.split()) == 1 or parse(text)[0] not in ("raw", "text") else None
+
+
+# ---- are two answers the same ------------------------------------------------------------------------------
+
+def same(a: Node, b: Node) -> bool:
+    """Do two parsed answers have the same value? Symmetric."""
+    if a == b:
+        return True
+    a, b = plain(a), plain(b)
+    kinds = {a[0], b[0]}
+    if a == b or "raw" in kinds:
+        return a == b
+    if "choice" in kinds:
+        return same_choice(a, b)
+    if "unit" in kinds:
+        return same_units(a, b)
+    if "time" in kinds:
+        return same_time(a, b)
+    if "text" in kinds:
+        return words_of(a) == words_of(b) != ""
+    if kinds & {"union", "minus", "rel", "tuple"} or inequalities(a) or inequalities(b):
+        verdict = same_regions(a, b)
+        if verdict is not None:
+            return verdict
+    if "rel" in kinds:
+        return same_relations(a, b)
+    if kinds & {"list", "set", "tuple", "matrix"}:
+        return same_collections(a, b)
+    if kinds == {"ratio"}:
+        return len(a) == len(b) and all(same(("/", x, a[1]), ("/", y, b[1])) for x, y in zip(a[2:], b[2:]))
+    a, b = (("/", *x[1:]) if x[0] == "ratio" and len(x) == 3 else x for x in (a, b))
+    return "inf" not in kinds and equal_values(a, b)
+
+
+def plain(node: Node) -> Node:
+    """What an answer stands for: the result of a chain, the two values of ±, the only member of a list."""
+    if node[0] == "rel":
+        node = plain_relation(node)
+    if node[0] not in ("list", "set", "tuple", "matrix", "rel") and has(node, "±"):
+        return ("list", with_sign(node, 1), with_sign(node, -1))
+    if node[0] in ("list", "set"):
+        items: list[Node] = []
+        for item in map(plain, node[1:]):
+            items += item[1:] if item[0] == "list" else [item]
+        assigned = [assignment(i) for i in items]
+        if len(items) > 1 and all(assigned) and len({name for name, _ in assigned}) == 1:
+            items = [value for _, value in assigned]  # x = 1 or x = 2
+        node = (node[0], *items)
+        if node[0] == "list" and len(items) == 2 and items[0] != items[1] and same(*items):
+            return items[1]  # 3/4 or 0.75
+    alone = len(node) == 2 if node[0] in ("list", "set") else node[0] == "tuple" and len(node) == 4 and node[1] != "("
+    return plain(node[-1]) if alone else node
+
+
+def plain_relation(node: Node) -> Node:
+    """`x in S` is S, `a = b = c` its consistent result, `2/3 ~ 0.67` the exact side, `... => x = 1` the last step."""
+    nodes, ops = list(node[1]), list(node[2])
+    while "=>" in ops:
+        at = ops.index("=>") + 1
+        nodes, ops = nodes[at:], ops[at:]
+    if "~" in ops:
+        at = ops.index("~")
+        keep = at + 1 if at or not names(nodes[0]) else 2
+        nodes, ops = nodes[:keep], ["=" if o == "~" else o for o in ops[: keep - 1]]
+    if not ops or ops == ["in"]:
+        return plain(nodes[-1])
+    labelled = bool(letters(nodes[0])) or nodes[0][0] in ("tuple", "text")
+    if set(ops) == {"="} and (len(ops) > 1 or not (labelled or letters(nodes[1]))):
+        values = nodes[labelled:]
+        if all(equal_or_rounded(values[0], v) for v in values[1:]):
+            value = values[-1] if all(same(values[0], v) for v in values[1:]) else values[0]
+            return ("rel", (nodes[0], value), ("=",)) if labelled else plain(value)
+    return ("rel", tuple(nodes), tuple(ops))
+
+
+def equal_or_rounded(exact: Node, other: Node) -> bool:
+    """Equal, or the second a decimal to which the first rounds."""
+    if same(exact, other):
+        return True
+    x, y = (number(n[1] if n[0] == "unit" else n) for n in (exact, other))
+    if x is None or not isinstance(y, Fraction) or 10**18 % y.denominator:
+        return False
+    places = next(k for k in range(19) if 10**k % y.denominator == 0)
+    return places > 0 and abs(Fraction(x) - y) <= Fraction(1, 10**places)
+
+
+def has(node: Node, kind: str) -> bool:
+    return node[0] == kind or any(has(c, kind) for c in children(node))
+
+
+def with_sign(node: Node, sign: int) -> Node:
+    """The tree with ± read as + or as -."""
+    if node[0] == "±":
+        return with_sign(node[1], sign) if sign > 0 else ("-", with_sign(node[1], sign))
+    below = children(node)
+    at = {"f": 2, "tuple": 3, "choice": 2}.get(node[0], 1)
+    return (*node[:at], *(with_sign(c, sign) for c in below), *node[at + len(below) :]) if below else node
+
+
+def words_of(node: Node) -> str:
+    return node[1].lower() if node[0] in ("text", "s") else ""
+
+
+def same_choice(a: Node, b: Node) -> bool:
+    """`(C) 12` is the choice C and the value 12."""
+    if a[0] == b[0]:
+        return a[1] == b[1]
+    a, b = (a, b) if a[0] == "choice" else (b, a)
+    return b == ("s", a[1]) or same(a[2], b)
+
+
+def same_units(a: Node, b: Node) -> bool:
+    """Two known units must agree in dimension, and the values scaled by them; one left out says nothing."""
+    if a[0] == b[0] and a[2] and b[2]:
+        (dims_a, factor_a), (dims_b, factor_b) = a[2], b[2]
+        if factor_a != factor_b:
+            a, b = ("unit", ("*", ("n", factor_a), a[1])), ("unit", ("*", ("n", factor_b), b[1]))
+        return dims_a == dims_b and same(a[1], b[1])
+    return same(*(x[1] if x[0] == "unit" else x for x in (a, b)))
+
+
+def same_time(a: Node, b: Node) -> bool:
+    if a[0] != b[0]:
+        a, b = (a, b) if a[0] == "time" else (b, a)
+        return bool(a[2]) and b == ("n", Fraction(a[1], 3600))  # 9 a.m. and 9
+    if a[2] and b[2]:
+        return a[1:] == b[1:]
+    return a[1] == b[1] or ("p" in (a[2], b[2]) and abs(a[1] - b[1]) == 12 * 3600)
+
+
+# ---- sets of the real line: intervals, unions, inequalities ------------------------------------------------
+
+INFINITY = ("inf",)
+FLIP = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
+Piece = tuple[Node, bool, Node, bool]  # low, closed there, high, closed there
+
+
+def inequalities(node: Node) -> bool:
+    return node[0] == "list" and len(node) > 1 and all(n[0] == "rel" and n[2] != ("=",) for n in node[1:])
+
+
+def same_regions(a: Node, b: Node) -> bool | None:
+    """Equality of two sets of intervals; None where one is no such set, or both might be plain tuples or lists."""
+    def open_to_doubt(x: Node) -> bool:
+        return x[0] in ("tuple", "list", "set") and not inequalities(x) and (x[0] != "tuple" or x[1:3] == ("(", ")"))
+    if open_to_doubt(a) and open_to_doubt(b):
+        return None
+    try:
+        (name_a, pieces_a), (name_b, pieces_b) = region(a), region(b)
+        if name_a and name_b and name_a != name_b:
+            return False
+        pieces_a, pieces_b = merged(pieces_a), merged(pieces_b)
+    except Unreadable:
+        return None
+    return len(pieces_a) == len(pieces_b) and all(
+        x[1::2] == y[1::2] and same(x[0], y[0]) and same(x[2], y[2]) for x, y in zip(pieces_a, pieces_b))
+
+
+def place(node: Node) -> float | None:
+    """Where an end lies on the line; None if it has letters."""
+    if node in (INFINITY, ("-", INFINITY)):
+        return math.inf if node == INFINITY else -math.inf
+    value = number(node[1] if node[0] == "unit" else node)
+    try:
+        return None if value is None else float(value)
+    except OverflowError:
+        return None
+
+
+def region(node: Node) -> tuple[Node | None, list[Piece]]:
+    """(subject or None, pieces) of an interval, union, difference, inequality or finite set."""
+    node = plain(node)
+    kind = node[0]
+    if kind == "tuple" and len(node) == 5:
+        low, high = node[3:]
+        return None, [(low, node[1] == "[" and place(low) != -math.inf, high, node[2] == "]" and place(high) != math.inf)]
+    if kind == "union":
+        (name, left), (other, right) = region(node[1]), region(node[2])
+        return name or other, left + right
+    if kind == "set":
+        return None, [(x, True, x, True) for x in node[1:]]
+    if kind == "minus":
+        name, pieces = region(node[1])
+        return name, without(pieces, [p[0] for p in region(node[2])[1] if p[0] == p[2]])
+    if kind == "rel":
+        return inequality(node)
+    if inequalities(node):
+        return several_inequalities(node[1:])
+    if letters(node) or kind in ("list", "tuple", "matrix", "text", "ratio", "f"):
+        raise Unreadable("not a set of numbers")
+    return None, [(node, True, node, True)]
+
+
+def several_inequalities(nodes: tuple) -> tuple[Node | None, list[Piece]]:
+    """`x < 1 or x > 2` is a union; two that would cover the line (`x > 1 and x < 2`) are meant together."""
+    holes = [n[1][1] for n in nodes if n[2] == ("!=",)]
+    found = [inequality(n) for n in nodes if n[2] != ("!=",)] or [(nodes[0][1][0], [(*LINE[3:4], False, LINE[4], False)])]
+    if len({name for name, _ in found} | {n[1][0] for n in nodes if n[2] == ("!=",)}) > 1:
+        raise Unreadable("several subjects")
+    pieces = [p for _, some in found for p in some]
+    if len(pieces) == 2 and len(merged(pieces)) == 1:
+        (_, _, high, closed), (low, also_closed, _, _) = sorted(pieces, key=lambda p: place(p[0]) or 0.0)
+        pieces = [(low, also_closed, high, closed)]
+    return found[0][0], without(pieces, holes) if holes else pieces
+
+
+def inequality(node: Node) -> tuple[Node, list[Piece]]:
+    """One comparison or a chain of two around a letter."""
+    nodes, ops = node[1], node[2]
+    if ops[0] in (">", ">="):
+        nodes, ops = nodes[::-1], tuple(FLIP.get(o, o) for o in reversed(ops))
+    line = (("-", INFINITY), False, INFINITY, False)
+    if ops == ("!=",):
+        return nodes[0], without([line], [nodes[1]])
+    if any(o not in ("<", "<=") for o in ops) or len(nodes) > 3:
+        raise Unreadable("not an interval")
+    if len(nodes) == 2:
+        at = 0 if letters(nodes[0]) else 1
+        if nodes[at][0] not in ("s", "f") or letters(nodes[1 - at]):
+            raise Unreadable("not an interval")
+        nodes = (("-", INFINITY), *nodes) if at == 0 else (*nodes, INFINITY)
+        ops = ("<", *ops) if at == 0 else (*ops, "<")
+    low, subject, high = nodes
+    if subject[0] not in ("s", "f"):
+        raise Unreadable("not an interval")
+    return subject, [(low, ops[0] == "<=" and place(low) != -math.inf, high, ops[1] == "<=" and place(high) != math.inf)]
+
+
+def without(pieces: list[Piece], points: list[Node]) -> list[Piece]:
+    for point in points:
+        out, at = [], place(point)
+        for low, a, high, b in pieces:
+            lo, hi = place(low), place(high)
+            if at is None or lo is None or hi is None:
+                raise Unreadable("letters in an end")
+            if lo < at < hi:
+                out += [(low, a, point, False), (point, False, high, b)]
+            elif not lo == at == hi:
+                out.append((low, a and at != lo, high, b and at != hi))
+        pieces = out
+    return pieces
+
+
+def merged(pieces: list[Piece]) -> list[Piece]:
+    """Sorted, overlapping and touching intervals joined. Ends with letters are left as they are written."""
+    ends = [(place(p[0]), place(p[2])) for p in pieces]
+    if any(lo is None or hi is None for lo, hi in ends):
+        return pieces
+    out: list[Piece] = []
+    for (lo, hi), (low, a, high, b) in sorted(zip(ends, pieces), key=lambda e: (e[0][0], not e[1][1])):
+        if lo > hi or (lo == hi and not (a and b)):
+            raise Unreadable("empty interval")
+        low0, a0, _, b0 = out[-1] if out else (None, False, None, False)
+        reach = place(out[-1][2]) if out else -math.inf
+        if not out or lo > reach or (lo == reach and not (a or b0)):
+            out.append((low, a, high, b))
+        elif hi > reach or (hi == reach and b):
+            out[-1] = (low0, a0, high, b)
+    return out
+
+
+# ---- equations and other relations -------------------------------------------------------------------------
+
+def assignment(node: Node) -> tuple[str, Node] | None:
+    """(name, value) of `x = 5`, `5 = x`, `f(x) = x + 1`; the name without its subscript."""
+    if node[0] != "rel" or node[2] != ("=",):
+        return None
+    left, right = node[1]
+    if left[0] != "s" and right[0] == "s" and not letters(left):
+        left, right = right, left
+    if left[0] == "s" and left[1] not in letters(right):
+        return left[1].partition("_")[0], right
+    return (left[1], right) if left[0] == "f" and left[1][0] == "?" else None
+
+
+def bindings(node: Node) -> dict[str, Node] | None:
+    """{name: value} of `x = 1, y = 2` or `(x, y) = (1, 2)`."""
+    if node[0] == "rel" and node[2] == ("=",):
+        left, right = node[1]
+        if left[0] == right[0] == "tuple" and len(left) == len(right) and all(n[0] == "s" for n in left[3:]):
+            return {n[1]: value for n, value in zip(left[3:], right[3:])}
+    if node[0] in ("list", "set") and len(node) > 2:
+        pairs = [assignment(n) for n in node[1:]]
+        if all(pairs) and len({name for name, _ in pairs}) == len(pairs):
+            return dict(pairs)
+    return None
+
+
+def same_relations(a: Node, b: Node) -> bool:
+    """At least one is a relation. An assignment also stands for its value, `a + b = 5` for 5; `2x = 10` does not for 10."""
+    one, two = assignment(a), assignment(b)
+    named_a, named_b = bindings(a), bindings(b)
+    if named_a or named_b:
+        return same_collections(a, b)
+    if a[0] == b[0]:
+        if one and two and (one[0] == two[0] or len(one[0]) > 1 or len(two[0]) > 1):
+            return same(one[1], two[1])
+        return same_chain(a, b)
+    if b[0] == "rel":
+        a, b, one = b, a, two
+    if one:
+        return same(one[1], b)
+    if a[2] != ("=",) or b[0] in ("list", "set"):
+        return False
+    left, right = a[1]
+    linear = left[0] == "*" and left[1][0] == "n" and left[2][0] == "s"
+    label = letters(left) and not linear and right != ("n", Fraction(0)) and (
+        not letters(right) or left[0] in ("f", "/", "^", "*"))
+    return bool(label or left[0] == "tuple") and same(right, b)
+
+
+def same_chain(a: Node, b: Node) -> bool:
+    """Equations up to a factor, inequalities up to a positive one, longer chains member by member in either direction."""
+    (nodes_a, ops_a), (nodes_b, ops_b) = a[1:], b[1:]
+    if len(nodes_a) != len(nodes_b):
+        return False
+    if len(nodes_a) == 2:
+        left, right = (("+", x, ("-", y)) for x, y in (nodes_a, nodes_b))
+        if ops_a == ops_b and ops_a[0] in ("=", "!="):
+            return proportional(left, right)
+        if ops_a == ops_b and ops_a[0] in FLIP:
+            return proportional(left, right, positive=True)
+        return FLIP.get(ops_a[0]) == ops_b[0] and proportional(("-", left), right, positive=True)
+    backwards = tuple(FLIP.get(o, o) for o in reversed(ops_b))
+    return (ops_a == ops_b and all(map(same, nodes_a, nodes_b))) or (
+        ops_a == backwards and all(map(same, nodes_a, reversed(nodes_b))))
+
+
+# ---- lists, sets, tuples, matrices -------------------------------------------------------------------------
+
+def members(node: Node) -> tuple:
+    return node[3:] if node[0] == "tuple" else node[1:]
+
+
+def in_order(a: tuple, b: tuple) -> bool:
+    return len(a) == len(b) and all(map(same, a, b))
+
+
+def same_collections(a: Node, b: Node) -> bool:
+    """Lists and sets in any order, lists with multiplicity; tuples, vectors and named values in theirs."""
+    kinds = {a[0], b[0]}
+    named_a, named_b = bindings(a), bindings(b)
+    if named_a and named_b:
+        return named_a.keys() == named_b.keys() and all(same(named_a[n], named_b[n]) for n in named_a)
+    if named_a or named_b:  # y = 2, x = 1 is (1, 2): the values in the alphabetical order of their names
+        named, other = (named_a, b) if named_a else (named_b, a)
+        return other[0] in ("tuple", "list") and in_order(tuple(named[n] for n in sorted(named)), members(other))
+    if kinds == {"matrix"}:
+        return len(a) == len(b) and all(map(in_order, a[1:], b[1:]))
+    if "matrix" in kinds:
+        grid, other = (a, b) if a[0] == "matrix" else (b, a)
+        vector = grid[1] if len(grid) == 2 else tuple(row[0] for row in grid[1:])
+        return len(vector) == len(sum(grid[1:], ())) and other[0] == "tuple" and in_order(vector, members(other))
+    if not kinds <= {"list", "set", "tuple"}:
+        return False
+    if "tuple" in kinds or any(("s", "ldots") in x for x in (a, b)):
+        return "set" not in kinds and in_order(members(a), members(b))
+    left, right = (distinct(x[1:]) if "set" in kinds else list(x[1:]) for x in (a, b))
+    return len(left) == len(right) and matched(left, right)
+
+
+def distinct(items: tuple) -> list[Node]:
+    out: list[Node] = []
+    for x in items:
+        if x not in out and not (len(items) <= 12 and any(same(x, y) for y in out)):
+            out.append(x)
+    return out
+
+
+def matched(left: list[Node], right: list[Node]) -> bool:
+    """Can the members be paired off? Those written alike first; at most 16 of the others are compared by value."""
+    rest, right = [], list(right)
+    for x in left:
+        right.remove(x) if x in right else rest.append(x)
+    if len(rest) > 16:
+        return False
+    for x in rest:
+        partner = next((y for y in right if same(x, y)), None)
+        if partner is None:
+            return False
+        right.remove(partner)
+    return True
+
+
+# ---- why not -----------------------------------------------------------------------------------------------
+
+COLLECTIONS = ("list", "set", "tuple")
 
 
 def why_not(answer: str, gold: str) -> str:
     """One phrase on how a wrong answer differs, for the reader of a run's transcripts."""
-    a, b = answers.plain(answers.parse(answer)), answers.plain(answers.parse(gold))
+    try:
+        a, b = plain(parse(answer)), plain(parse(gold))
+    except RecursionError:
+        return "too large or not understood"
     if "raw" in (a[0], b[0]):
         return "too large or not understood"
-    many = ("list", "set", "tuple")
-    if a[0] in many or b[0] in many:
-        size_a, size_b = (len(answers.children(x)) if x[0] in many else 1 for x in (a, b))
+    if a[0] in COLLECTIONS or b[0] in COLLECTIONS:
+        size_a, size_b = (len(members(x)) if x[0] in COLLECTIONS else 1 for x in (a, b))
         if size_a != size_b:
             return "more than the answer" if size_a > size_b else "part of the answer"
-        if a[0] == b[0] == "tuple":
-            if all(map(answers.same, a[3:], b[3:])):
-                return "an end open or closed"
-            if answers.same(("list", *a[3:]), ("list", *b[3:])):
-                return "same members in another order"
+        if a[0] == b[0] == "tuple" and in_order(members(a), members(b)):
+            return "an end open or closed"
+        if a[0] == b[0] == "tuple" and matched(list(members(a)), list(members(b))):
+            return "same members in another order"
     if a[0] == b[0] == "unit" and a[2] and b[2] and a[2] != b[2]:
         return "another unit"
-    if a[0] in (*many, "text", "rel", "union", "matrix") or b[0] in (*many, "text", "rel", "union", "matrix") or answers.letters_of(a):
+    if {a[0], b[0]} & {*COLLECTIONS, "text", "rel", "union", "minus", "matrix", "time", "choice"} or letters(a) or letters(b):
         return "different value"
-    x, y = answers.place(a), answers.place(b)
+    x, y = place(a), place(b)
     if x is None or y is None:
         return "too large or not understood"
-    if answers.equal_or_rounded(b, a):
+    if equal_or_rounded(b, a):
         return "rounded"
     if x and x == -y:
         return "opposite sign"
-    return "off by a factor of 100" if y and x and round(x / y, 12) in (100, 0.01) else "different value"
-
-
-def equal(a: str, b: str) -> bool:
-    """Are two written answers equal in value? What a majority vote counts with."""
-    return answers.equal(a, b)
+    return "off by a factor of 100" if x and y and round(x / y, 12) in (100, 0.01) else "different value"

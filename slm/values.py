@@ -1,0 +1,392 @@
+"""The values of expression trees: are two of them equal as numbers, or as functions of their letters?
+
+Rationals are exact. What is irrational is evaluated in decimal arithmetic, at a precision chosen from the sizes met on
+the way, so that 10**100 + sqrt(2) is not 10**100 + sqrt(3). Letters get random rational values: two polynomials of degree
+d that differ agree at a random point of a set S with chance at most d/|S| (Schwartz 1980). Bits, exponents,
+factorials and steps are bounded before computing; beyond the bounds a tree has no value, and equals only itself.
+"""
+
+import math
+import random
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from decimal import (
+    Context,
+    Decimal,
+    DecimalException,
+    DivisionByZero,
+    InvalidOperation,
+    Overflow,
+    getcontext,
+    localcontext,
+)
+from fractions import Fraction
+
+from slm.answers import Unreadable, children
+
+MAX_BITS, MAX_FACTORIAL, MAX_SPAN, MAX_STEPS = 30_000, 3000, 1500, 3000
+UNDEFINED = (ZeroDivisionError, DecimalException, OverflowError, ValueError)
+ZERO, MINUS = Decimal(0), Fraction(-1)
+PLAIN = (False, False, False)  # modes of an Evaluator: degree sign counts, percent sign counts, log is to base 10
+
+Value = Fraction | tuple[Decimal, Decimal]  # a rational, or the real and imaginary part of what is not
+
+
+@contextmanager
+def precision(digits: int) -> Iterator[None]:
+    with localcontext(Context(prec=digits, Emax=10**9, Emin=-(10**9), traps=[InvalidOperation, DivisionByZero, Overflow])):
+        yield
+
+
+# ---- arithmetic of values ----------------------------------------------------------------------------------
+
+def parts(x: Value) -> tuple[Decimal, Decimal]:
+    return (Decimal(x.numerator) / x.denominator, ZERO) if isinstance(x, Fraction) else x
+
+
+def real(x: Value) -> Fraction | Decimal:
+    if not isinstance(x, Fraction) and x[1]:
+        raise Unreadable("not real")
+    return x if isinstance(x, Fraction) else x[0]
+
+
+def decimal(x: Value) -> Decimal:
+    real(x)
+    return parts(x)[0]
+
+
+def add(a: Value, b: Value) -> Value:
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return a + b
+    (ar, ai), (br, bi) = parts(a), parts(b)
+    return ar + br, ai + bi
+
+
+def mul(a: Value, b: Value) -> Value:
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return a * b
+    (ar, ai), (br, bi) = parts(a), parts(b)
+    return (ar * br - ai * bi, ar * bi + ai * br) if ai or bi else (ar * br, ZERO)
+
+
+def inverse(a: Value) -> Value:
+    if isinstance(a, Fraction):
+        return 1 / a
+    size = a[0] * a[0] + a[1] * a[1]
+    return a[0] / size, -a[1] / size
+
+
+def integer(x: Value, limit: int) -> int:
+    if not isinstance(x, Fraction) or x.denominator != 1 or not 0 <= x <= limit:
+        raise Unreadable("too large, or no natural number")
+    return int(x)
+
+
+def bits(x: Fraction) -> int:
+    return max(x.numerator.bit_length(), x.denominator.bit_length())
+
+
+def whole_root(value: int, n: int) -> int | None:
+    """The exact n-th root of a natural number, or None."""
+    root = value if value < 2 else math.isqrt(value) if n == 2 else 0
+    if value > 1 and n > 2 and value.bit_length() < 900:
+        root = round(math.exp(math.log(value) / n))
+    return root if root**n == value else None
+
+
+# ---- functions, at the precision of the context ------------------------------------------------------------
+
+def machin() -> Decimal:
+    """pi = 16 arctan(1/5) - 4 arctan(1/239), in integers."""
+    one = 10 ** (getcontext().prec + 5)
+
+    def arctan_of_inverse(n: int) -> int:
+        power = total = one // n
+        k = 1
+        while abs(power) > 1:
+            power, k = -power // (n * n), k + 2
+            total += power // k
+        return total
+    return Decimal(4 * (4 * arctan_of_inverse(5) - arctan_of_inverse(239))) / one
+
+
+def sin_cos(x: Decimal, pi: Decimal) -> tuple[Decimal, Decimal]:
+    """Taylor series, after reduction to [-pi, pi] and eight halvings."""
+    if abs(x) > 10**20:
+        raise Unreadable("too large")
+    x = (x - 2 * pi * (x / (2 * pi)).to_integral_value()) / 256
+    term, sin, cos, k, last = Decimal(1), ZERO, Decimal(1), 0, -getcontext().prec - 8
+    while term and term.adjusted() > last:
+        k += 1
+        term = term * x / k
+        if k % 2:
+            sin += term if k % 4 == 1 else -term
+        else:
+            cos += term if k % 4 == 0 else -term
+    for _ in range(8):
+        sin, cos = 2 * sin * cos, 1 - 2 * sin * sin
+    return sin, cos
+
+
+def atan(x: Decimal) -> Decimal:
+    for _ in range(6):
+        x = x / (1 + (1 + x * x).sqrt())
+    power, total, k = x, x, 1
+    while power and power.adjusted() > total.adjusted() - getcontext().prec - 2:
+        power, k = -power * x * x, k + 2
+        total += power / k
+    return total * 64
+
+
+def exp(x: Value, pi: Decimal) -> Value:
+    re, im = parts(x)
+    sin, cos = sin_cos(im, pi) if im else (ZERO, Decimal(1))
+    return re.exp() * cos, re.exp() * sin
+
+
+def log(x: Value, pi: Decimal) -> Value:
+    """The principal value."""
+    re, im = parts(x)
+    if not im and re > 0:
+        return re.ln(), ZERO
+    angle = pi if not im else pi / 2 if not re else atan(abs(im) / abs(re))
+    angle = pi - angle if im and re < 0 else angle
+    return (re * re + im * im).ln() / 2, -angle if im < 0 else angle
+
+
+class Evaluator:
+    """The value of a tree at a point {letter: Fraction}. `span` is the largest decimal exponent met, in size."""
+
+    def __init__(self, point: dict[str, Fraction], degree: bool, percent: bool, log10: bool):
+        self.point, self.degree, self.percent, self.log10 = point, degree, percent, log10
+        self.span, self.steps, self.known_pi = 0, MAX_STEPS, None
+
+    @property
+    def pi(self) -> Decimal:
+        self.known_pi = self.known_pi or machin()
+        return self.known_pi
+
+    def work(self, steps: int) -> None:
+        self.steps -= steps
+        if self.steps < 0:
+            raise Unreadable("too much work")
+
+    def __call__(self, node: tuple) -> Value:
+        self.work(1)
+        value = self.evaluate(node)
+        if isinstance(value, Fraction):
+            if bits(value) > MAX_BITS:
+                raise Unreadable("too large")
+            self.span = max(self.span, bits(value) * 3 // 10)
+        else:
+            self.span = max(self.span, *(abs(part.adjusted()) for part in value if part), 0)
+        return value
+
+    def evaluate(self, node: tuple) -> Value:
+        kind = node[0]
+        if kind == "n":
+            return node[1]
+        if kind == "s":
+            return self.letter(node[1])
+        if kind == "f":
+            return self.function(node[1], node[2:])
+        if kind not in ("+", "-", "*", "/", "^", "!", "%", "deg"):
+            raise Unreadable(f"no value for {kind}")
+        x, y = self(node[1]), self(node[2]) if len(node) > 2 else None
+        if kind == "+":
+            return add(x, y)
+        if kind == "-":
+            return mul(MINUS, x)
+        if kind == "*":
+            return mul(x, y)
+        if kind == "/":
+            return mul(x, inverse(y))
+        if kind == "^":
+            return self.power(x, y)
+        if kind == "!":
+            return Fraction(math.factorial(integer(x, MAX_FACTORIAL)))
+        if kind == "%":
+            return mul(x, Fraction(1, 100)) if self.percent else x
+        return mul(x, (self.pi / 180, ZERO)) if self.degree else x
+
+    def letter(self, name: str) -> Value:
+        if name in ("pi", "e", "i"):
+            return {"pi": lambda: (self.pi, ZERO), "e": lambda: (Decimal(1).exp(), ZERO), "i": lambda: (ZERO, Decimal(1))}[name]()
+        if name not in self.point:
+            raise Unreadable(f"no value for {name}")
+        return self.point[name]
+
+    def power(self, base: Value, exponent: Value) -> Value:
+        if isinstance(exponent, Fraction):
+            n = exponent.numerator
+            if isinstance(base, Fraction):
+                if base in (1, -1, 0) and n >= 0:
+                    n = n % 2 + 2 * (n > 0)
+                if bits(base) * abs(n) > MAX_BITS:
+                    raise Unreadable("too large")
+                return self.root(base**n, exponent.denominator) if exponent.denominator > 1 else base**n
+            if exponent.denominator == 1 and abs(n) <= 400:
+                out: Value = Fraction(1)
+                for bit in bin(abs(n))[2:]:
+                    out = mul(out, out)
+                    out = mul(out, base) if bit == "1" else out
+                return inverse(out) if n < 0 else out
+        if not any(parts(base)):
+            raise ZeroDivisionError
+        self.work(20)
+        return exp(mul(exponent, log(base, self.pi)), self.pi)
+
+    def root(self, value: Value, n: int) -> Value:
+        """The n-th root: rational where it is, the real one of a negative number for odd n, else the principal one."""
+        self.work(10)
+        if isinstance(value, Fraction):
+            if value < 0 and (n % 2 or n == 2):
+                return mul(self.root(-value, n), MINUS if n % 2 else (ZERO, Decimal(1)))
+            top, low = whole_root(abs(value.numerator), n), whole_root(value.denominator, n)
+            if value >= 0 and top is not None and low is not None:
+                return Fraction(top, low)
+        re, im = parts(value)
+        if not im and (re >= 0 or n % 2):
+            size = abs(re).sqrt() if n == 2 else abs(re) ** (1 / Decimal(n)) if re else re
+            return size.copy_sign(re), ZERO
+        return exp(mul(Fraction(1, n), log(value, self.pi)), self.pi)
+
+    def function(self, name: str, args: tuple) -> Value:
+        self.work(40)
+        degree, self.degree = self.degree, self.degree or name in ("sin", "cos")
+        values = [self(a) for a in args]
+        self.degree = degree
+        x = values[0]
+        if name in ("sin", "cos"):
+            return sin_cos(decimal(x), self.pi)[name == "cos"], ZERO
+        if name == "root":
+            return self.root(x, max(integer(values[1], 1000), 1))
+        if name in ("ln", "log", "log10"):
+            base10 = name == "log10" or (name == "log" and self.log10)
+            return mul(log(x, self.pi), inverse(log(Fraction(10), self.pi))) if base10 else log(x, self.pi)
+        if name == "exp":
+            return exp(x, self.pi)
+        if name == "abs":
+            return abs(x) if isinstance(x, Fraction) else ((x[0] * x[0] + x[1] * x[1]).sqrt(), ZERO)
+        if name == "atan":
+            return atan(decimal(x)), ZERO
+        if name in ("asin", "acos"):
+            y = decimal(x)
+            angle = atan(y / (1 - y * y).sqrt()) if abs(y) < 1 else y * self.pi / 2
+            return angle if name == "asin" else self.pi / 2 - angle, ZERO
+        if name in ("floor", "ceil"):
+            return Fraction(getattr(math, name)(real(x)))
+        if name == "binom":
+            return Fraction(math.comb(*(integer(v, MAX_FACTORIAL) for v in values)))
+        key = name + "".join(str(v) if isinstance(v, Fraction) else f"{v[0]:.25e}{v[1]:.25e}" for v in values)
+        return Fraction(zlib.crc32(key.encode()) + 1, 65537)  # an unknown function: a fixed value for each argument
+
+
+# ---- equality ----------------------------------------------------------------------------------------------
+
+def names(node: tuple) -> set[str]:
+    """The letters, functions ("f:sin") and signs (%, deg) of a tree."""
+    if node[0] == "s":
+        return set() if node[1] in ("pi", "e", "i") else {node[1]}
+    own = {node[0]} if node[0] in ("%", "deg") else {"f:" + node[1]} if node[0] == "f" else set()
+    return own.union(*map(names, children(node)))
+
+
+def letters(node: tuple) -> set[str]:
+    """The letters and unknown functions of a tree."""
+    return {n for n in names(node) if n not in ("%", "deg") and (n[:2] != "f:" or n[2] == "?")}
+
+
+def number(node: tuple, digits: int = 40) -> Fraction | Decimal | None:
+    """The real value of a tree without letters; None where there is none within the bounds."""
+    try:
+        with precision(digits):
+            return real(Evaluator({}, *PLAIN)(node))
+    except (Unreadable, *UNDEFINED):
+        return None
+
+
+def zero_at(a: tuple, b: tuple, point: dict, modes: tuple) -> bool | None:
+    """Is a - b zero here? None where it is undefined. At 60 digits; where the sizes met leave that undecided, once
+    more at a precision above twice their span."""
+    digits, span = 60, None
+    while True:
+        with precision(digits):
+            value = Evaluator(point, *modes)
+            try:
+                x, y = value(a), value(b)
+                if isinstance(x, Fraction) and isinstance(y, Fraction):
+                    return x == y
+                gap = max(map(abs, parts(add(x, mul(MINUS, y)))))
+            except UNDEFINED:
+                return None
+        first, span = span is None, value.span if span is None else span
+        if gap and gap.adjusted() > span - digits + 15:
+            return False
+        if not first or span <= 4:
+            return not gap or gap.adjusted() <= -(span + 35)
+        if span > MAX_SPAN:
+            raise Unreadable("too large")
+        digits = 60 + 2 * span
+
+
+def agree(a: tuple, b: tuple, variables: list[str], positive: bool, modes: tuple) -> bool:
+    """Equality at three random points; all positive where roots or logarithms of letters occur."""
+    if not variables:
+        return bool(zero_at(a, b, {}, modes))
+    rng, agreed = random.Random("".join(sorted((repr(a), repr(b))))), 0
+    for attempt in range(6):
+        point = {n: Fraction(rng.randint(1, 9999), rng.randint(2, 99)) for n in variables}
+        if attempt and not positive:
+            point = {n: -v if attempt == 1 or rng.random() < 0.5 else v for n, v in point.items()}
+        verdict = zero_at(a, b, point, modes)
+        if verdict is False:
+            return False
+        agreed += verdict is True
+        if agreed == 3:
+            return True
+    return False
+
+
+def equal_values(a: tuple, b: tuple) -> bool:
+    """Equality of two expressions. A degree or percent sign that only one of them has may be read either way, and a
+    logarithm without a base as the natural or the common one."""
+    if a == b or a[0] == b[0] == "n":
+        return a == b
+    in_a, in_b = names(a), names(b)
+    found = in_a | in_b
+    modes = [PLAIN]
+    if ("deg" in in_a) != ("deg" in in_b):
+        modes.append((True, False, False))
+    if ("%" in in_a) != ("%" in in_b):
+        modes.append((False, True, False))
+    if "f:log" in found:
+        modes.append((False, False, True))
+    variables = sorted(n for n in found if n[:2] != "f:" and n not in ("%", "deg"))
+    try:
+        return any(agree(a, b, variables, bool(found & {"f:root", "f:ln", "f:log", "f:log10"}), m) for m in modes)
+    except (Unreadable, *UNDEFINED):
+        return False
+
+
+def proportional(a: tuple, b: tuple, positive: bool = False) -> bool:
+    """Is a = c b for one constant c (above zero)? Tested as a(p) b(q) = a(q) b(p) at random points p, q."""
+    variables = sorted(letters(a))
+    if not variables or letters(b) != letters(a):
+        return False
+    rng = random.Random("".join(sorted((repr(a), repr(b)))))
+    try:
+        for _ in range(3):
+            p, q = ({n: Fraction(rng.randint(1, 9999), rng.randint(2, 99)) for n in variables} for _ in range(2))
+            with precision(60):
+                ap, aq, bp, bq = (Evaluator(at, *PLAIN)(x) for x in (a, b) for at in (p, q))
+                left, right = mul(ap, bq), mul(aq, bp)
+                gap, size = max(map(abs, parts(add(left, mul(MINUS, right))))), max(map(abs, parts(left)))
+                if gap > (0 if isinstance(left, Fraction) else size.scaleb(-35)) or not size:
+                    return False
+                if positive and real(mul(ap, inverse(bp))) < 0:
+                    return False
+        return True
+    except (Unreadable, *UNDEFINED):
+        return False
