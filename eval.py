@@ -17,7 +17,7 @@ import argparse
 import contextlib
 import hashlib
 import json
-import os
+import shutil
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -47,7 +47,8 @@ def evaluate(args: argparse.Namespace) -> None:
     from slm.run import RunDir, new_path, write_json
     from slm.sandbox import Sandbox
 
-    if args.workflow not in WORKFLOWS:
+    workflow = WORKFLOWS.get(args.workflow)
+    if workflow is None:
         raise BadInput(f"--workflow {args.workflow!r} is none; expected one of {', '.join(WORKFLOWS)}")
     if args.samples > 1 and args.temperature == 0:
         raise BadInput(f"--samples {args.samples} at temperature 0 draws the same answer each time; "
@@ -63,15 +64,13 @@ def evaluate(args: argparse.Namespace) -> None:
         problems.refuse_long(items, backend)
     run = RunDir(args.out, saved_settings(args), data, args.resume)
     answers = run.path / "answers.jsonl"
-    done = complete_lines(answers) if args.resume else []
+    done = kept(answers) if args.resume else []
     results = {}
-    with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox, answers.open(
-            "a", encoding="utf-8", errors="replace") as file:
+    with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox, answers.open("ab") as file:
         for name, items in sets.items():
             rows = [row for row in done if row["data"] == name]
             start = time.monotonic()
-            jobs = missing(items, rows, WORKFLOWS[args.workflow], args.samples)
-            rows += answer(name, items, jobs, backend, adapters, sandbox, args, file)
+            rows += answer(name, items, rows, workflow, backend, adapters, sandbox, args, file)
             results[name] = {**score(rows, len(items)), "seconds": round(time.monotonic() - start, 1)}
             print(line(name, results[name]) if len(results) > 1 else HEAD + "\n" + line(name, results[name]))
     write_json(run.path / "summary.json", {"model": args.model, "workflow": args.workflow, "data": results})
@@ -79,69 +78,62 @@ def evaluate(args: argparse.Namespace) -> None:
           f"compare with another run: python eval.py --compare {args.out} OTHER")
 
 
-def missing(items, rows: list[dict], workflow, samples: int) -> list:
-    """The jobs that have no answer in `rows` yet."""
-    from slm.episode import jobs_for
-    have = {(row["id"], row["sample"]) for row in rows}
-    return [job for job in jobs_for(items, workflow, samples) if (job.problem_id, job.sample) not in have]
-
-
-def answer(name, items, jobs, backend, adapters, sandbox, args, file) -> list[dict]:
-    """Run the jobs; each answer is graded and written to `file` as it lands."""
-    from slm.episode import Sampling, answer_record, run_episodes
-    rows = []
+def answer(name, items, rows, workflow, backend, adapters, sandbox, args, file) -> list[dict]:
+    """Run the workflow on what has no answer in `rows`; each answer is graded and written as it lands."""
+    from slm.episode import Sampling, answer_record, jobs_for, run_episodes
+    have, new = {(row["id"], row["sample"]) for row in rows}, []
+    jobs = jobs_for(items, workflow, args.samples)
+    jobs = [job for job in jobs if (job.problem_id, job.sample) not in have]
 
     def keep(episode):
-        rows.append({**answer_record(items[episode.group], episode), "data": name})
-        file.write(json.dumps(rows[-1], ensure_ascii=False) + "\n")
+        new.append({**answer_record(items[episode.group], episode), "data": name})
+        file.write(as_line(new[-1]))
         file.flush()
 
     sampling = Sampling(args.max_tokens, args.temperature, stop_at_box=True)
     run_episodes(jobs, backend, sandbox, sampling=sampling, seed=args.seed, adapters=adapters, on_done=keep,
-                 bar=name)
-    return rows
+                 bar=shorten(name))
+    return new
 
 
-def complete_lines(path: Path) -> list[dict]:
-    """The rows of an answers file; a torn last line is cut off the file."""
-    rows, keep = [], 0
+def as_line(row: dict) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n"
+
+
+def kept(path: Path) -> list[dict]:
+    """The answers of a stopped run. A torn last line and requests that failed are taken out of the file: they
+    are asked again."""
+    rows = []
     if path.exists():
-        with path.open("rb") as f:
-            for text in f:
-                with contextlib.suppress(ValueError):
-                    rows.append(json.loads(text))
-                    keep += len(text)
-                    continue
-                break
-        os.truncate(path, keep)
+        for text in path.read_bytes().split(b"\n")[:-1]:
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(text))
+        rows = [row for row in rows if row["finish"] != "error"]
+        write_whole(path, rows)
     return rows
+
+
+def write_whole(path: Path, rows: list[dict]) -> None:
+    part = path.with_name(path.name + ".tmp")
+    part.write_bytes(b"".join(map(as_line, rows)))
+    part.replace(path)
 
 
 def saved_settings(args: argparse.Namespace) -> dict:
-    """What identifies the run: the options, prompt and grader, and a fingerprint of the weights used."""
-    from slm import checkpoint, grader, prompts
+    """What identifies the run: the options, the prompt, and hashes of the grader and of the weights used."""
+    from slm import answers, checkpoint, grader, prompts
+    digest = lambda files: hashlib.sha256(b"".join(map(sha256, files))).hexdigest()[:12]
     settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
-    settings |= {"prompt": prompts.SOLVER.id, "grader": short_hash(b"".join(
-        Path(module.__file__).read_bytes() for module in (grader, grader.answers)))}
+    settings |= {"prompt": prompts.SOLVER.id, "grader": digest([grader.__file__, answers.__file__])}
     if not args.endpoint:
         folders = [checkpoint.resolve(p) for p in (args.model, *(a.rpartition("=")[2] for a in args.adapter))]
-        files = sorted(f for folder in folders for f in folder.glob("*.safetensors"))
-        settings["weights"] = short_hash(b"".join(edges(f) for f in files))
+        settings["weights"] = digest(sorted(f for folder in folders for f in folder.glob("*.safetensors")))
     return settings
 
 
-def edges(path: Path) -> bytes:
-    """Size, first and last megabyte: enough to tell two checkpoints apart without reading gigabytes."""
-    with path.open("rb") as f:
-        size = f.seek(0, os.SEEK_END)
-        f.seek(0)
-        first = f.read(1 << 20)
-        f.seek(max(0, size - (1 << 20)))
-        return str(size).encode() + first + f.read()
-
-
-def short_hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:12]
+def sha256(path) -> bytes:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").digest()
 
 
 def label(args: argparse.Namespace) -> str:
@@ -160,17 +152,14 @@ HEAD = (f"{'data':28}{'problems':>9}{'correct %':>11}{'95 %':>13}{'truncated':>1
 def score(rows: list[dict], problems: int) -> dict:
     """The figures of one data set. With several samples a problem, accuracy is the mean over problems of the
     share right (pass@1); its interval draws problems again, not samples."""
-    shares = share_right(rows)
-    samples = len(rows) // problems
+    shares, samples = share_right(rows).values(), len(rows) // problems
     right = sum(row["correct"] for row in rows)
-    counts = Counter()
-    for row in rows:
-        counts[row["id"]] += row["correct"]
+    counts = [round(share * samples) for share in shares]
+    pass_at = lambda k: sum(stats.pass_at_k(samples, c, k) for c in counts) / problems
     ks = [k for k in (2 ** i for i in range(1, 11)) if k <= samples]
     return {
         "problems": problems, "samples": samples, "right": right, "accuracy": right / len(rows),
-        "interval": interval(list(shares.values())),
-        "pass_at": {k: sum(stats.pass_at_k(samples, c, k) for c in counts.values()) / problems for k in ks},
+        "interval": interval(list(shares)), "pass_at": {k: pass_at(k) for k in ks},
         "truncated": sum(row["finish"] == "length" for row in rows),
         "no_answer": sum(row["answer"] is None for row in rows),
         "failures": dict(Counter(cause for row in rows for cause in row["failures"])),
@@ -198,7 +187,8 @@ def line(name: str, s: dict) -> str:
             f"{s['truncated']:>11}{s['no_answer']:>11}{s['seconds']:>9.1f}")
     for k, value in s["pass_at"].items():
         text += f"\n{'':28}{f'pass@{k}':>9}{100 * value:>11.1f}"
-    return text + "".join(f"\n  {count} x {cause}" for cause, count in s["failures"].items())
+    causes = Counter(s["failures"]).most_common(5)
+    return text + "".join(f"\n  {count} x {cause}" for cause, count in causes)
 
 
 def shorten(name: str) -> str:
@@ -217,13 +207,14 @@ class Saved:
     def __init__(self, path: str):
         self.path = Path(path)
         self.name = self.path.name or str(self.path)
-        if not (self.path / "answers.jsonl").is_file():
-            raise BadInput(f"{path}: no answers.jsonl there; expected a run directory of eval.py")
-        if not (self.path / "summary.json").is_file():
-            raise BadInput(f"{path}: this evaluation is not finished; repeat its command with --resume")
+        for file, missing in (
+                ("answers.jsonl", "holds no answers.jsonl; expected a run directory of eval.py"),
+                ("summary.json", "is not finished; repeat its command with --resume")):
+            if not (self.path / file).is_file():
+                raise BadInput(f"{path} {missing}")
         self.settings = json.loads((self.path / "settings.json").read_text())["settings"]
         self.rows = defaultdict(list)
-        for n, text in enumerate((self.path / "answers.jsonl").read_text().splitlines(), 1):
+        for n, text in enumerate((self.path / "answers.jsonl").read_bytes().split(b"\n")[:-1], 1):
             try:
                 row = json.loads(text)
                 self.rows[row["data"]].append(row)
@@ -307,12 +298,9 @@ def regrade(run: Saved) -> None:
         print(f"{data}: {100 * before:.1f} % -> {100 * summary['data'][data]['accuracy']:.1f} % right")
     print(f"{changed} of {sum(map(len, run.rows.values()))} answers graded differently")
     if changed:
-        answers, part = run.path / "answers.jsonl", run.path / "answers.jsonl.tmp"
-        with part.open("w", encoding="utf-8", errors="replace") as f:
-            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for rows in run.rows.values()
-                         for row in rows)
-        answers.replace(run.path / "answers.before-regrade.jsonl")
-        part.replace(answers)
+        answers = run.path / "answers.jsonl"
+        shutil.copy(answers, run.path / "answers.before-regrade.jsonl")
+        write_whole(answers, [row for rows in run.rows.values() for row in rows])
         write_json(run.path / "summary.json", summary)
 
 

@@ -37,7 +37,7 @@ def run(*words):
 
 
 def rows(path):
-    return [json.loads(line) for line in (Path(path) / "answers.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (Path(path) / "answers.jsonl").read_text().split("\n")[:-1]]
 
 
 @pytest.fixture
@@ -170,6 +170,26 @@ def test_a_stopped_run_goes_on_without_asking_twice_and_a_torn_line_is_repaired(
     assert sorted(rows(tmp_path / "cut"), key=key) == sorted(whole, key=key)
     whole, cut = (json.loads((tmp_path / n / "summary.json").read_text())["data"] for n in ("whole", "cut"))
     assert {**whole[str(data)], "seconds": 0} == {**cut[str(data)], "seconds": 0}
+
+
+def test_requests_that_failed_are_asked_again(tmp_path, data, model):
+    failed = Reply("", finish="error", error="HTTP 503")
+    model(lambda n, seed, sampling: failed if n in (3, 8) else double(n, seed, sampling))
+    run("--data", data, "--out", tmp_path / "r")
+    assert sum(row["correct"] for row in rows(tmp_path / "r")) == 8
+    backend = model(double)
+    run("--data", data, "--out", tmp_path / "r", "--resume")
+    assert len(backend.requests) == 2
+    assert [row["correct"] for row in rows(tmp_path / "r")] == [True] * 10
+
+
+def test_any_text_a_model_can_write_survives_saving_and_reading_back(tmp_path, data, model):
+    odd = "\u2028\x85\x0b\x00 \ud800 \r\n"
+    model(lambda n, seed, sampling: odd + double(n, 0, 0))
+    run("--data", data, "--out", tmp_path / "r", "--limit", 2)
+    run("--compare", tmp_path / "r")
+    run("--regrade", tmp_path / "r")
+    assert rows(tmp_path / "r")[0]["response"] == odd.replace("\ud800", "?") + "It is \\boxed{0}."
 
 
 def test_a_killed_run_resumes_to_the_answers_of_an_unbroken_one(tmp_path):
