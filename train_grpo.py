@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from slm import BadInput, cli
-from train_sft import TARGETS, batches, name
+from train_sft import TARGETS, adapter_options, batches, name, run_options
 
 PAPER = {"lr": 5e-6, "batch": 16, "samples": 2, "kl": 0.05, "epochs": 1, "temperature": 0.7,
          "max_tokens": 2048, "micro_tokens": 2048, "warmup": 0.1, "save_every": 20, "steps": 0}
@@ -81,21 +81,8 @@ def options():
     g.add_argument("--lr", type=float, help=f"learning rate ({both('lr')})")
     g.add_argument("--steps", type=int, help=f"batches in all, 0: as the epochs give ({both('steps')})")
     g.add_argument("--epochs", type=cli.positive, help=f"({both('epochs')})")
-    g.add_argument("--warmup", type=float, help=f"share of the steps, then cosine ({both('warmup')})")
-    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default 1)")
-    g.add_argument("--rank", type=cli.positive, default=16, help="LoRA rank (default 16)")
-    g.add_argument("--alpha", type=float, default=32.0, help="LoRA scale is alpha / rank (default 32)")
-    g.add_argument("--targets", choices=TARGETS, default="qkvo", help="(default qkvo)")
-    g.add_argument("--micro-tokens", type=cli.positive,
-                   help=f"tokens in memory at once ({both('micro_tokens')})")
-    g.add_argument("--recompute", action="store_true", help="less memory for a third more time")
-    g = p.add_argument_group("run")
-    g.add_argument("--out", help="run directory (default runs/grpo-<model>)")
-    g.add_argument("--resume", action="store_true", help="continue the run in --out")
-    g.add_argument("--save-every", type=cli.positive, help=f"steps ({both('save_every')})")
-    g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    adapter_options(g)
+    run_options(p, g, both, "runs/grpo-<model>")
     return p
 
 
@@ -442,7 +429,8 @@ def finish(model, out, args):
     run.barrier()
     if run.rank() == 0:
         report.write(out)
-        print(f"the result is {out / 'adapter'}; curves and samples: {out / 'report.html'}")
+        print(f"peak memory {run.peak_memory(model):.1f} GB; the result is {out / 'adapter'}")
+        print(f"curves and samples: {out / 'report.html'}")
         print(f"next: python eval.py --model {out / 'adapter'}")
 
 

@@ -45,29 +45,39 @@ def options():
     how = g.add_mutually_exclusive_group()
     how.add_argument("--lora", action="store_true", help="a LoRA adapter (the default)")
     how.add_argument("--full", action="store_true", help="all weights")
-    g.add_argument("--rank", type=cli.positive, default=16, help="LoRA rank (default 16)")
-    g.add_argument("--alpha", type=float, default=32.0, help="LoRA scale is alpha / rank (default 32)")
+    adapter_options(g)
     g.add_argument("--dropout", type=float, help=f"on the adapter's input ({both('dropout')})")
-    g.add_argument("--targets", choices=TARGETS, default="qkvo",
-                   help="qkvo, or qv as in the report's runs (default qkvo)")
     g = p.add_argument_group("optimization")
     g.add_argument("--lr", type=float, help="learning rate (default LoRA 1e-4, full 5e-5; tiny 3e-3, 1e-3)")
     g.add_argument("--batch", type=cli.positive, help=f"sequences a step ({both('batch')})")
     g.add_argument("--epochs", type=cli.positive, help=f"({both('epochs')})")
-    g.add_argument("--warmup", type=float, help=f"share of the steps, then cosine ({both('warmup')})")
     g.add_argument("--weight-decay", type=float, help=f"({both('weight_decay')})")
+    run_options(p, g, both, "runs/sft-<model>-<lora or full>")
+    return p
+
+
+def adapter_options(g):
+    """LoRA's, in both trainers."""
+    g.add_argument("--rank", type=cli.positive, default=16, help="LoRA rank (default 16)")
+    g.add_argument("--alpha", type=float, default=32.0, help="LoRA scale is alpha / rank (default 32)")
+    g.add_argument("--targets", choices=TARGETS, default="qkvo",
+                   help="qkvo, or qv as in the report's runs (default qkvo)")
+
+
+def run_options(p, g, both, folder: str):
+    """What both trainers take beside their own."""
+    g.add_argument("--warmup", type=float, help=f"share of the steps, then cosine ({both('warmup')})")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default 1)")
     g.add_argument("--micro-tokens", type=cli.positive,
                    help=f"tokens in memory at once ({both('micro_tokens')})")
     g.add_argument("--recompute", action="store_true", help="less memory for a third more time")
     g = p.add_argument_group("run")
-    g.add_argument("--out", help="run directory (default runs/sft-<model>-<lora or full>)")
+    g.add_argument("--out", help=f"run directory (default {folder})")
     g.add_argument("--resume", action="store_true", help="continue the run in --out")
     g.add_argument("--save-every", type=cli.positive, help=f"steps ({both('save_every')})")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    return p
 
 
 # ---- data ------------------------------------------------------------------------------------------------
@@ -296,7 +306,8 @@ def finish(model, tokenizer, out, args):
     run.barrier()
     if run.rank() == 0:
         last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-        print(f"loss {last['loss']:.4f} after {last['step']} steps; the result is {result}")
+        print(f"loss {last['loss']:.4f} after {last['step']} steps, peak memory "
+              f"{run.peak_memory(model):.1f} GB; the result is {result}")
         print(f"next: python eval.py --model {result}")
         print("  or: python train_grpo.py " + (f"--model {result}" if args.full else
                                                f"--model {args.model} --adapter {result}"))

@@ -280,9 +280,9 @@ class Interrupt:
             signal.signal(s, handler)
 
 
-def peak_memory(device) -> float:
+def peak_memory(model) -> float:
     """Peak memory of this process so far, in GB: resident memory, or the GPU's allocations."""
-    if torch.device(device).type == "cuda":
+    if next(model.parameters()).is_cuda:
         return torch.cuda.max_memory_allocated() / 1e9
     import resource
     unit = 1 if sys.platform == "darwin" else 1024

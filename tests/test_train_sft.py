@@ -1,9 +1,13 @@
 """Supervised fine-tuning by its promises, on a random model of two layers."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small import write_small
 
 import train_sft
@@ -124,6 +128,19 @@ def test_a_run_stopped_anywhere_and_resumed_ends_on_the_same_bits(small, data, t
     assert clean[0] == clean[1] and len(whole) == 6
     a, b = (torch.load(tmp_path / n / "checkpoints" / "step-000006" / "rank0.pt") for n in ("whole", "cut"))
     assert all(torch.equal(a["parameters"][k], b["parameters"][k]) for k in a["parameters"])
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_same_steps_as_one_process(small, data, tmp_path):
+    root = Path(train_sft.__file__).parent
+    words = [str(root / "train_sft.py"), "--model", small, "--data", str(data), "--batch", "4",
+             "--lr", "0.01", "--device", "cpu", "--dropout", "0", "--micro-tokens", "60"]
+    for how, out in (("--lora", "adapter/adapter_model.safetensors"), ("--full", "model/model.safetensors")):
+        for ranks in ("1", "2"):
+            launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks]
+            subprocess.run([*launch, *words, how, "--out", str(tmp_path / ranks / how)], check=True, cwd=root)
+        a, b = (load_file(tmp_path / ranks / how / out) for ranks in ("1", "2"))
+        assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
 
 
 def test_long_rows_are_left_out_and_counted(small, data, tmp_path, capsys):
