@@ -121,10 +121,10 @@ def write_whole(path: Path, rows: list[dict]) -> None:
 
 def saved_settings(args: argparse.Namespace) -> dict:
     """What identifies the run: the options, the prompt, and hashes of the grader and of the weights used."""
-    from slm import answers, checkpoint, grader, prompts
+    from slm import answers, checkpoint, grader, prompts, values
     digest = lambda files: hashlib.sha256(b"".join(map(sha256, files))).hexdigest()[:12]
     settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
-    settings |= {"prompt": prompts.SOLVER.id, "grader": digest([grader.__file__, answers.__file__])}
+    settings |= {"prompt": prompts.SOLVER.id, "grader": digest(m.__file__ for m in (grader, answers, values))}
     if not args.endpoint:
         folders = [checkpoint.resolve(p) for p in (args.model, *(a.rpartition("=")[2] for a in args.adapter))]
         settings["weights"] = digest(sorted(f for folder in folders for f in folder.glob("*.safetensors")))
