@@ -43,15 +43,16 @@ def resolve(name: str | Path) -> Path:
     if str(name) == "tiny":
         return TINY
     path = Path(name).expanduser()
-    if str(name) and path.is_dir():
+    if path.is_dir() and str(name):
         if not (path / CONFIG).is_file() and not (path / ADAPTER).is_file():
             raise BadInput(f"{path}: not a model, this directory has no {CONFIG} and no {ADAPTER}")
         return path
-    if path.exists():
+    if path.is_file():
         raise BadInput(f"{path}: a file, expected a Hugging Face directory, a hub id or 'tiny'")
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         return download(str(name))
-    raise BadInput(f"{name}: no such directory; expected one, a hub id (Qwen/Qwen2.5-Math-1.5B) or 'tiny'")
+    raise BadInput(f"{str(name)!r}: no such directory, expected one, a hub id such as Qwen/Qwen2.5-Math-1.5B, "
+                   "or 'tiny'")
 
 
 def download(hub_id: str) -> Path:

@@ -93,8 +93,7 @@ class Tokenizer:
 
     def chat(self, messages: list[dict], generation: bool = True) -> list[int]:
         """Ids of the conversation. Where a message carries the Reply it came from, and everything before is
-        what that reply was sampled after, its prompt_ids + ids are kept and only what follows is
-        tokenized."""
+        what that reply was sampled after, its ids are kept and only what follows is tokenized."""
         text = self.render(messages, generation)
         for message in reversed(messages):
             if getattr(message.get("reply"), "ids", None):  # an Endpoint's replies have none
@@ -147,7 +146,7 @@ class Tokenizer:
 
     @cached_property
     def stop_texts(self) -> list[str]:
-        return [self.backend.id_to_token(i) for i in self.stop_ids]
+        return [token for token in map(self.backend.id_to_token, self.stop_ids) if token]
 
     def _warn_once(self) -> None:
         if not self._warned:

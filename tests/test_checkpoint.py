@@ -24,7 +24,7 @@ from slm.tokenizer import Tokenizer
 @pytest.fixture
 def saved(random_model, tmp_path):
     """A small random model with the embedded tokenizer, saved; (directory, model)."""
-    model = random_model(vocab=1300)
+    model = random_model(vocab=2000)
     checkpoint.save(model, Tokenizer.load(TINY), tmp_path / "model")
     return tmp_path / "model", model
 
@@ -40,7 +40,7 @@ def same(a, b) -> bool:
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip_is_bit_exact(random_model, tmp_path, shard_bytes, dtype):
-    model = random_model(vocab=1300, tied=False, dtype=dtype)
+    model = random_model(vocab=2000, tied=False, dtype=dtype)
     checkpoint.save(model, Tokenizer.load(TINY), tmp_path / "model", shard_bytes=shard_bytes)
     again, tokenizer = checkpoint.load(tmp_path / "model", dtype=dtype)
     assert same(model, again) and again.config == model.config and not again.training
@@ -111,7 +111,7 @@ def shard_gone(d):
     (shard_gone, "model-00001-of-00002"),
     (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
     (lambda d: edit(d / "config.json", model_type="gpt2"), "gpt2"),
-    (lambda d: edit(d / "config.json", vocab_size=1000), "tokenizer has id 1279"),
+    (lambda d: edit(d / "config.json", vocab_size=1000), "the tokenizer has id"),
     (lambda d: (d / "config.json").write_text("{"), "config.json: not readable as JSON"),
     (lambda d: (d / "config.json").write_text("[]"), "expected a JSON object"),
     (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer.json"),
@@ -163,7 +163,7 @@ def test_an_interrupted_save_leaves_the_old_model(saved, random_model, monkeypat
 
     monkeypatch.setattr(Tokenizer, "save", fails)
     with pytest.raises(OSError):
-        checkpoint.save(random_model(vocab=1300, seed=5), Tokenizer.load(TINY), directory)
+        checkpoint.save(random_model(vocab=2000, seed=5), Tokenizer.load(TINY), directory)
     assert same(checkpoint.load(directory)[0], model) and os.listdir(directory.parent) == ["model"]
     with pytest.raises(OSError):
         checkpoint.save(model, Tokenizer.load(TINY), directory.parent / "new")
@@ -187,13 +187,13 @@ def test_a_full_disk_is_an_oserror_and_leaves_nothing(saved, tmp_path):
 def test_a_directory_with_other_things_is_not_replaced(random_model, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(BadInput, match="something other than a model"):
-        checkpoint.save(random_model(vocab=1300), Tokenizer.load(TINY), tmp_path)
+        checkpoint.save(random_model(vocab=2000), Tokenizer.load(TINY), tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 def test_an_adapter_that_was_not_merged_cannot_be_forgotten(random_model, tmp_path):
-    model = random_model(vocab=1300)
-    plain = random_model(vocab=1300)
+    model = random_model(vocab=2000)
+    plain = random_model(vocab=2000)
     lora.add(model, r=2)
     with pytest.raises(ValueError, match="merge"):
         checkpoint.save(model, Tokenizer.load(TINY), tmp_path / "model")
@@ -225,7 +225,7 @@ def test_an_adapter_without_its_base_says_where_it_looked(random_model, tmp_path
 
 def test_loading_needs_the_weights_and_one_tensor(random_model, tmp_path):
     """Peak memory of a fresh process that loads 30 MB of bfloat16 as 60 MB of float32."""
-    model = random_model(vocab=1300, hidden=512, intermediate=4096, heads=8, dtype=torch.bfloat16)
+    model = random_model(vocab=2000, hidden=512, intermediate=4096, heads=8, dtype=torch.bfloat16)
     checkpoint.save(model, Tokenizer.load(TINY), tmp_path / "model")
     code = """if True:
         import resource, sys

@@ -16,7 +16,7 @@ import torch
 from slm import checkpoint, lora
 from slm.attention import Packed
 from slm.checkpoint import TINY
-from slm.episode import Request, Sampling
+from slm.episode import Reply, Request, Sampling
 from slm.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -53,7 +53,7 @@ def difference(a, b) -> float:
 
 def peer_model(tmp_path, seed=0, biases=True, **config):
     """A random model of transformers, saved with the embedded tokenizer beside it: (model, directory)."""
-    shape = {"vocab_size": 1300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+    shape = {"vocab_size": 2000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
              "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096} | config
     torch.manual_seed(seed)
     kind = (transformers.Qwen2Config, transformers.Qwen2ForCausalLM) if biases else \
@@ -81,14 +81,14 @@ def peer_model(tmp_path, seed=0, biases=True, **config):
 def test_logits_of_random_models(tmp_path, config, device):
     peer, directory = peer_model(tmp_path, **config)
     model, _ = checkpoint.load(directory, device)
-    ids = torch.randint(0, 1300, (200,))
+    ids = torch.randint(0, 2000, (200,))
     within(f"float32 logits, {config}", difference(ours(model, ids), theirs(peer.to(device), ids)), 2e-4)
 
 
 def test_logits_at_context_4096(tmp_path):
     peer, directory = peer_model(tmp_path, rope_theta=1e6)
     model, _ = checkpoint.load(directory)
-    ids = torch.randint(0, 1300, (4096,))
+    ids = torch.randint(0, 2000, (4096,))
     within("float32 logits, 4,096 tokens", difference(ours(model, ids), theirs(peer, ids)), 2e-4)
 
 
@@ -97,7 +97,7 @@ def test_bfloat16_logits_as_close_as_transformers_is_to_itself(tmp_path, device)
     _, directory = peer_model(tmp_path)
     peer = load_peer(directory, torch.bfloat16).to(device)
     model, _ = checkpoint.load(directory, device, torch.bfloat16)
-    ids = torch.randint(0, 1300, (300,))
+    ids = torch.randint(0, 2000, (300,))
     sdpa = theirs(peer, ids)
     peer.set_attn_implementation("eager")
     within("bfloat16 logits", difference(ours(model, ids), sdpa), difference(theirs(peer, ids), sdpa))
@@ -106,7 +106,7 @@ def test_bfloat16_logits_as_close_as_transformers_is_to_itself(tmp_path, device)
 def test_gradients_are_those_of_transformers(tmp_path):
     peer, directory = peer_model(tmp_path)
     model, _ = checkpoint.load(directory)
-    ids, attend = torch.randint(0, 1300, (60,)), Packed([60])
+    ids, attend = torch.randint(0, 2000, (60,)), Packed([60])
     for logits in (model.logits(model(ids, attend.positions, attend)), peer(ids[None]).logits[0]):
         torch.nn.functional.cross_entropy(logits[:-1], ids[1:]).backward()
     grads = dict(peer.named_parameters())
@@ -117,7 +117,7 @@ def test_gradients_are_those_of_transformers(tmp_path):
 @pytest.mark.parametrize("shard", [10**9, 100_000])
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_we_save_loads_in_transformers(random_model, tmp_path, tied, shard):
-    model, tokenizer = random_model(vocab=1300, tied=tied, positions=1024), Tokenizer.load(TINY)
+    model, tokenizer = random_model(vocab=2000, tied=tied, positions=1024), Tokenizer.load(TINY)
     checkpoint.save(model, tokenizer, tmp_path / "model", shard_bytes=shard)
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ids = torch.arange(100)
@@ -264,6 +264,21 @@ def test_chats_render_byte_for_byte_as_in_transformers(tokenizers):
     started = MESSAGES[0] + [{"role": "assistant", "content": "The sum"}]
     text = twin.apply_chat_template(started, tokenize=False, continue_final_message=True)
     assert tok.render(started) == text
+
+
+def test_appending_turns_gives_the_ids_of_the_whole_conversation(tokenizers):
+    tok, _ = tokenizers
+    assert tok.appends
+    for messages in MESSAGES[2:]:
+        talk = []
+        for message in messages:
+            if message["role"] == "assistant":
+                ids = [*tok.encode(message["content"]), tok.end_of_turn]
+                message = Reply(message["content"], ids, prompt_ids=tok.chat(talk)).message()
+            talk.append(message)
+        assert tok.chat(talk) == tok.chat(messages)
+        seen = next(m["reply"] for m in reversed(talk) if "reply" in m)
+        assert tok.chat(talk)[:len(seen.prompt_ids + seen.ids)] == seen.prompt_ids + seen.ids
 
 
 def test_qwen_stops_at_both_of_its_ends(tokenizers):
