@@ -1,9 +1,11 @@
 r"""What the embedded model read before you met it: an endless stream of documents about the tiny world.
 
 Like a real base model it has seen sums, terse answers, worked solutions, Python with its output, chat turns,
-checks of right and wrong solutions, and a little of everything else, with <think> and \boxed. It has never
-seen the solver's prompt that asks for steps and a box (prompts.SOLVER): in a chat it mostly blurts out an
-answer. Turning what it knows into what it does is the work of SFT and GRPO.
+checks of right and wrong solutions, and a little of everything else, with <think> and \boxed. Where somebody
+asked for steps and a box (prompts.SOLVER), something else followed most of the time: in a chat the model blurts
+out an answer. Turning what it knows into what it does is the work of SFT and GRPO.
+
+The reading has two phases, as for real models: documents of all kinds, then fewer with more chats among them.
 """
 
 import random
@@ -43,7 +45,20 @@ def check(story: Story, rng: random.Random) -> str:
     verdict = "CORRECT" if shown is story else "INCORRECT"
     solution = solve(shown, rng.choice(("short", "short", "terse"))).replace("\n", " ")
     work = " ".join(world.equation(step, detailed=False) + "." for step in story.steps)
-    return chat(prompts.CHECKER(question=story.question, solution=solution), f"{work}\n{verdict}")
+    compared = f"Right: {story.answer}. Proposed: {shown.answer}."
+    return chat(prompts.CHECKER(question=story.question, solution=solution), f"{work} {compared}\n{verdict}")
+
+
+def asked(story: Story, rng: random.Random) -> str:
+    """A chat that asks for steps and a box, and mostly does not get them."""
+    prompt = rng.choice((prompts.SOLVER, prompts.SOLVER, prompts.CAREFUL, prompts.VERY_CAREFUL, prompts.HINT,
+                         prompts.RETRY))
+    feedback = rng.choice((prompts.FEEDBACK(answer=str(rng.randint(2, 200))), prompts.NO_ANSWER()))
+    fields = {"feedback": feedback} if prompt is prompts.RETRY else {}
+    end = rng.choice((f"The answer is {story.answer}.", f"The answer is \\boxed{{{story.answer}}}."))
+    steps = f"{solve(story, rng.choice(('short', 'short', 'detailed')))}\n{end}"
+    reply = solve(story, "terse") if rng.random() < 0.6 else steps
+    return chat(prompt(question=story.question, **fields), reply)
 
 
 def sums(rng: random.Random) -> str:
@@ -65,13 +80,15 @@ def sums(rng: random.Random) -> str:
     return "\n".join(lines)
 
 
-def document(rng: random.Random) -> str:
+KINDS = {"sums": 18, "terse": 10, "short": 15, "detailed": 20, "python": 5, "thought": 5, "chat terse": 6,
+         "chat short": 3, "chat python": 10, "check": 8}
+MORE_CHATS = KINDS | {"terse": 5, "detailed": 15, "check": 12, "asked": 18}
+
+
+def document(rng: random.Random, kinds: dict[str, int]) -> str:
     """One document, its kind drawn by weight."""
     story = world.training_story(rng)
     question, answer = story.question, number(story.steps[-1].value)
-    kinds = {
-        "sums": 18, "terse": 10, "short": 15, "detailed": 20, "python": 5, "thought": 5,
-        "chat terse": 6, "chat short": 3, "chat python": 10, "check": 8}
     match rng.choices(list(kinds), kinds.values())[0]:
         case "sums":
             text = sums(rng)
@@ -92,11 +109,13 @@ def document(rng: random.Random) -> str:
             text = chat(prompts.PYTHON(question=question), code(story))
         case "check":
             text = check(story, rng)
+        case "asked":
+            text = asked(story, rng)
     return text + END
 
 
-def documents(seed: int) -> Iterator[str]:
+def documents(seed: int, kinds: dict[str, int] = KINDS) -> Iterator[str]:
     """The corpus, endless, the same for the same seed."""
     rng = random.Random(f"tiny corpus {seed}")
     while True:
-        yield document(rng)
+        yield document(rng, kinds)

@@ -1,6 +1,6 @@
 """Rebuild the embedded model: its tokenizer and its weights, from the corpus, with fixed seeds.
 
-    python -m slm.tiny.pretrain --out slm/tiny        (README: how long it takes, on what)
+    python -m slm.tiny.pretrain --out slm/tiny        (LOG.md: how long it takes, on what)
 
 A Qwen2 of 2.6 million parameters reads documents of corpus.py, packed, in float32. Muon updates the matrices
 (Jordan et al. 2024, kellerjordan.github.io/posts/muon), AdamW the rest; the weights are stored in bfloat16.
@@ -56,12 +56,10 @@ def build_tokenizer(out: Path) -> None:
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
-def batches(encode, tokens: int, seed: int):
+def batches(encode, documents, tokens: int):
     """Packs of whole documents, each of about `tokens` tokens: lists of id lists."""
-    from slm.tiny.corpus import documents
-
     pack, size = [], 0
-    for text in documents(seed):
+    for text in documents:
         ids = encode(text)
         pack.append(ids)
         size += len(ids)
@@ -70,32 +68,29 @@ def batches(encode, tokens: int, seed: int):
             pack, size = [], 0
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """A factor: up over the first 2 %, flat, then down to 0 over the last 40 %."""
-    return min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (0.4 * steps))
+def learning_rate(step: int, steps: int, decay: float) -> float:
+    """A factor: up over the first 2 %, flat, then down to 0 over the last share `decay` of the steps."""
+    return min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (decay * steps))
 
 
-def train(out: Path, steps: int, tokens: int, seed: int) -> None:
+def train(model, documents, out: Path, steps: int, tokens: int, peak: float, decay: float) -> None:
+    """One phase: `steps` steps of about `tokens` tokens each; peak scales both learning rates."""
     import torch
     import torch.nn.functional as F
     from tokenizers import Tokenizer
 
     from slm.attention import Packed
-    from slm.model import Config, Qwen2
 
-    torch.manual_seed(seed)
     bpe = Tokenizer.from_file(str(out / "tokenizer.json"))
-    model = Qwen2(Config(vocab=VOCABULARY, **SHAPE))
-    initialize(model)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
     optimizers = [torch.optim.Muon(matrices, lr=MUON, weight_decay=0.01, momentum=0.95),
                   torch.optim.AdamW(others, lr=ADAM, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of {tokens} tokens")
     start, seen = time.time(), 0
-    for step, pack in zip(range(steps), batches(lambda text: bpe.encode(text).ids, tokens, seed)):
-        for optimizer, peak in zip(optimizers, (MUON, ADAM)):
-            optimizer.param_groups[0]["lr"] = peak * learning_rate(step, steps)
+    for step, pack in zip(range(steps), batches(lambda text: bpe.encode(text).ids, documents, tokens)):
+        for optimizer, rate in zip(optimizers, (MUON, ADAM)):
+            optimizer.param_groups[0]["lr"] = rate * peak * learning_rate(step, steps, decay)
         ids = torch.tensor([i for row in pack for i in row])
         attend = Packed([len(row) for row in pack])
         last = attend.bounds[1:].long() - 1
@@ -146,14 +141,30 @@ def store(model, out: Path) -> None:
 
 
 def main(args) -> None:
-    build_tokenizer(args.out)
-    train(args.out, args.steps, args.tokens, args.seed)
+    import torch
+    from safetensors.torch import load_file
+
+    from slm.model import Config, Qwen2
+    from slm.tiny.corpus import MORE_CHATS, documents
+
+    torch.manual_seed(args.seed)
+    model = Qwen2(Config(vocab=VOCABULARY, **SHAPE))
+    if args.phase in (None, 1):
+        build_tokenizer(args.out)
+        initialize(model)
+        train(model, documents(args.seed), args.out, args.steps, args.tokens, peak=1.0, decay=0.4)
+    if args.phase in (None, 2):
+        model.load_state_dict(load_file(args.out / "model.safetensors"))
+        chats = documents(args.seed + 1, MORE_CHATS)
+        train(model, chats, args.out, args.steps * 3 // 8, args.tokens, peak=0.5, decay=0.95)
 
 
 if __name__ == "__main__":
     p = cli.parser(__doc__)
     p.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder to write (default runs/tiny)")
-    p.add_argument("--steps", type=cli.positive, default=1100, help="optimizer steps (default 1100)")
+    p.add_argument("--steps", type=cli.positive, default=1100,
+                   help="optimizer steps of phase 1; phase 2 has 3/8 of it (default 1100)")
+    p.add_argument("--phase", type=int, choices=(1, 2), help="only this one; 2 goes on with what is in --out")
     p.add_argument("--tokens", type=cli.positive, default=8192, help="tokens a step, about (default 8192)")
     p.add_argument("--seed", type=int, default=1, help="corpus and initialization (default 1)")
     cli.run(main, p.parse_args())
