@@ -96,7 +96,7 @@ class Sampler:
         self.controls: Controls | None = None  # of the running rows; None after any change among them
         self.prefill_tokens = PREFILL_TOKENS
         cuda, c = self.device.type == "cuda", model.config
-        # Waking a second thread takes longer than half of so small a product.
+        # In decode, waking a second thread takes longer than half of so small a product.
         self.threads = 1 if self.device.type == "cpu" and c.hidden * c.intermediate < 1 << 18 else 0
         self.burst = BURST if cuda else 1
         self.recorder = record if cuda else None
@@ -148,10 +148,10 @@ class Sampler:
             self.model.eval()
             self.training = True
         threads = torch.get_num_threads()
-        torch.set_num_threads(self.threads or threads)
         try:
             with torch.inference_mode():
                 self._admit()
+                torch.set_num_threads(self.threads or threads)
                 if self.running:
                     self._decode()
         except RuntimeError as e:
