@@ -2,8 +2,8 @@ r"""What the embedded model read before you met it: an endless stream of documen
 
 Like a real base model it has seen sums, terse answers, worked solutions, Python with its output, chat turns,
 checks of right and wrong solutions, and a little of everything else, with <think> and \boxed. Where somebody
-asked for steps and a box (prompts.SOLVER), something else followed most of the time: in a chat the model blurts
-out an answer. Turning what it knows into what it does is the work of SFT and GRPO.
+asked for steps and a box (prompts.SOLVER), something else followed most of the time: in a chat the model
+blurts out an answer. Turning what it knows into what it does is the work of SFT and GRPO.
 
 The reading has two phases, as for real models: documents of all kinds, then fewer with more chats among them.
 """
