@@ -3,7 +3,7 @@
 # Everything is written to runs/demo (or $RUNS), anew each time. SEED=1 bash recipes/demo.sh for another seed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3}
+if [ -z "${PYTHON:-}" ]; then PYTHON=python3; [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; fi
 RUNS=${RUNS:-runs/demo}
 SEED=${SEED:-0}
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # threads that wait sleep: kinder to a busy machine

@@ -7,7 +7,7 @@
 #   MODEL=path/to/model bash recipes/paper.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3}
+if [ -z "${PYTHON:-}" ]; then PYTHON=python3; [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; fi
 MODEL=${MODEL:-Qwen/Qwen2.5-Math-1.5B}
 RUNS=${RUNS:-runs/paper}
 TEST="--data gsm8k,math500 --limit 500 --max-tokens 2048"
