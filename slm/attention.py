@@ -13,6 +13,7 @@ scaled_dot_product_attention. Under a causal mask nobody sees what stands to the
 no mask, and its own output is dropped.
 """
 
+import contextlib
 import inspect
 
 import torch
@@ -21,11 +22,11 @@ from torch import Tensor
 
 from slm.model import Config
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-    VARLEN_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not yet in PyTorch 2.11
-except ImportError:  # a PyTorch without it
-    varlen_attn = None
+varlen_attn, VARLEN_GQA = None, False
+if torch.cuda.is_available():  # importing it costs a second or two, and without a GPU it is of no use
+    with contextlib.suppress(ImportError):  # an older or a trimmed PyTorch
+        from torch.nn.attention.varlen import varlen_attn
+        VARLEN_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not yet in PyTorch 2.11
 
 WASTE = 1.25  # a batch of padded sequences may be this much larger than its tokens
 
