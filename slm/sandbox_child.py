@@ -9,8 +9,8 @@
 
 The supervisor keeps spare runs waiting, so a program never waits for a fork. Not covered: what two runs can
 tell each other through timing, and holes in the system calls that stay allowed. With seccomp and Landlock
-alone, names and sizes of files outside can be seen (stat), their content can't, and no file's mode or time can
-be changed, a program's own included (so shutil.copy fails there).
+alone, names and sizes of files outside can be seen (stat), their content can't, and no file's mode or time
+can be changed, a program's own included (so shutil.copy fails there).
 """
 
 import ast
