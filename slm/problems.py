@@ -123,7 +123,7 @@ def read(path: Path, source: str, split: str = "") -> list[Problem]:
 
 def fingerprint(problems: list[Problem]) -> str:
     """A short hash of ids, questions and golds in order: runs with equal ones had the same problems."""
-    text = json.dumps([(p.id, p.question, p.gold) for p in problems], ensure_ascii=False)
+    text = json.dumps([(p.id, p.question, p.gold) for p in problems])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
