@@ -356,7 +356,7 @@ def run_all(sandbox) -> dict:
         world.close()
 
 
-def run_plain(code: str, timeout: float = 10.0, **kwargs) -> subprocess.CompletedProcess:
+def run_plain(code: str, timeout: float = 120.0, **kwargs) -> subprocess.CompletedProcess:
     """A program in a plain subprocess, as many projects do it."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout, **kwargs)
 
