@@ -3,11 +3,11 @@
 import errno
 import json
 import re
+import resource
 import runpy
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -71,15 +71,10 @@ GOOD = {"question": "Tom has 3 cards and buys 4. How many has he?", "answer": "7
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_comes_in_under_two_seconds_in_groups(script):
-    seconds = []
-    for _ in range(3):  # a busy machine is not the script's fault
-        start = time.perf_counter()
-        command = [sys.executable, script, "--help"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
-        if seconds[-1] < 2:
-            break
-    assert min(seconds) < 2
+    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])  # time on a busy machine says little
+    before = used()
+    done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert used() - before < 2
     groups = re.findall(r"^([a-z][^\n]*):$", done.stdout, re.M)
     assert done.returncode == 0 and len(groups) >= 3
     for option in ("--model", "--data", "--limit", "--out", "--seed", "--device", "--dtype"):
