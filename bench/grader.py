@@ -2,12 +2,13 @@ r"""The grader beside math-verify: right answers, false positives, hangs, crashe
 
     python bench/grader.py                         # the table of tests/grader_cases.jsonl, then the data sets
     python bench/grader.py --limit 300             # the same on fewer golds
-    python bench/grader.py --audit runs/x/answers.jsonl     # where saved answers are graded differently, to read
+    python bench/grader.py --audit runs/x/answers.jsonl     # answers that graders judge differently, to read
 
-Both graders get the same strings in the same process, one case after the other: the response, or the answer in
-\boxed{}, and the gold, which math-verify gets in \boxed{} too. Time is of parsing and comparing together. math-verify
-runs with its default time limits and sees --peer-limit golds, since it is slow. Times are CPU times of this process, so
-that a busy machine does not change them. A shuffled gold that is the response's own by chance is left out.
+Both graders get the same strings in the same process, one case after the other: the response, or the answer
+in \boxed{}, and the gold, which math-verify gets in \boxed{} too. Time is of parsing and comparing together.
+math-verify runs with its default time limits and sees --peer-limit golds, since it is slow. Times are CPU
+times of this process, so that a busy machine does not change them. A shuffled gold that is the response's own
+by chance is left out.
 """
 
 import argparse
@@ -57,7 +58,8 @@ def peer():
 
 def table() -> list[tuple[str, str, bool]]:
     rows = map(json.loads, (ROOT / "tests" / "grader_cases.jsonl").read_text().splitlines())
-    return [(r["response"] if "response" in r else rf"\boxed{{{r['answer']}}}", r["gold"], r["right"]) for r in rows]
+    return [(r["response"] if "response" in r else rf"\boxed{{{r['answer']}}}", r["gold"], r["right"])
+            for r in rows]
 
 
 def load(limit: int | None) -> dict[str, list[dict]]:
@@ -69,8 +71,8 @@ def load(limit: int | None) -> dict[str, list[dict]]:
         if path.is_file():
             rows = [json.loads(line) for line in path.read_text().splitlines()][:limit]
             found[name] = [{"gold": str(r["answer"]).rsplit("####", 1)[-1].strip(),
-                            "solution": r["answer"] if "gsm8k" in name else r.get("solution", "")} for r in rows]
-            found[name] = [r for r in found[name] if r["gold"]]
+                            "solution": r["answer"] if "gsm8k" in name else r.get("solution", "")}
+                           for r in rows if r["answer"] != ""]
     return found
 
 
@@ -81,9 +83,9 @@ def forms(gold: str) -> list[str]:
     sign = re.sub(r"\\sqrt\{([^{}]+)\}", r"√(\1)", gold)
     for latex, char in signs.items():
         sign = sign.replace(latex, char)
-    sized = re.sub(r"(?<!\\right)(?<!\\)([)\]])", r"\\right\1", re.sub(r"(?<!\\left)(?<!\\)([(\[])", r"\\left\1", gold))
-    return [f"${gold}$", gold.replace(r"\frac", r"\dfrac") + ".", plain, sign,
-            sized if re.search(r"^[^\[\]]*$|\\begin", gold) is None or "(" in gold and "sqrt[" not in gold else f" {gold} "]
+    sized = re.sub(r"(?<!\\left)(?<!\\)([(])", r"\\left\1", gold)
+    sized = re.sub(r"(?<!\\right)(?<!\\)([)])", r"\\right\1", sized)
+    return [f"${gold}$", gold.replace(r"\frac", r"\dfrac") + ".", plain, sign, f" {sized} "]
 
 
 def data_cases(data: dict[str, list[dict]], rng: random.Random) -> tuple[list, list, list]:
@@ -93,7 +95,8 @@ def data_cases(data: dict[str, list[dict]], rng: random.Random) -> tuple[list, l
     same = [(rf"\boxed{{{f}}}", g, True) for g in golds for f in forms(g)]
     pairs = [(rng.choice(golds), g) for g in golds for _ in range(2)]
     cross = [(rf"\boxed{{{p}}}", g, False) for p, g in pairs if p != g]
-    return same, cross, [(r["solution"], r["gold"], True) for rows in data.values() for r in rows if r["solution"]]
+    solved = [(r["solution"], r["gold"], True) for rows in data.values() for r in rows if r["solution"]]
+    return same, cross, solved
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
@@ -115,20 +118,20 @@ def measure(name: str, judge, cases: list, show: int = 0) -> dict:
             wrong.append((response, gold))
     seconds.sort()
     p99 = seconds[min(len(seconds) - 1, len(seconds) * 99 // 100)]
-    figures = {"cases": len(cases), "right": 1 - len(wrong) / len(cases), "false positives": count["false positives"],
-               "false negatives": count["false negatives"], "hangs": count["hangs"], "crashes": count["crashes"],
-               "median ms": 1e3 * statistics.median(seconds), "p99 ms": 1e3 * p99, "worst ms": 1e3 * seconds[-1],
+    figures = {"cases": len(cases), "right": 1 - len(wrong) / len(cases),
+               **{k: count[k] for k in ("false positives", "false negatives", "hangs", "crashes")},
+               "median ms": 1e3 * statistics.median(seconds), "p99 ms": 1e3 * p99,
+               "worst ms": 1e3 * seconds[-1],
                "cases/s": len(cases) / sum(seconds)}
-    print(f"{name:34}{len(cases):7,}{100 * figures['right']:9.2f} %{figures['false positives']:6}"
-          f"{figures['false negatives']:6}{figures['hangs']:6}{figures['crashes']:7}{figures['median ms']:9.3f}"
-          f"{figures['p99 ms']:9.2f}{figures['worst ms']:9.1f}{figures['cases/s']:11,.0f}", flush=True)
+    line = "{:40}{:7,}{:9.2%}{:6}{:6}{:6}{:7}{:9.3f}{:9.2f}{:9.1f}{:11,.0f}"
+    print(line.format(name, *figures.values()), flush=True)
     for response, gold in wrong[:show]:
         print(f"    {response[-90:]!r} against {gold!r}")
     return figures
 
 
 def audit(path: Path, other) -> None:
-    """Saved answers that the saved verdict, today's grader and math-verify do not all judge alike, one block each."""
+    """The saved answers that the saved verdict, today's grader and math-verify do not all judge alike."""
     differ = total = 0
     for row in map(json.loads, path.read_text().splitlines()):
         total += 1
@@ -138,7 +141,8 @@ def audit(path: Path, other) -> None:
         if len({v for v in verdicts.values() if v is not None}) > 1:
             differ += 1
             print(f"{row.get('id', total)}: gold {row['gold']!r}, answer {now.answer!r} ({now.reason})")
-            print("    " + ", ".join(f"{k} {'right' if v else 'wrong'}" for k, v in verdicts.items() if v is not None))
+            said = (f"{k} {'right' if v else 'wrong'}" for k, v in verdicts.items() if v is not None)
+            print("    " + ", ".join(said))
             print(f"    ...{row['response'][-160:]!r}")
     print(f"{differ} of {total} answers judged differently")
 
@@ -148,8 +152,8 @@ def main() -> None:
     other = peer()
     if args.audit:
         return audit(Path(args.audit), other)
-    print(f"{'':34}{'cases':>7}{'right':>11}{'fp':>6}{'fn':>6}{'hangs':>6}{'crash':>7}{'median':>9}{'p99':>9}{'worst':>9}"
-          f"{'cases/s':>11}   (times in ms)")
+    print(("{:40}{:>7}{:>9}" + 3 * "{:>6}" + "{:>7}" + 3 * "{:>9}" + "{:>11}   (times in ms)").format(
+        "", "cases", "right", "fp", "fn", "hangs", "crash", "median", "p99", "worst", "cases/s"))
     results = {}
     rng = random.Random(0)
     data = load(args.limit)
@@ -172,7 +176,8 @@ def main() -> None:
     for name, r in results.items():
         if "math-verify" in r:
             fair = r.get("slm on the same", r["slm"])
-            print(f"{name}: {fair['cases/s'] / r['math-verify']['cases/s']:.0f}x math-verify's cases per second")
+            ratio = fair["cases/s"] / r["math-verify"]["cases/s"]
+            print(f"{name}: {ratio:.0f}x math-verify's cases per second")
     print(json.dumps(results))
 
 

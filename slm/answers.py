@@ -1,12 +1,15 @@
-r"""Read a written answer, LaTeX or plain text, into a small tree of tuples. Nothing is computed or executed here.
+r"""Read a written answer, LaTeX or plain text, into a small tree of tuples. Nothing is computed or
+executed here.
 
-Three steps: `clean` spells one thing one way, `tokenize` cuts it up, `Parser` is a recursive descent over the tokens.
-`parse` does all three; what is outside the grammar or the bounds becomes ("raw", text), which equals only itself.
+Three steps: `clean` spells one thing one way, `tokenize` cuts it up, `Parser` is a recursive descent over
+the tokens. `parse` does all three; what is outside the grammar or the bounds becomes ("raw", text), which
+equals only itself.
 
-Nodes: ("n", Fraction) ("s", name) ("+" "*" "/" "^", a, b) ("-" "!" "%" "deg" "±", a) ("f", name, *args) ("inf",)
-("text", words) ("list" "set", *items) ("tuple", opener, closer, *items) ("matrix", *rows) ("rel", nodes, operators)
-("union" "minus", a, b) ("ratio", *parts) ("unit", node, unit) ("choice", letter, node) ("time", seconds, "a" | "p" | "")
-("raw", text). A function named "?f" is one we know nothing about.
+Nodes: ("n", Fraction) ("s", name) ("+" "*" "/" "^", a, b) ("-" "!" "%" "deg" "±", a) ("f", name, *args)
+("inf",) ("text", words) ("list" "set", *items) ("tuple", opener, closer, *items) ("matrix", *rows)
+("rel", nodes, operators) ("union" "minus", a, b) ("ratio", *parts) ("unit", node, unit) ("choice",
+letter, node) ("time", seconds, "a" | "p" | "") ("raw", text). A function named "?f" is one we know
+nothing about.
 """
 
 import re
@@ -39,14 +42,17 @@ def pairs(text: str) -> dict[str, str]:
     return dict(zip(words[::2], words[1::2]))
 
 
-SIGNS = {sign: latex + " " * latex[-1].isalpha() for sign, latex in pairs(r"""√ \sqrt ∛ \sqrt[3] π \pi ∞ \infty ≤ \le ≥ \ge ≠ \ne × \cdot · \cdot
-    ⋅ \cdot ∙ \cdot ÷ / ∕ / ⁄ / − - – - — - ∪ \cup ∩ \cap ∈ \in ∅ \emptyset ° ^\circ º ^\circ ± \pm ∓ \mp ≈ \approx
-    θ \theta α \alpha β \beta γ \gamma φ \phi λ \lambda ℝ \mathbb{R} ⟨ \langle ⟩ \rangle 〈 \langle 〉 \rangle → \to
-    ′ ' ’ ' … \ldots ∠ \angle △ \triangle ∧ \land ∨ \lor ， , 。 . ％ % € \euro £ \pound ¥ \yen ¢ \text{~cents}
-    ∖ \setminus ≡ =""").items()}
+SIGNS = {sign: latex + " " * latex[-1].isalpha() for sign, latex in pairs(r"""
+    √ \sqrt ∛ \sqrt[3] π \pi ∞ \infty
+    ≤ \le ≥ \ge ≠ \ne × \cdot · \cdot ⋅ \cdot ∙ \cdot ÷ / ∕ / ⁄ / − - – - — - ∪ \cup ∩ \cap ∈ \in ∅ \emptyset
+    ° ^\circ º ^\circ ± \pm ∓ \mp ≈ \approx θ \theta α \alpha β \beta γ \gamma φ \phi λ \lambda ℝ \mathbb{R}
+    ⟨ \langle ⟩ \rangle 〈 \langle 〉 \rangle → \to ′ ' ’ ' … \ldots ∠ \angle △ \triangle ∧ \land ∨ \lor
+    ， , 。 . ％ %
+    € \euro £ \pound ¥ \yen ¢ \text{~cents} ∖ \setminus ≡ =""").items()}
 SIGNS |= {c: f"^{{{d}}}" for c, d in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ", "0123456789-n")}
 SIGNS |= {c: f"_{{{d}}}" for c, d in zip("₀₁₂₃₄₅₆₇₈₉", "0123456789")}
-SIGNS |= {c: rf"\frac{{{a}}}{{{b}}}" for c, a, b in zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888")}
+FRACTIONS = zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888")
+SIGNS |= {c: rf"\frac{{{top}}}{{{low}}}" for c, top, low in FRACTIONS}
 SIGNS["\u200b"] = ""
 
 THOUSANDS = re.compile(r"(?<=\d)(?:,\s?(?:\\!)+\s*|\{,\}\s*|\\[,!;: ]\s*|(?<=\d) )(?=\d{3}(?!\d))")
@@ -61,13 +67,13 @@ REWRITES = [(re.compile(old), new) for old, new in (
     (r"\\text\s*\{\s*\([a-z ]+\)\s*\}\s*$", ""),  # 5 \text{ (five)}
     (r"^\s*(?:(?i:option|choice|answer)\s+(?=\(?[A-H]\b)|[=:])|`", ""),
     (r"(?<=\d)\{,\}(?=\d)", "."),  # a decimal comma, thousands being joined by now
-    (r"\\(?:left|right|middle|[bB]igg?[lr]?|displaystyle|textstyle|limits|mathstrut|hfill|centering)(?![a-zA-Z])\.?"
-     r"|(?<!\\)\\[!,;:> ]|\\(?:q?quad|hspace\*?\{[^{}]*\}|phantom\{[^{}]*\})|~|\\\$(?=\s*$)", " "),
+    (r"\\(?:left|right|middle|[bB]igg?[lr]?|displaystyle|textstyle|limits|hfill|centering)(?![a-zA-Z])\.?|("
+     r"?<!\\)\\[!,;:> ]|\\(?:q?quad|hspace\*?\{[^{}]*\}|phantom\{[^{}]*\})|~|\\\$(?=\s*$)", " "),
     (r"\\\(|\\\)|\\\[|\\\]|^\s*\*\*|\*\*\s*$", " "))]
 
 
 def clean(text: str) -> str:
-    """One spelling for the many of one thing: unicode signs as LaTeX, no spacing or sizing, no `$` around formulas."""
+    """One spelling for the many of one thing: unicode signs as LaTeX, no spacing, no sizing, no `$`."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", "".join(SIGNS.get(c, c) for c in text))[: MAX_CHARS + 1]
         text = "".join(SIGNS.get(c, str(unicodedata.decimal(c, c))) for c in text).replace("}^{", "")
@@ -85,7 +91,8 @@ def clean(text: str) -> str:
 # ---- units and number words --------------------------------------------------------------------------------
 
 UNIT_TABLE = """length: m meter metre 1, cm centimeter centimetre 1/100, mm millimeter millimetre 1/1000,
- km kilometer kilometre 1000, in inch inche 127/5000, ft foot feet 381/1250, yd yard 1143/1250, mi mile 201168/125
+ km kilometer kilometre 1000, in inch inche 127/5000, ft foot feet 381/1250, yd yard 1143/1250,
+ mi mile 201168/125
 mass: g gm gram gramme 1, kg kilogram kilo 1000, mg milligram 1/1000, lb pound 45359237/100000,
  oz ounce 45359237/1600000, ton 907184.74
 time: s sec second 1, min minute 60, h hr hour 3600, day 86400, week 604800, month 2629746, yr year 31556952
@@ -105,13 +112,15 @@ for line in UNIT_TABLE.replace("\n ", " ").splitlines():
 SHORT_UNITS = {"mph": "mile/hour", "kph": "km/hour", "kmh": "km/hour", "mps": "m/s", "sqft": "ft^2"}
 COINS = {"$": "money", "euro": "euro", "pound": "gbp", "yen": "yen"}
 NUMBER_WORDS = {word: n for n, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty".split())}
-SCALES = {word: Fraction(n) for word, n in pairs("""hundred 100 thousand 1000 million 1000000 billion 1000000000 dozen 12
-    trillion 1000000000000 half 1/2 halves 1/2 quarters 1/4 hundredths 1/100 thousandths 1/1000""").items()}
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty".split())}
+SCALES = {word: Fraction(n) for word, n in pairs("""hundred 100 thousand 1000 million 1000000
+    dozen 12 billion 1000000000 trillion 1000000000000 half 1/2 halves 1/2 quarters 1/4
+    hundredths 1/100 thousandths 1/1000""").items()}
 for n, word in enumerate("third fourth fifth sixth seventh eighth ninth tenth".split(), 3):
     SCALES |= {word: Fraction(1, n), word + "s": Fraction(1, n)}
-OPERATOR_WORDS = set("not minus plus times over divided factorial root cubed than neither either between".split())
+OPERATOR_WORDS = set("""not minus plus times over divided factorial root cubed than neither either
+    between""".split())
 
 
 def known_unit(word: str) -> tuple[str, Fraction] | None:
@@ -119,8 +128,8 @@ def known_unit(word: str) -> tuple[str, Fraction] | None:
 
 
 def unit_of(words: list[str]) -> tuple | None:
-    """(dimensions, factor to the base unit) of `square feet`, `km / h`, `cm ^ 2`; None if a word is unknown (`eggs`):
-    an unknown unit says nothing, two known ones must agree in dimension and, scaled, in value."""
+    """(dimensions, factor to the base unit) of `square feet`, `km / h`, `cm ^ 2`; None if a word is unknown
+    (`eggs`): an unknown unit says nothing, two known ones must agree in dimension and, scaled, in value."""
     words = re.findall(r"[a-zA-Z]+|\d+|[/^]", " ".join(SHORT_UNITS.get(w, w) for w in words))
     dims: dict[str, int] = {}
     factor, power, sign = Fraction(1), 1, 1
@@ -133,7 +142,8 @@ def unit_of(words: list[str]) -> tuple | None:
             if not (known := known_unit(word)):
                 return None
             after = words[i + 1 : i + 3]
-            power = int(after[1]) if len(after) == 2 and after[0] == "^" else 2 if after[:1] == ["squared"] else power
+            if after[:1] == ["^"] or after[:1] == ["squared"]:
+                power = int(after[1]) if after[-1].isdigit() else 2
             dims[known[0]] = dims.get(known[0], 0) + sign * min(power, 9)
             factor, power = factor * known[1] ** (sign * min(power, 9)), 1
     return (tuple(sorted(dims.items())), factor) if dims else None
@@ -141,19 +151,22 @@ def unit_of(words: list[str]) -> tuple | None:
 
 # ---- tokens ------------------------------------------------------------------------------------------------
 
-FUNCTIONS = set("sin cos tan cot sec csc arcsin arccos arctan asin acos atan ln log lg exp sqrt cbrt abs floor ceil".split())
-GREEK = set("""alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau
-    upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar""".split())
-TEXT = set("""text mbox textbf textit textrm mathrm textnormal operatorname hbox textup textsf mathsf texttt rm
-    mathtt""".split())
-WRAPPERS = set("""mathbf boldsymbol vec hat widehat overrightarrow mathit mathcal bm triangle angle overline bar boxed fbox
-    underline tilde mathbb measuredangle color ensuremath""".split())
-ALIAS = pairs(r"""cdot * times * ast * div / le <= leq <= leqslant <= ge >= geq >= geqslant >= lt < gt > ne != neq !=
-    { \{ } \} lbrace \{ rbrace \} vert | lvert | rvert | mid | colon : lbrack [ rbrack ] lparen ( rparen ) \ ; newline ;
-    and , land , lor , wedge , vee , or , approx ~ thickapprox ~ simeq ~ doteq ~ dfrac frac tfrac frac cfrac frac
-    varnothing emptyset dots ldots cdots ldots degree circ implies => Rightarrow => to => rightarrow => Longrightarrow =>
-    iff => infinity infty inf infty infin infty oo infty textdollar $ backslash setminus smallsetminus setminus prime '
-    dbinom binom tbinom binom equiv = == = ** ^ -> =>""")
+FUNCTIONS = set("""sin cos tan cot sec csc arcsin arccos arctan asin acos atan ln log lg exp sqrt cbrt abs
+    floor ceil""".split())
+GREEK = set("""alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi
+    rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell
+    hbar""".split())
+TEXT = set("""text mbox textbf textit textrm mathrm textnormal operatorname hbox textup textsf mathsf texttt
+    rm mathtt""".split())
+WRAPPERS = set("""mathbf boldsymbol vec hat widehat overrightarrow mathit mathcal bm triangle angle overline
+    bar boxed fbox underline tilde mathbb measuredangle color ensuremath""".split())
+ALIAS = pairs(r"""cdot * times * ast * div / le <= leq <= leqslant <= ge >= geq >= geqslant >= lt < gt > ne !=
+    neq != { \{ } \} lbrace \{ rbrace \} vert | lvert | rvert | mid | colon : lbrack [ rbrack ] lparen (
+    rparen ) \ ; newline ; and , land , lor , wedge , vee , or , approx ~ thickapprox ~ simeq ~ doteq ~
+    dfrac frac tfrac frac cfrac frac varnothing emptyset dots ldots cdots ldots degree circ implies
+    => Rightarrow =>
+    to => rightarrow => Longrightarrow => iff => infinity infty inf infty infin infty oo infty textdollar $
+    backslash setminus smallsetminus setminus prime ' dbinom binom tbinom binom equiv = == = ** ^ -> =>""")
 SHORT_WORDS = set("no on up to is in am pm of by at as it so an if we".split())
 TOKEN = re.compile(
     r"(?P<based>[0-9][0-9A-Z]*(?:\.[0-9A-Z]+)?_(?:\d{1,2}(?!\d)|\{\s*(?:\\\w+\{)?\s*\w{1,7}\s*\}?\s*\})"
@@ -175,17 +188,18 @@ def braced(text: str, start: int) -> int:
 
 
 def run_of_letters(run: str, after_number: bool) -> list[tuple[str, str]]:
-    r"""Letters outside \text: a function, a constant, a name in capitals, a word, or a product of variables."""
+    r"""Letters outside \text: a function, a constant, a name in capitals, a word, or a product of
+    variables."""
     if run in FUNCTIONS or run in GREEK or run in ("pi", "infinity", "inf", "oo", "infty", "cup", "pm"):
         return [("cmd", ALIAS.get(run, run))]
     if run.isupper() or len(run) == 1:
         return [("sym", run)]
-    if len(run) == 2 and run not in SHORT_WORDS and not (after_number and (known_unit(run) or run in SHORT_UNITS)):
+    if len(run) == 2 and run not in SHORT_WORDS and not (after_number and known_unit(run)):
         return [("sym", c) for c in run]
     for name in ("sin", "cos", "tan", "cot", "sec", "csc", "ln", "log", "sqrt", "pi"):
         if run.startswith(name) and len(run) == len(name) + 1:
             return [("cmd", name), ("sym", run[-1])]
-    if len(set(run)) == len(run) <= 4 and any(run in alphabet for alphabet in ("abcdef", "uvwxyz", "pqrst", "klmn")):
+    if len(run) <= 4 and any(run in alphabet for alphabet in ("abcdef", "uvwxyz", "pqrst", "klmn")):
         return [("sym", c) for c in run]
     return [("word", run)]
 
@@ -195,8 +209,8 @@ def text_word(word: str, wordy: bool) -> tuple[str, str]:
 
 
 def tokenize(text: str, prose: bool = False, merge: bool = True) -> list[tuple[str, str]]:
-    r"""Tokens (kind, text) of a cleaned answer; prose is the inside of \text. Directly inside brackets, or with merge
-    off, `1,000` is two numbers."""
+    r"""Tokens (kind, text) of a cleaned answer; prose is the inside of \text. Directly inside brackets, or
+    with merge off, `1,000` is two numbers."""
     out: list[tuple[str, str]] = []
     brackets: list[str] = []
     wordy = bool(re.search("[a-zA-Z]{2}", text)) or text.strip() in set("mgshL")
@@ -269,10 +283,11 @@ def repeating(text: str) -> tuple:
 
 # ---- parser ------------------------------------------------------------------------------------------------
 
-ENDS = {"(": (")", "]"), "[": ("]", ")"), r"\{": (r"\}",), "langle": ("rangle",), "{": ("}",), "]": ("[", "]")}
+ENDS = {"(": (")", "]"), "[": ("]", ")"), r"\{": (r"\}",), "{": ("}",), "]": ("[", "]"),
+        "langle": ("rangle",)}
 RELATIONS = ("=", "<", ">", "<=", ">=", "!=", "~", "in", "=>")
-NOT_FACTORS = {*RELATIONS, "cup", "cap", "bigcup", "setminus", "pm", "mp", "end", "rangle", "infty", "rfloor", "rceil", "circ",
-               "bmod", "pmod", "mod"}
+NOT_FACTORS = set("cup cap bigcup setminus pm mp end rangle infty rfloor rceil circ bmod pmod mod".split())
+NOT_FACTORS |= set(RELATIONS)
 SET_OPERATIONS = {"cup": "union", "bigcup": "union", "setminus": "minus"}
 FOLD = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "lg": "log10"}
 RATIOS = {"tan": ("sin", "cos"), "cot": ("cos", "sin"), "sec": (None, "cos"), "csc": (None, "sin")}
@@ -280,8 +295,9 @@ ONE, LINE = ("n", Fraction(1)), ("tuple", "(", ")", ("-", ("inf",)), ("inf",))
 
 
 class Parser:
-    """Recursive descent; each method reads one level of the grammar and returns a node. `bars`: how many | are open,
-    or True where | and : stand before the condition of a set. `money`: the currency met in this measure."""
+    """Recursive descent; each method reads one level of the grammar and returns a node. `bars`: how many |
+    are open, or True where | and : stand before the condition of a set. `money`: the currency met in this
+    measure."""
 
     def __init__(self, tokens: list[tuple[str, str]]):
         self.tokens, self.pos, self.depth, self.bars, self.money = tokens, 0, 0, 0, None
@@ -349,23 +365,24 @@ class Parser:
         return ("choice", letter[1], self.item())
 
     def words(self) -> tuple:
-        """Words up to the next separator: before `=`, `:` or "is" they are a label and dropped, else the answer."""
+        """Words up to the next separator: a label, dropped, before `=`, `:` or "is"; else the answer."""
         start = self.pos
-        while self.peek()[0] != "end" and self.peek()[1] not in (",", ";", "=", ":", ")", "]", "}", r"\}", "~"):
+        while self.peek()[0] != "end" and self.peek()[1] not in (*",;=:~)]}", r"\}"):
             self.pos += 1
         if self.take("=", ":", "~"):
             return self.item()
         words = [tok for _, tok in self.tokens[start : self.pos]]
         label = next((i for i, w in enumerate(words) if w in ("is", "are", "equals")), None)
-        if label is None and words[0] in ("about", "approximately", "USD", "exactly") and self.tokens[self.pos - 1][0] == "num":
-            label = 0
+        if words[0] in ("about", "approximately", "USD", "exactly") and self.tokens[self.pos - 1][0] == "num":
+            label = label or 0
         if label is not None:
             self.pos = start + label + 1
             return self.item()
         return text_node(" ".join(words))
 
     def measured(self) -> tuple:
-        """An expression with its unit: `5 cm^2`, `$5`, `3 eggs per day`, `2 hours 30 minutes`, `5 million`, `3 : 4`."""
+        """An expression with its unit: `5 cm^2`, `$5`, `3 eggs per day`, `2 hours 30 minutes`, `5
+        million`."""
         self.money = None
         kind, tok = self.peek()
         if kind == "word" and tok.lower() in NUMBER_WORDS and not self.depth:
@@ -414,7 +431,8 @@ class Parser:
         node = self.signed(sign, self.term())
         while op := self.take("+", "-", "pm", "mp", *SET_OPERATIONS):
             right = self.term()
-            node = (SET_OPERATIONS[op], node, right) if op in SET_OPERATIONS else ("+", node, self.signed(op, right))
+            sets = op in SET_OPERATIONS
+            node = (SET_OPERATIONS[op], node, right) if sets else ("+", node, self.signed(op, right))
         self.depth -= 1
         return node
 
@@ -423,7 +441,8 @@ class Parser:
         return {"+": node, "-": ("-", node), "pm": ("±", node), "mp": ("-", ("±", node))}[sign]
 
     def term(self) -> tuple:
-        r"""Factors under explicit and implicit multiplication and division; `2\frac{1}{3}`, `2 1/3` are mixed numbers."""
+        r"""Factors, multiplied or divided, with or without a sign; `2\frac{1}{3}` and `2 1/3` are mixed
+        numbers."""
         node = self.factor()
         while True:
             after_number = self.tokens[self.pos - 1][0] == "num"
@@ -432,7 +451,7 @@ class Parser:
                 node = product(node, self.factor())
             elif self.take("/"):
                 node = ("/", node, self.factor())
-            elif after_number and node[0] == "n" and node[1].denominator == 1 and (kind == "num" or tok == "frac"):
+            elif after_number and node[0] == "n" and node[1] % 1 == 0 and (kind == "num" or tok == "frac"):
                 part = self.factor()
                 if kind == "num":
                     self.need("/")
@@ -496,7 +515,7 @@ class Parser:
         return ("^", base, self.signed(sign, exponent))
 
     def argument(self, whole: bool = False) -> tuple:
-        r"""What a command takes: `{...}` or one token; `\frac12` takes one digit, a power the whole number."""
+        r"""What a command takes: `{...}` or one token; \frac takes one digit, a power the whole number."""
         kind, tok = self.peek()
         if self.take("{"):
             node = self.items(("}",))
@@ -564,8 +583,8 @@ class Parser:
         if len(members) == 1 and ((opener, closer) in (("(", ")"), ("{", "}")) or (
                 opener == "[" and node[0] not in ("list", "tuple", "n"))):
             return node
-        opener, closer = {"langle": "(", "]": "("}.get(opener, opener), {"rangle": ")", "[": ")"}.get(closer, closer)
-        return ("tuple", opener, closer, *members)
+        opener = "(" if opener in ("langle", "]") else opener
+        return ("tuple", opener, ")" if closer in ("rangle", "[") else closer, *members)
 
     def command(self, name: str) -> tuple:
         if name in ("frac", "binom"):
@@ -661,7 +680,7 @@ def product(a: tuple, b: tuple) -> tuple:
 def text_node(text: str) -> tuple:
     words = [w for w in re.findall(r"[^\W_]+|[^\w\s.,'\"!?]", text.lower()) if w not in ("a", "an", "the")]
     joined = " ".join(words)
-    if joined in ("no solution", "no solutions", "no real solutions", "no real solution", "empty set", "none"):
+    if joined.removesuffix("s") in ("none", "empty set", "no solution", "no real solution"):
         return ("set",)
     return LINE if joined in ("all real numbers", "all reals", "all real x") else ("text", joined)
 
@@ -678,7 +697,8 @@ def clock(text: str) -> tuple | None:
 
 
 def parse(text: str, merge: bool = True) -> tuple:
-    """The tree of a written answer; ("raw", text) where it cannot be read. merge: `1,000` may be one number."""
+    """The tree of a written answer; ("raw", text) where it cannot be read. merge: `1,000` may be one
+    number."""
     cleaned = clean(text[: MAX_CHARS + 1])
     if max(len(text), len(cleaned)) > MAX_CHARS:
         return ("raw", text)

@@ -1,12 +1,13 @@
 r"""Grade a response against the gold answer: what the answer is, whether it is right, and why not.
 
-The answer is the last complete \boxed{} or \fbox{} (boxes side by side are a list); without one, what follows the last
-"answer is" or "####"; without one, the last number where the gold is a plain number. A response that is nothing but one
-formula is that formula. Strict mode, for rewards, takes a box only. slm/answers.py reads an answer into a tree,
-slm/values.py compares expressions; here is what surrounds them: lists, tuples, intervals, equations, units, choices.
+The answer is the last complete \boxed{} or \fbox{} (boxes side by side are a list); without one, what
+follows the last "answer is" or "####"; without one, the last number where the gold is a plain number. A
+response that is nothing but one formula is that formula. Strict mode, for rewards, takes a box only.
+slm/answers.py reads an answer into a tree, slm/values.py compares expressions; here is what surrounds
+them: lists, tuples, intervals, equations, units, choices.
 
-Pure functions: no signals, threads or global state; model text is never executed; any input gets a verdict within
-milliseconds, since every size is bounded before anything is computed.
+Pure functions: no signals, threads or global state; model text is never executed; any input gets a
+verdict within milliseconds, since every size is bounded before anything is computed.
 """
 
 import math
@@ -14,7 +15,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from slm.answers import LINE, MAX_CHARS, Unreadable, braced, children, parse
+from slm.answers import MAX_CHARS, Unreadable, braced, children, parse
 from slm.values import equal_values, letters, names, number, proportional
 
 Node = tuple
@@ -63,9 +64,10 @@ MARKER = re.compile(r"answer\**\s*(?:is|:|=)\s*:?\**:?|####", re.I)
 SENTENCE_END = re.compile(r"\n|\.(?:\s|$)|,? (?:because|since|which|so|as) ")
 DISPLAY = re.compile(r"[*\s]*(?:\$\$(.+?)\$\$|\\\[(.+?)\\\])", re.S)
 FIRST_FORMULA = re.compile(r"\$[^$]+\$(?!\s*(?:,|or|and\b(?! not)))(?=[^$]*$)")
-NUMBER = re.compile(r"(?:(?<![\w.)}\]])-)?(?<![\w.])\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?%?(?![a-zA-Z]*\d)")
+NUMBER = re.compile(r"(?:(?<![\w.)}\]])-)?(?<![\w.])\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?%?"
+                    r"(?![a-zA-Z]*\d)")
 PLAIN_NUMBER = re.compile(r"[-+$\s\\]*\d[\d,]*(?:\.\d*)?(?:/\d+)?\s*\\?%?")
-ONE_FORMULA = re.compile(r"(?:(?:so|thus|hence|therefore|finally|then|we (?:get|have|find))\b[^$.]{0,40}[,:]?\s*)?"
+ONE_FORMULA = re.compile(r"(?:(?:so|thus|hence|therefore|finally|then|we (?:get|have|find))\b[^$.]{0,40}\s*)?"
                          r"(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\])[.\s]*", re.I | re.S)
 FORMULA_START = re.compile(r"[a-zA-Z]\w?\s*(?:=|<|>|\\[lg]e)|[-+−\d.\\({\[$|√π±]|[\w()]+[.\s]*$")
 MAX_BOX, MAX_TRIES, MAX_TAIL = 2000, 16, 20_000
@@ -86,8 +88,8 @@ def gold_answer(gold: str) -> str:
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, content) of the last complete, non-empty boxes in order, nested ones within their outer box. From
-    the end, MAX_TRIES openings are looked at, MAX_BOX characters each."""
+    """(start, end, content) of the last complete, non-empty boxes in order, nested ones within their outer
+    box. From the end, MAX_TRIES openings are looked at, MAX_BOX characters each."""
     found: list[tuple[int, int, str]] = []
     at = len(text)
     for _ in range(MAX_TRIES):
@@ -203,12 +205,14 @@ def plain(node: Node) -> Node:
         node = (node[0], *items)
         if node[0] == "list" and len(items) == 2 and items[0] != items[1] and same(*items):
             return items[1]  # 3/4 or 0.75
-    alone = len(node) == 2 if node[0] in ("list", "set") else node[0] == "tuple" and len(node) == 4 and node[1] != "("
-    return plain(node[-1]) if alone else node
+    if node[0] in ("list", "set") and len(node) == 2:
+        return plain(node[1])
+    return plain(node[3]) if node[:3] == ("tuple", "[", "]") and len(node) == 4 else node
 
 
 def plain_relation(node: Node) -> Node:
-    """`x in S` is S, `a = b = c` its consistent result, `2/3 ~ 0.67` the exact side, `... => x = 1` the last step."""
+    """`x in S` is S, `a = b = c` its consistent result, `2/3 ~ 0.67` the exact side, `a => b` the last
+    step."""
     nodes, ops = list(node[1]), list(node[2])
     while "=>" in ops:
         at = ops.index("=>") + 1
@@ -288,6 +292,7 @@ def same_time(a: Node, b: Node) -> bool:
 INFINITY = ("inf",)
 FLIP = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
 Piece = tuple[Node, bool, Node, bool]  # low, closed there, high, closed there
+EVERYTHING: Piece = (("-", INFINITY), False, INFINITY, False)
 
 
 def inequalities(node: Node) -> bool:
@@ -295,9 +300,10 @@ def inequalities(node: Node) -> bool:
 
 
 def same_regions(a: Node, b: Node) -> bool | None:
-    """Equality of two sets of intervals; None where one is no such set, or both might be plain tuples or lists."""
+    """Equality of two sets of intervals; None where one is no such set, or both may be plain tuples or
+    lists."""
     def open_to_doubt(x: Node) -> bool:
-        return x[0] in ("tuple", "list", "set") and not inequalities(x) and (x[0] != "tuple" or x[1:3] == ("(", ")"))
+        return x[1:3] == ("(", ")") if x[0] == "tuple" else x[0] in ("list", "set") and not inequalities(x)
     if open_to_doubt(a) and open_to_doubt(b):
         return None
     try:
@@ -322,13 +328,18 @@ def place(node: Node) -> float | None:
         return None
 
 
+def piece(low: Node, closed: bool, high: Node, also_closed: bool) -> Piece:
+    """An interval, open at infinity however it is written."""
+    return low, closed and place(low) != -math.inf, high, also_closed and place(high) != math.inf
+
+
 def region(node: Node) -> tuple[Node | None, list[Piece]]:
     """(subject or None, pieces) of an interval, union, difference, inequality or finite set."""
     node = plain(node)
     kind = node[0]
     if kind == "tuple" and len(node) == 5:
         low, high = node[3:]
-        return None, [(low, node[1] == "[" and place(low) != -math.inf, high, node[2] == "]" and place(high) != math.inf)]
+        return None, [piece(low, node[1] == "[", high, node[2] == "]")]
     if kind == "union":
         (name, left), (other, right) = region(node[1]), region(node[2])
         return name or other, left + right
@@ -349,7 +360,7 @@ def region(node: Node) -> tuple[Node | None, list[Piece]]:
 def several_inequalities(nodes: tuple) -> tuple[Node | None, list[Piece]]:
     """`x < 1 or x > 2` is a union; two that would cover the line (`x > 1 and x < 2`) are meant together."""
     holes = [n[1][1] for n in nodes if n[2] == ("!=",)]
-    found = [inequality(n) for n in nodes if n[2] != ("!=",)] or [(nodes[0][1][0], [(*LINE[3:4], False, LINE[4], False)])]
+    found = [inequality(n) for n in nodes if n[2] != ("!=",)] or [(nodes[0][1][0], [EVERYTHING])]
     if len({name for name, _ in found} | {n[1][0] for n in nodes if n[2] == ("!=",)}) > 1:
         raise Unreadable("several subjects")
     pieces = [p for _, some in found for p in some]
@@ -364,9 +375,8 @@ def inequality(node: Node) -> tuple[Node, list[Piece]]:
     nodes, ops = node[1], node[2]
     if ops[0] in (">", ">="):
         nodes, ops = nodes[::-1], tuple(FLIP.get(o, o) for o in reversed(ops))
-    line = (("-", INFINITY), False, INFINITY, False)
     if ops == ("!=",):
-        return nodes[0], without([line], [nodes[1]])
+        return nodes[0], without([EVERYTHING], [nodes[1]])
     if any(o not in ("<", "<=") for o in ops) or len(nodes) > 3:
         raise Unreadable("not an interval")
     if len(nodes) == 2:
@@ -378,7 +388,7 @@ def inequality(node: Node) -> tuple[Node, list[Piece]]:
     low, subject, high = nodes
     if subject[0] not in ("s", "f"):
         raise Unreadable("not an interval")
-    return subject, [(low, ops[0] == "<=" and place(low) != -math.inf, high, ops[1] == "<=" and place(high) != math.inf)]
+    return subject, [piece(low, ops[0] == "<=", high, ops[1] == "<=")]
 
 
 def without(pieces: list[Piece], points: list[Node]) -> list[Piece]:
@@ -442,7 +452,7 @@ def bindings(node: Node) -> dict[str, Node] | None:
 
 
 def same_relations(a: Node, b: Node) -> bool:
-    """At least one is a relation. An assignment also stands for its value, `a + b = 5` for 5; `2x = 10` does not for 10."""
+    """At least one is a relation. `x = 5` and `a + b = 5` also stand for 5, but `2x = 10` does not for 10."""
     one, two = assignment(a), assignment(b)
     named_a, named_b = bindings(a), bindings(b)
     if named_a or named_b:
@@ -465,7 +475,8 @@ def same_relations(a: Node, b: Node) -> bool:
 
 
 def same_chain(a: Node, b: Node) -> bool:
-    """Equations up to a factor, inequalities up to a positive one, longer chains member by member in either direction."""
+    """Equations up to a factor, inequalities up to a positive one, longer chains by member, in either
+    direction."""
     (nodes_a, ops_a), (nodes_b, ops_b) = a[1:], b[1:]
     if len(nodes_a) != len(nodes_b):
         return False
@@ -499,13 +510,15 @@ def same_collections(a: Node, b: Node) -> bool:
         return named_a.keys() == named_b.keys() and all(same(named_a[n], named_b[n]) for n in named_a)
     if named_a or named_b:  # y = 2, x = 1 is (1, 2): the values in the alphabetical order of their names
         named, other = (named_a, b) if named_a else (named_b, a)
-        return other[0] in ("tuple", "list") and in_order(tuple(named[n] for n in sorted(named)), members(other))
+        values = tuple(named[n] for n in sorted(named))
+        return other[0] in ("tuple", "list") and in_order(values, members(other))
     if kinds == {"matrix"}:
         return len(a) == len(b) and all(map(in_order, a[1:], b[1:]))
     if "matrix" in kinds:
         grid, other = (a, b) if a[0] == "matrix" else (b, a)
         vector = grid[1] if len(grid) == 2 else tuple(row[0] for row in grid[1:])
-        return len(vector) == len(sum(grid[1:], ())) and other[0] == "tuple" and in_order(vector, members(other))
+        flat = len(vector) == len(sum(grid[1:], ()))
+        return flat and other[0] == "tuple" and in_order(vector, members(other))
     if not kinds <= {"list", "set", "tuple"}:
         return False
     if "tuple" in kinds or any(("s", "ldots") in x for x in (a, b)):
@@ -523,7 +536,7 @@ def distinct(items: tuple) -> list[Node]:
 
 
 def matched(left: list[Node], right: list[Node]) -> bool:
-    """Can the members be paired off? Those written alike first; at most 16 of the others are compared by value."""
+    """Can the members be paired off? Those written alike first; at most 16 others are compared by value."""
     rest, right = [], list(right)
     for x in left:
         right.remove(x) if x in right else rest.append(x)
@@ -540,6 +553,7 @@ def matched(left: list[Node], right: list[Node]) -> bool:
 # ---- why not -----------------------------------------------------------------------------------------------
 
 COLLECTIONS = ("list", "set", "tuple")
+NUMERIC = {"n", "s", "f", "unit", "deg", "+", "-", "*", "/", "^", "!", "%"}
 
 
 def why_not(answer: str, gold: str) -> str:
@@ -560,7 +574,7 @@ def why_not(answer: str, gold: str) -> str:
             return "same members in another order"
     if a[0] == b[0] == "unit" and a[2] and b[2] and a[2] != b[2]:
         return "another unit"
-    if {a[0], b[0]} & {*COLLECTIONS, "text", "rel", "union", "minus", "matrix", "time", "choice"} or letters(a) or letters(b):
+    if not {a[0], b[0]} <= NUMERIC or letters(a) or letters(b):
         return "different value"
     x, y = place(a), place(b)
     if x is None or y is None:

@@ -1,9 +1,10 @@
 """The values of expression trees: are two of them equal as numbers, or as functions of their letters?
 
-Rationals are exact. What is irrational is evaluated in decimal arithmetic, at a precision chosen from the sizes met on
-the way, so that 10**100 + sqrt(2) is not 10**100 + sqrt(3). Letters get random rational values: two polynomials of degree
-d that differ agree at a random point of a set S with chance at most d/|S| (Schwartz 1980). Bits, exponents,
-factorials and steps are bounded before computing; beyond the bounds a tree has no value, and equals only itself.
+Rationals are exact. What is irrational is evaluated in decimal arithmetic, at a precision chosen from the
+sizes met on the way, so that 10**100 + sqrt(2) is not 10**100 + sqrt(3). Letters get random rational
+values: two polynomials of degree d that differ agree at a random point of a set S with chance at most
+d/|S| (Schwartz 1980). Bits, exponents, factorials and steps are bounded before computing; beyond the
+bounds a tree has no value, and equals only itself.
 """
 
 import math
@@ -28,14 +29,15 @@ from slm.answers import Unreadable, children
 MAX_BITS, MAX_FACTORIAL, MAX_SPAN, MAX_STEPS = 30_000, 3000, 1500, 3000
 UNDEFINED = (ZeroDivisionError, DecimalException, OverflowError, ValueError)
 ZERO, MINUS = Decimal(0), Fraction(-1)
-PLAIN = (False, False, False)  # modes of an Evaluator: degree sign counts, percent sign counts, log is to base 10
+PLAIN = (False, False, False)  # modes of an Evaluator: do degrees count, do percents, is log to base 10
 
 Value = Fraction | tuple[Decimal, Decimal]  # a rational, or the real and imaginary part of what is not
 
 
 @contextmanager
 def precision(digits: int) -> Iterator[None]:
-    with localcontext(Context(prec=digits, Emax=10**9, Emin=-(10**9), traps=[InvalidOperation, DivisionByZero, Overflow])):
+    traps = [InvalidOperation, DivisionByZero, Overflow]
+    with localcontext(Context(prec=digits, Emax=10**9, Emin=-(10**9), traps=traps)):
         yield
 
 
@@ -156,7 +158,8 @@ def log(x: Value, pi: Decimal) -> Value:
 
 
 class Evaluator:
-    """The value of a tree at a point {letter: Fraction}. `span` is the largest decimal exponent met, in size."""
+    """The value of a tree at a point {letter: Fraction}. `span` is the largest decimal exponent met, in
+    size."""
 
     def __init__(self, point: dict[str, Fraction], degree: bool, percent: bool, log10: bool):
         self.point, self.degree, self.percent, self.log10 = point, degree, percent, log10
@@ -211,8 +214,10 @@ class Evaluator:
         return mul(x, (self.pi / 180, ZERO)) if self.degree else x
 
     def letter(self, name: str) -> Value:
-        if name in ("pi", "e", "i"):
-            return {"pi": lambda: (self.pi, ZERO), "e": lambda: (Decimal(1).exp(), ZERO), "i": lambda: (ZERO, Decimal(1))}[name]()
+        if name == "i":
+            return ZERO, Decimal(1)
+        if name in ("pi", "e"):
+            return self.pi if name == "pi" else Decimal(1).exp(), ZERO
         if name not in self.point:
             raise Unreadable(f"no value for {name}")
         return self.point[name]
@@ -238,7 +243,8 @@ class Evaluator:
         return exp(mul(exponent, log(base, self.pi)), self.pi)
 
     def root(self, value: Value, n: int) -> Value:
-        """The n-th root: rational where it is, the real one of a negative number for odd n, else the principal one."""
+        """The n-th root: rational where it is, the real one of a negative number for odd n, else the
+        principal."""
         self.work(10)
         if isinstance(value, Fraction):
             if value < 0 and (n % 2 or n == 2):
@@ -280,7 +286,7 @@ class Evaluator:
         if name == "binom":
             return Fraction(math.comb(*(integer(v, MAX_FACTORIAL) for v in values)))
         key = name + "".join(str(v) if isinstance(v, Fraction) else f"{v[0]:.25e}{v[1]:.25e}" for v in values)
-        return Fraction(zlib.crc32(key.encode()) + 1, 65537)  # an unknown function: a fixed value for each argument
+        return Fraction(zlib.crc32(key.encode()) + 1, 65537)  # unknown: one value for each argument
 
 
 # ---- equality ----------------------------------------------------------------------------------------------
@@ -308,8 +314,8 @@ def number(node: tuple, digits: int = 40) -> Fraction | Decimal | None:
 
 
 def zero_at(a: tuple, b: tuple, point: dict, modes: tuple) -> bool | None:
-    """Is a - b zero here? None where it is undefined. At 60 digits; where the sizes met leave that undecided, once
-    more at a precision above twice their span."""
+    """Is a - b zero here? None where it is undefined. At 60 digits; where the sizes met leave that undecided,
+    once more at a precision above twice their span."""
     digits, span = 60, None
     while True:
         with precision(digits):
@@ -331,13 +337,17 @@ def zero_at(a: tuple, b: tuple, point: dict, modes: tuple) -> bool | None:
         digits = 60 + 2 * span
 
 
+def random_point(rng: random.Random, variables: list[str]) -> dict[str, Fraction]:
+    return {n: Fraction(rng.randint(1, 9999), rng.randint(2, 99)) for n in variables}
+
+
 def agree(a: tuple, b: tuple, variables: list[str], positive: bool, modes: tuple) -> bool:
     """Equality at three random points; all positive where roots or logarithms of letters occur."""
     if not variables:
         return bool(zero_at(a, b, {}, modes))
     rng, agreed = random.Random("".join(sorted((repr(a), repr(b))))), 0
     for attempt in range(6):
-        point = {n: Fraction(rng.randint(1, 9999), rng.randint(2, 99)) for n in variables}
+        point = random_point(rng, variables)
         if attempt and not positive:
             point = {n: -v if attempt == 1 or rng.random() < 0.5 else v for n, v in point.items()}
         verdict = zero_at(a, b, point, modes)
@@ -350,8 +360,8 @@ def agree(a: tuple, b: tuple, variables: list[str], positive: bool, modes: tuple
 
 
 def equal_values(a: tuple, b: tuple) -> bool:
-    """Equality of two expressions. A degree or percent sign that only one of them has may be read either way, and a
-    logarithm without a base as the natural or the common one."""
+    """Equality of two expressions. A degree or percent sign that only one of them has may be read either way,
+    and a logarithm without a base as the natural or the common one."""
     if a == b or a[0] == b[0] == "n":
         return a == b
     in_a, in_b = names(a), names(b)
@@ -364,8 +374,9 @@ def equal_values(a: tuple, b: tuple) -> bool:
     if "f:log" in found:
         modes.append((False, False, True))
     variables = sorted(n for n in found if n[:2] != "f:" and n not in ("%", "deg"))
+    positive = bool(found & {"f:root", "f:ln", "f:log", "f:log10"})
     try:
-        return any(agree(a, b, variables, bool(found & {"f:root", "f:ln", "f:log", "f:log10"}), m) for m in modes)
+        return any(agree(a, b, variables, positive, mode) for mode in modes)
     except (Unreadable, *UNDEFINED):
         return False
 
@@ -378,7 +389,7 @@ def proportional(a: tuple, b: tuple, positive: bool = False) -> bool:
     rng = random.Random("".join(sorted((repr(a), repr(b)))))
     try:
         for _ in range(3):
-            p, q = ({n: Fraction(rng.randint(1, 9999), rng.randint(2, 99)) for n in variables} for _ in range(2))
+            p, q = (random_point(rng, variables) for _ in range(2))
             with precision(60):
                 ap, aq, bp, bq = (Evaluator(at, *PLAIN)(x) for x in (a, b) for at in (p, q))
                 left, right = mul(ap, bq), mul(aq, bp)
