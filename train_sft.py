@@ -26,8 +26,8 @@ from slm import BadInput, cli
 
 PAPER = {"batch": 128, "epochs": 2, "max_length": 2048, "micro_tokens": 2048, "dropout": 0.05, "warmup": 0.03,
          "weight_decay": 0.01, "save_every": 20}
-TINY = {"batch": 64, "max_length": 1024, "micro_tokens": 4096, "dropout": 0.0, "save_every": 1000}
-RATES = {"paper": {"lora": 1e-4, "full": 5e-5}, "tiny": {"lora": 3e-3, "full": 1e-3}}
+TINY = {"batch": 16, "max_length": 1024, "micro_tokens": 4096, "dropout": 0.0, "save_every": 1000}
+RATES = {"paper": {"lora": 1e-4, "full": 5e-5}, "tiny": {"lora": 1e-2, "full": 1e-3}}
 TARGETS = {"qkvo": ("q_proj", "k_proj", "v_proj", "o_proj"), "qv": ("q_proj", "v_proj")}
 
 
@@ -48,7 +48,7 @@ def options():
     adapter_options(g)
     g.add_argument("--dropout", type=float, help=f"on the adapter's input ({both('dropout')})")
     g = p.add_argument_group("optimization")
-    g.add_argument("--lr", type=float, help="learning rate (default LoRA 1e-4, full 5e-5; tiny 3e-3, 1e-3)")
+    g.add_argument("--lr", type=float, help="learning rate (default LoRA 1e-4, full 5e-5; tiny 1e-2, 1e-3)")
     g.add_argument("--batch", type=cli.positive, help=f"sequences a step ({both('batch')})")
     g.add_argument("--epochs", type=cli.positive, help=f"({both('epochs')})")
     g.add_argument("--weight-decay", type=float, help=f"({both('weight_decay')})")

@@ -85,7 +85,8 @@ class Sampler:
     def __init__(self, model, tokenizer, max_batch: int | None = None, cache_tokens: int | None = None):
         self.model, self.tokenizer = model, tokenizer
         self.device = next(model.parameters()).device
-        self.max_batch = max_batch or (256 if self.device.type == "cuda" else 64)
+        cuda, small = self.device.type == "cuda", model.config.hidden <= 256
+        self.max_batch = max_batch or (256 if cuda or small else 64)
         self.cache = KVCache(model.config, self.device, next(model.parameters()).dtype)
         free = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else 2 << 30
         self.cache_tokens = cache_tokens or max(2048, free // self.cache.token_bytes)
@@ -95,9 +96,6 @@ class Sampler:
         self.finished: list[Row] = []
         self.controls: Controls | None = None  # of the running rows; None after any change among them
         self.prefill_tokens = PREFILL_TOKENS
-        cuda, c = self.device.type == "cuda", model.config
-        # In decode, waking a second thread takes longer than half of so small a product.
-        self.threads = 1 if self.device.type == "cpu" and c.hidden * c.intermediate < 1 << 18 else 0
         self.burst = BURST if cuda else 1
         self.recorder = record if cuda else None
         self.recorded = {}                     # (rows, span, ...) -> recorded round, see _replay
@@ -147,17 +145,13 @@ class Sampler:
         if self.model.training:  # no dropout here; training mode comes back once nothing is pending
             self.model.eval()
             self.training = True
-        threads = torch.get_num_threads()
         try:
             with torch.inference_mode():
                 self._admit()
-                torch.set_num_threads(self.threads or threads)
                 if self.running:
                     self._decode()
         except RuntimeError as e:
             self._shrink(e)
-        finally:
-            torch.set_num_threads(threads)
         self.steps += 1
         done, self.finished = self.finished, []
         if self.training and not self.pending:
