@@ -51,8 +51,8 @@ def resolve(name: str | Path) -> Path:
         raise BadInput(f"{path}: a file, expected a Hugging Face directory, a hub id or 'tiny'")
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         return download(str(name))
-    raise BadInput(f"{str(name)!r}: no such directory, expected one, a hub id such as Qwen/Qwen2.5-Math-1.5B, "
-                   "or 'tiny'")
+    raise BadInput(f"{str(name)!r}: no such directory, expected one, or a hub id such as "
+                   "Qwen/Qwen2.5-Math-1.5B, or 'tiny'")
 
 
 def download(hub_id: str) -> Path:

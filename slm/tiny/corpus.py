@@ -39,14 +39,16 @@ def thought(story: Story, style: str) -> str:
     return f"<think>\n{inner}\n</think>\n{told}\nTherefore, the answer is \\boxed{{{story.answer}}}."
 
 
-def check(story: Story, rng: random.Random) -> str:
-    """A chat in which a right or a wrong solution is checked by doing the steps again."""
+def check(story: Story, rng: random.Random, compare: bool = False) -> str:
+    """A chat in which a right or a wrong solution is checked by doing the steps again, and in phase 2 by
+    setting both answers side by side."""
     shown = story if rng.random() < 0.5 else world.corrupt(story, rng)
     verdict = "CORRECT" if shown is story else "INCORRECT"
     solution = solve(shown, rng.choice(("short", "short", "terse"))).replace("\n", " ")
     work = " ".join(world.equation(step, detailed=False) + "." for step in story.steps)
-    compared = f"Right: {story.answer}. Proposed: {shown.answer}."
-    return chat(prompts.CHECKER(question=story.question, solution=solution), f"{work} {compared}\n{verdict}")
+    if compare:
+        work += f" Right: {story.answer}. Proposed: {shown.answer}."
+    return chat(prompts.CHECKER(question=story.question, solution=solution), f"{work}\n{verdict}")
 
 
 def asked(story: Story, rng: random.Random) -> str:
@@ -82,7 +84,7 @@ def sums(rng: random.Random) -> str:
 
 KINDS = {"sums": 18, "terse": 10, "short": 15, "detailed": 20, "python": 5, "thought": 5, "chat terse": 6,
          "chat short": 3, "chat python": 10, "check": 8}
-MORE_CHATS = KINDS | {"terse": 5, "detailed": 15, "check": 12, "asked": 18}
+MORE_CHATS = KINDS | {"terse": 5, "detailed": 15, "check": 0, "compared check": 12, "asked": 18}
 
 
 def document(rng: random.Random, kinds: dict[str, int]) -> str:
@@ -107,8 +109,8 @@ def document(rng: random.Random, kinds: dict[str, int]) -> str:
             text = chat(question, f"{solve(story, 'short')}\nThe answer is {answer}.")
         case "chat python":
             text = chat(prompts.PYTHON(question=question), code(story))
-        case "check":
-            text = check(story, rng)
+        case "check" | "compared check" as kind:
+            text = check(story, rng, compare=kind != "check")
         case "asked":
             text = asked(story, rng)
     return text + END
