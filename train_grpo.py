@@ -30,7 +30,7 @@ from train_sft import TARGETS, adapter_options, batches, name, run_options
 PAPER = {"lr": 5e-6, "batch": 16, "samples": 2, "kl": 0.05, "epochs": 1, "temperature": 0.7,
          "max_tokens": 2048, "micro_tokens": 2048, "warmup": 0.1, "save_every": 20, "steps": 0}
 TINY = {"lr": 3e-3, "batch": 16, "samples": 8, "kl": 0.0, "temperature": 1.0, "max_tokens": 200,
-        "micro_tokens": 4096, "warmup": 0.05, "save_every": 1000, "steps": 20}
+        "micro_tokens": 4096, "warmup": 0.05, "save_every": 1000, "steps": 16}
 
 
 @dataclass(frozen=True)
