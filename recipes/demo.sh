@@ -22,9 +22,8 @@ for row in base=tiny sft-lora="$RUNS/sft-lora/adapter" sft-full="$RUNS/sft-full/
   stage "5 evaluation: ${row%%=*}" \
     eval.py --model "${row#*=}" --data tiny,tiny-unseen --out "$RUNS/eval-${row%%=*}"
 done
-stage "4 agents: workflows beside a single pass of the same model" \
-  agents.py --model "$RUNS/grpo/adapter" --workflow majority_vote,python_tools,solver_checker_stateless \
-  --out "$RUNS/agents"
+stage "4 agents: what the base model can do when it is asked otherwise" \
+  agents.py --limit 500 --workflow majority_vote,python_tools,solver_checker_stateless --out "$RUNS/agents"
 
 printf '\n==== all stages on the same problems, greedy (%d s in all)\n' "$SECONDS"
 "$PYTHON" eval.py --compare "$RUNS"/eval-{base,sft-lora,sft-full,grpo}
