@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import errno
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -70,6 +71,8 @@ def run(main, args: argparse.Namespace) -> None:
         main(args)
     except BadInput as e:
         sys.exit(_say(e))
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:
         if e.errno not in CANNOT_WRITE:
             raise
