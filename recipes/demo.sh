@@ -23,7 +23,7 @@ for row in base=tiny sft-lora="$RUNS/sft-lora/adapter" sft-full="$RUNS/sft-full/
     eval.py --model "${row#*=}" --data tiny,tiny-unseen --out "$RUNS/eval-${row%%=*}"
 done
 stage "4 agents: what the base model can do when it is asked otherwise" \
-  agents.py --limit 300 --workflow majority_vote,python_tools,solver_checker_stateless --out "$RUNS/agents"
+  agents.py --limit 200 --workflow majority_vote,python_tools,solver_checker_stateless --out "$RUNS/agents"
 
 printf '\n==== all stages on the same problems, greedy (%d s in all)\n' "$SECONDS"
 "$PYTHON" eval.py --compare "$RUNS"/eval-{base,sft-full,sft-lora,grpo}
