@@ -74,6 +74,7 @@ class Sandbox:
         self._jobs: dict[int, bytes] = {}         # ticket -> its message, until its outcome is here
         self._done: list[tuple[int, Outcome]] = []
         self._tickets = self._deaths = 0
+        self._broken: str | None = None           # why the pool ended itself
         self._pool: _Pool | None = None
         if require:
             self._start()
@@ -166,7 +167,10 @@ class Sandbox:
             if self._pool is None or self._pool.owner != os.getpid():
                 self._start()
             for message in self._pool.exchange(wait):
-                self._deaths = 0
+                if broken := message.get("broken"):
+                    self._broken = broken
+                    continue
+                self._deaths, self._broken = 0, None
                 ticket = message.pop("ticket")
                 if self._jobs.pop(ticket, None):
                     self._done.append((ticket, Outcome(**message, isolation=self.isolation)))
@@ -180,7 +184,10 @@ class Sandbox:
             raise
 
     def _give_up(self) -> None:
-        """The pool died TRIES times with no outcome in between: end the programs it was at, the oldest."""
+        """The pool died TRIES times with no outcome in between: end the programs it was at, the oldest.
+        RuntimeError when it ended itself, which is no program's fault."""
+        if self._broken:
+            raise RuntimeError(f"the sandbox is broken: {self._broken}")
         self._deaths = 0
         for ticket in list(self._jobs)[:self.workers]:
             del self._jobs[ticket]

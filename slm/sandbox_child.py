@@ -174,7 +174,7 @@ def be_the_zygote(plan: dict, commands: socket.socket, proc: int | None) -> None
         os.close(proc)
     warm_up()
     commands.sendall(b"ready\n")
-    scratch: dict[int, str] = {}
+    scratch: dict[int, str | None] = {}
     for request in commands.makefile("rb"):
         verb, *pid = request.split()
         if verb == b"fork":
@@ -205,16 +205,16 @@ def warm_up() -> None:
     gc.freeze()
 
 
-def fork_run(plan: dict, commands: socket.socket, home: int | None, scratches: dict[int, str]) -> None:
+def fork_run(plan: dict, commands: socket.socket, home: int | None, scratches: dict[int, str | None]) -> None:
     ours, theirs = socket.socketpair()
     out, out_end = os.pipe()
     err, err_end = os.pipe()
-    scratch = "/tmp"
     if home is None:
         scratch = tempfile.mkdtemp(dir=plan["base"])
     else:  # the next child starts a pid namespace; the kernel allows that once, so go back home first
         layer.call("setns", home, layer.NEWPID)
         layer.call("unshare", layer.NEWPID)
+        scratch = layer.scratch_folder(plan["paths"])
     pid = os.fork()
     if pid == 0:
         try:
@@ -222,7 +222,7 @@ def fork_run(plan: dict, commands: socket.socket, home: int | None, scratches: d
         except BaseException:
             os.write(2, traceback.format_exc().encode())
         os._exit(70)
-    scratches[pid] = scratch
+    scratches[pid] = scratch if home is None else None  # in memory it goes with its namespace
     message = json.dumps({"pid": pid, "scratch": scratch}).encode() + b"\n"
     socket.send_fds(commands, [message], [ours.fileno(), out, err])
     for fd in out, out_end, err, err_end:
@@ -237,17 +237,17 @@ def kill(pid: int) -> None:
             end(pid, signal.SIGKILL)
 
 
-def reap(pid: int, scratches: dict[int, str]) -> tuple[int, float]:
+def reap(pid: int, scratches: dict[int, str | None]) -> tuple[int, float]:
     """End a run for good. Its exit code or minus the signal that ended it, and its processor seconds."""
     kill(pid)
     _, status, used = os.wait4(pid, 0)
-    if (scratch := scratches.pop(pid)) != "/tmp":
+    if scratch := scratches.pop(pid):
         shutil.rmtree(scratch, ignore_errors=True)
         sweep(scratches)
     return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
 
 
-def sweep(known: dict[int, str]) -> None:
+def sweep(known: dict[int, str | None]) -> None:
     """Without a pid namespace: end processes that left their run, which the kernel has handed to this one."""
     if sys.platform != "linux":
         return
@@ -417,8 +417,6 @@ class Supervisor:
                 self.spare.remove(run)
             elif not run.ready:
                 self.forking, self.stillborn = False, self.stillborn + 1
-                if self.stillborn > 9:
-                    raise RuntimeError(f"runs die before they start: {run.err.text()}")
             self.zygote.sendall(b"reap %d\n" % run.pid)
 
     def patience(self) -> float | None:
@@ -447,6 +445,8 @@ class Supervisor:
             if self.by_fd.pop(fd, None):
                 self.poll.unregister(fd)
             os.close(fd)
+        if self.stillborn > 9:
+            raise RuntimeError(f"runs die before they start:\n{run.err.text()}")
         if run.job is None:
             return
         self.busy.discard(run)
@@ -513,6 +513,10 @@ def main() -> None:
     caller.setblocking(False)
     try:
         server.serve()
+    except RuntimeError as error:
+        server.say({"broken": str(error)})
+        caller.setblocking(True)
+        caller.sendall(server.to_say)
     finally:
         supervisor.close()
         os.waitpid(pid, 0)

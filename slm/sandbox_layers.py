@@ -106,6 +106,11 @@ def library_paths() -> list[str]:
     return kept
 
 
+def scratch_folder(paths: list[str]) -> str:
+    """Where a run's private folder goes in its namespace: /tmp, unless that would hide one of `paths`."""
+    return "/scratch" if any((p + "/").startswith("/tmp/") for p in paths) else "/tmp"
+
+
 def enter_namespaces(paths: list[str]) -> bool:
     """Leave this process without network, host name and System V objects, its later children in a pid
     namespace, and with a root folder that holds `paths` and four devices, all read-only. Anyone but root
@@ -141,7 +146,7 @@ def _read_only_root(paths: list[str]) -> None:
         else:
             os.makedirs(target, exist_ok=True)
         call("mount", f"/proc/self/fd/{fd}".encode(), target.encode(), None, MS_BIND | MS_REC, None)
-    os.makedirs("/tmp/tmp", exist_ok=True)
+    os.makedirs("/tmp" + scratch_folder(paths), exist_ok=True)
     for path, target in links.items():
         if not os.path.exists("/tmp" + path):
             os.symlink(target, "/tmp" + path)
@@ -155,13 +160,13 @@ def _read_only_root(paths: list[str]) -> None:
     call("mount_setattr", -100, b"/", 0x8000, read_only, len(read_only))  # AT_RECURSIVE
 
 
-def own_scratch(drop_root: bool) -> None:
-    """A mount namespace with an empty /tmp in memory for this process alone; then no longer root, and in a
-    user namespace of its own, so that its threads are counted apart from everyone else's."""
+def own_scratch(drop_root: bool, scratch: str) -> None:
+    """A mount namespace with an empty `scratch` in memory for this process alone; then no longer root, and in
+    a user namespace of its own, so that its threads are counted apart from everyone else's."""
     uid, gid = (NOBODY, NOBODY) if drop_root else (os.geteuid(), os.getegid())
     call("unshare", NEWNS)
     options = f"size={SCRATCH_BYTES},nr_inodes={SCRATCH_FILES},mode=700,uid={uid},gid={gid}"
-    call("mount", b"scratch", b"/tmp", b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options.encode())
+    call("mount", b"scratch", scratch.encode(), b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options.encode())
     if drop_root:
         leave_root()
     call("unshare", NEWUSER)
@@ -316,7 +321,7 @@ def confine(plan: dict, scratch: str) -> None:
     os.setsid()
     os.umask(0o077)
     if "namespaces" in layers:
-        own_scratch(plan["drop_root"])
+        own_scratch(plan["drop_root"], scratch)
     elif os.geteuid() == 0:
         leave_root(0)
     os.chdir(scratch)
@@ -352,7 +357,8 @@ def attempt(action) -> str | None:
 
 def _try_namespaces(paths: list[str]) -> None:
     drop_root = enter_namespaces(paths)
-    if said := attempt(lambda: own_scratch(drop_root)):
+    scratch = scratch_folder(paths)
+    if said := attempt(lambda: (own_scratch(drop_root, scratch), [os.stat(path) for path in paths])):
         raise OSError(said)
 
 

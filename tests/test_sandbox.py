@@ -10,8 +10,10 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+import venv
 from pathlib import Path
 
 import pytest
@@ -533,6 +535,31 @@ def test_a_fork_of_the_caller_gets_a_pool_of_its_own(pool):
     os.waitpid(pid, 0)
     assert os.read(reader, 10) == b"42\n" and pool.run("2").stdout == "2\n"
     os.close(reader), os.close(writer)
+
+
+def test_a_checkout_under_tmp_runs_as_any_other():
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        venv.create(folder, symlinks=True)
+        script = ("import json, os\nfrom slm.sandbox import run_python\n"
+                  "outcome = run_python('import os; open(\"x\", \"w\"); os.getcwd()')\n"
+                  "print(json.dumps([outcome.stdout, outcome.error, outcome.isolation]))")
+        ran = subprocess.run([f"{folder}/bin/python", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    said, error, isolation = json.loads(ran.stdout)
+    assert error is None, error
+    if isolation.startswith("full"):
+        assert said == "'/scratch'\n"
+
+
+def test_a_pool_that_cant_start_runs_is_our_bug_and_says_why(tmp_path):
+    for name in ("sandbox.py", "sandbox_child.py", "sandbox_layers.py", "__init__.py"):
+        (tmp_path / "slm").mkdir(exist_ok=True)
+        (tmp_path / "slm" / name).write_text((Path(ROOT) / "slm" / name).read_text())
+    with open(tmp_path / "slm" / "sandbox_layers.py", "a") as file:
+        file.write("\ndef confine(plan, scratch):\n    raise OSError('no such layer today')\n")
+    ran = subprocess.run([sys.executable, "-c", "from slm.sandbox import run_python; run_python('1')"],
+                         cwd=tmp_path, capture_output=True, text=True)
+    assert "the sandbox is broken: runs die before they start" in ran.stderr
+    assert "OSError: no such layer today" in ran.stderr and ran.returncode == 1
 
 
 # ---- the filter ------------------------------------------------------------------------------------------
