@@ -8,9 +8,9 @@ arXiv:1706.03762, eq. 1) over the keys that the query's sequence has so far.
 * Prefill, Decode: the same with a KV cache, for the sampler.
 
 On CUDA in half precision Packed runs PyTorch's variable-length flash attention (Dao 2023, arXiv:2307.08691).
-Elsewhere sequences of near length are padded on the right into a few batches for PyTorch's
-scaled_dot_product_attention. Under a causal mask nobody sees what stands to their right, so the padding needs
-no mask, and its own output is dropped.
+Elsewhere it calls scaled_dot_product_attention for one sequence after the other. Padding them into batches
+was no faster on a CPU, and a kernel that sees another length rounds differently: this way a packed sequence
+gets the same bits as alone.
 """
 
 import contextlib
@@ -28,8 +28,6 @@ if torch.cuda.is_available():  # importing it costs a second or two, and without
         from torch.nn.attention.varlen import varlen_attn
         VARLEN_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters  # not yet in PyTorch 2.11
 
-WASTE = 1.25  # a batch of padded sequences may be this much larger than its tokens
-
 
 class Packed:
     """Attention over sequences packed one behind the other: causal inside each, nothing across.
@@ -46,14 +44,11 @@ class Packed:
         self.longest = max(self.lengths)
         ends = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         self.bounds = ends.to(device)
-        self.batches = None
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if varlen_attn and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
             return self.flash(q, k, v)
-        if self.batches is None:
-            self.batches = Batches(self.lengths, q.device)
-        return self.batches(q, k, v)
+        return torch.cat([_causal(*one) for one in zip(*(x.split(self.lengths) for x in (q, k, v)))])
 
     def flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         groups = q.shape[1] // k.shape[1]
@@ -64,56 +59,13 @@ class Packed:
                            **({"enable_gqa": groups > 1} if VARLEN_GQA else {}))
 
 
-class Batches:
-    """The sequences of a pack as few right-padded batches.
-
-    >>> [(rows, length) for rows, length in Batches([5, 90, 6, 100, 5], "cpu").shapes]
-    [(3, 6), (2, 100)]
-    """
-
-    def __init__(self, lengths: list[int], device):
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        groups: list[list[int]] = []
-        tokens = 0  # in the open group
-        for i in order:
-            if not groups or (len(groups[-1]) + 1) * lengths[i] > WASTE * (tokens + lengths[i]):
-                groups.append([])
-                tokens = 0
-            groups[-1].append(i)
-            tokens += lengths[i]
-        self.shapes = [(len(group), lengths[group[-1]]) for group in groups]
-        self.even = len(set(lengths)) == 1  # nothing to move or to pad
-        if self.even:
-            return
-        size, starts = torch.tensor(lengths), torch.tensor([0, *lengths]).cumsum(0)
-        slots, back, base = [], torch.empty(int(size.sum()), dtype=torch.long), 0
-        for group, (rows, longest) in zip(groups, self.shapes):
-            members, place = torch.tensor(group), torch.arange(longest)
-            real = place < size[members, None]
-            token = torch.where(real, starts[members, None] + place, starts[members, None])
-            back[token[real]] = base + real.flatten().nonzero()[:, 0]
-            slots.append(token.flatten())
-            base += rows * longest
-        self.slots, self.back = torch.cat(slots).to(device), back.to(device)
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if not self.even:
-            q, k, v = (x.index_select(0, self.slots) for x in (q, k, v))
-        sizes = [rows * length for rows, length in self.shapes]
-        parts = [_causal(*(x.unflatten(0, shape) for x in part))
-                 for shape, *part in zip(self.shapes, q.split(sizes), k.split(sizes), v.split(sizes))]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return out if self.even else out.index_select(0, self.back)
-
-
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q (S, L, H, E), k and v (S, L, K, E) -> (S * L, H, E)."""
-    groups = q.shape[2] // k.shape[2]
+    """One sequence: q (L, H, E), k and v (L, K, E) -> (L, H, E)."""
+    groups = q.shape[1] // k.shape[1]
     if groups > 1 and q.device.type != "cpu":  # only the CPU's fused kernel shares heads in float32
-        k, v, groups = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2), 1
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                                         is_causal=True, enable_gqa=groups > 1)
-    return out.transpose(1, 2).flatten(0, 1)
+        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)[0].transpose(0, 1)
 
 
 def _ranges(lengths: list[int]) -> Tensor:
