@@ -397,8 +397,8 @@ TINY = {"max_tokens": 320, "limit": 200,
 
 
 def main(args: argparse.Namespace) -> None:
-    from slm.problems import fingerprint, load, refuse_long
-    names, problems = chosen(args.workflow), load(args.data, args.split, args.limit)
+    from slm.problems import fingerprint, load_all, refuse_long
+    names, problems = chosen(args.workflow), load_all(args.data, args.split, args.limit)
     from slm.run import RunDir, new_path, write_json  # with torch, once the small mistakes are out
     from slm.sandbox import Sandbox
 
@@ -505,26 +505,31 @@ def transcript(episode: Episode, question: str, record: dict) -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def options() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
-    group = p.add_argument_group("what runs")
-    group.add_argument("--workflow", help="names with commas between them, or all: " + ", ".join(WORKFLOWS)
-                       + f" (tiny: {TINY['workflow']}; else all); solver is always run, to compare with")
-    group.add_argument("--data", default="tiny", help="a data set's name or a JSON lines file (default tiny)")
-    group.add_argument("--split", default="test", help="train, test or unseen (default test)")
-    group.add_argument("--limit", type=cli.positive, help="number of problems (500; tiny: 200)")
-    group.add_argument("--show", type=cli.positive, default=0, metavar="N", help="print N transcripts")
-    group.add_argument("--out", help="run directory (default runs/agents-MODEL)")
-    group = p.add_argument_group("what answers")
-    group.add_argument("--model", default="tiny", help="tiny, a directory or hub id; the endpoint's name")
-    group.add_argument("--adapter", action="append", default=[], metavar="[ROLE=]DIR",
-                       help="LoRA adapter for a role (solver, checker, verifier, summarizer), or for all")
-    group.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server: http://localhost:8000/v1")
-    group.add_argument("--key-env", metavar="NAME", help="environment variable with the endpoint's key")
-    group.add_argument("--max-tokens", type=cli.positive, help="new tokens of a reply (2048; tiny: 320)")
-    group.add_argument("--seed", type=int, default=0, help="of the sampled replies (default 0)")
-    group = p.add_argument_group("machine")
-    group.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    group.add_argument("--workers", type=cli.positive, default=2, help="code runs at a time (default 2)")
-    cli.run(main, cli.resolve(p.parse_args(), PAPER, TINY))
+    g = p.add_argument_group("what runs")
+    g.add_argument("--workflow", help="names with commas between them, or all: " + ", ".join(WORKFLOWS)
+                   + f" (tiny: {TINY['workflow']}; else all); solver is always run, to compare with")
+    g.add_argument("--data", nargs="+", action=cli.Names, default=["tiny"], metavar="A,B",
+                   help="data sets' names or JSON lines files (default tiny)")
+    g.add_argument("--split", default="test", help="train, test or unseen (default test)")
+    g.add_argument("--limit", type=cli.positive, help="number of problems (500; tiny: 200)")
+    g.add_argument("--show", type=cli.positive, default=0, metavar="N", help="print N transcripts")
+    g.add_argument("--out", help="run directory (default runs/agents-MODEL)")
+    g = p.add_argument_group("what answers")
+    g.add_argument("--model", default="tiny", help="tiny, a directory or hub id; the endpoint's name")
+    g.add_argument("--adapter", action="append", default=[], metavar="[ROLE=]DIR",
+                   help="LoRA adapter for a role (solver, checker, verifier, summarizer), or for all")
+    g.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server: http://localhost:8000/v1")
+    g.add_argument("--key-env", metavar="NAME", help="environment variable with the endpoint's key")
+    g.add_argument("--max-tokens", type=cli.positive, help="new tokens of a reply (2048; tiny: 320)")
+    g.add_argument("--seed", type=int, default=0, help="of the sampled replies (default 0)")
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    g.add_argument("--workers", type=cli.positive, default=2, help="code runs at a time (default 2)")
+    return p
+
+
+if __name__ == "__main__":
+    cli.run(main, cli.resolve(options().parse_args(), PAPER, TINY))

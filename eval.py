@@ -53,7 +53,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.samples > 1 and args.temperature == 0:
         raise BadInput(f"--samples {args.samples} at temperature 0 draws the same answer each time; "
                        "add --temperature 0.7, for one")
-    sets = {name: problems.load(name, args.split, args.limit) for name in args.data.split(",")}
+    sets = {name: problems.load(name, args.split, args.limit) for name in args.data}
     data = problems.fingerprint([p for items in sets.values() for p in items])
     args.out = str(new_path(args.out, f"eval-{label(args)}", args.resume))
     cli.show({k: v for k, v in vars(args).items() if k not in NOT_SETTINGS})
@@ -321,7 +321,7 @@ def options() -> argparse.ArgumentParser:
     g.add_argument("--workflow", default="solver", metavar="NAME",
                    help="of agents.py (default solver: a single pass)")
     g = p.add_argument_group("problems")
-    g.add_argument("--data", default="tiny", metavar="A,B",
+    g.add_argument("--data", nargs="+", action=cli.Names, default=["tiny"], metavar="A,B",
                    help="names (tiny, tiny-unseen, gsm8k, math, math500, aime24, amc23, ...) or JSON lines "
                         "files, with commas between them (default tiny)")
     g.add_argument("--split", default="test", help="train, test or unseen (default test)")

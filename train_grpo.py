@@ -60,7 +60,8 @@ def options():
     g = p.add_argument_group("model and problems")
     g.add_argument("--model", default="tiny", help="tiny, a directory or a hub id (default tiny)")
     g.add_argument("--adapter", help="an SFT adapter's directory: merged into the model before the start")
-    g.add_argument("--data", help="a problem set's name or JSON lines (default tiny; gsm8k for other models)")
+    g.add_argument("--data", nargs="+", action=cli.Names, metavar="A,B",
+                   help="problem sets or JSON lines files (default tiny; gsm8k for other models)")
     g.add_argument("--limit", type=cli.positive, help="only the first problems")
     g.add_argument("--workflow", default="solver", help="of agents.py (default solver: one answer)")
     g.add_argument("--roles", help="train only these roles' tokens, with commas between (default all)")
@@ -243,8 +244,8 @@ def main(args):
     device, dtype, reason = run.pick_device(args.device, run.settled(out, args), args.model)
     run.start_ranks(device)
     torch.manual_seed(args.seed)
-    args.data = args.data or ("tiny" if cli.is_small(args.model) else "gsm8k")
-    pool = problems.load(args.data, "train", args.limit)
+    args.data = args.data or ["tiny" if cli.is_small(args.model) else "gsm8k"]
+    pool = problems.load_all(args.data, "train", args.limit)
     check_rewards(pool)
     args.dtype = str(dtype).removeprefix("torch.")
     rundir = run.RunDir(out, vars(args), problems.fingerprint(pool), args.resume, log=run.rank() == 0)

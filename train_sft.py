@@ -36,7 +36,8 @@ def options():
     both = lambda name: f"default {PAPER[name]}, tiny {TINY.get(name, PAPER[name])}"
     g = p.add_argument_group("model and data")
     g.add_argument("--model", default="tiny", help="tiny, a directory or a hub id (default tiny)")
-    g.add_argument("--data", help="JSON lines; for tiny: default the newest run of make_data.py")
+    g.add_argument("--data", nargs="+", action=cli.Names, metavar="A,B",
+                   help="JSON lines; for tiny: default the newest run of make_data.py")
     g.add_argument("--limit", type=cli.positive, help="only the first rows")
     g.add_argument("--max-length", type=cli.positive, help=f"tokens a row may have ({both('max_length')})")
     g.add_argument("--train-on", choices=("response", "all"), default="response",
@@ -82,23 +83,24 @@ def run_options(p, g, both, folder: str):
 
 # ---- data ------------------------------------------------------------------------------------------------
 
-def read(data: str | None, limit: int | None) -> tuple[list[list[dict]], str]:
-    """Conversations and, in words, where they come from: a file of records, or the worked solutions of a
-    problem set. For tiny the default is the newest run of make_data.py, or else the tiny world's own
-    solutions."""
+def newest() -> str:
+    """The records of the newest run of make_data.py, or else the tiny world's own solutions."""
+    made = sorted(Path("runs").glob("data-*/records.jsonl"), key=lambda p: p.stat().st_mtime)
+    if not made:
+        print("no run of make_data.py found: training on the tiny world's own solutions")
+    return str(made[-1]) if made else "tiny"
+
+
+def read(data: str, limit: int | None) -> list[list[dict]]:
+    """The conversations of a file of records, or the worked solutions of a problem set."""
     from slm import problems
-    if data is None:
-        made = sorted(Path("runs").glob("data-*/records.jsonl"), key=lambda p: p.stat().st_mtime)
-        if not made:
-            print("no run of make_data.py found: training on the tiny world's own solutions")
-        data = str(made[-1]) if made else "tiny"
     path = Path(data)
     if path.is_file() and not _is_problem_set(path):
-        return read_rows(path, limit), data
+        return read_rows(path, limit)
     known = [p for p in problems.load(data, "train", limit) if p.solution]
     if not known:
         raise BadInput(f"--data {data}: problems without solutions; make_data.py gets them from a teacher")
-    return [conversation(p.question, written_out(p)) for p in known], f"{data}, its worked solutions"
+    return [conversation(p.question, written_out(p)) for p in known]
 
 
 def conversation(question: str, response: str) -> list[dict]:
@@ -213,7 +215,8 @@ def main(args):
     model.recompute = args.recompute
     if not args.full:
         lora.add(model, args.rank, args.alpha, TARGETS[args.targets], args.dropout)
-    conversations, source = read(args.data, args.limit)
+    args.data = args.data or [newest()]
+    conversations = [c for data in args.data for c in read(data, args.limit)]
     args.max_length = min(args.max_length, model.config.positions)
     rows = fitting(tokenizer, conversations, args)
     steps = batches(len(rows), args.batch, args.epochs, args.seed)
@@ -222,7 +225,7 @@ def main(args):
     rundir = run.RunDir(out, vars(args), run.fingerprint(rows), args.resume, log=run.rank() == 0)
     if run.rank() == 0:
         cli.show(vars(args))
-        introduce(model, tokenizer, rows, steps, source, device, dtype, reason, args)
+        introduce(model, tokenizer, rows, steps, device, dtype, reason, args)
     train(model, rows, steps, rundir, device, dtype, args)
     finish(model, tokenizer, out, args)
 
@@ -232,7 +235,7 @@ def name(model: str) -> str:
     return Path(model).name.lower()
 
 
-def introduce(model, tokenizer, rows, steps, source, device, dtype, reason, args):
+def introduce(model, tokenizer, rows, steps, device, dtype, reason, args):
     """What is about to happen, before it does."""
     from slm import run
     tokens, trained = (sum(len(ids) for ids, _ in rows), sum(sum(mask) for _, mask in rows))
@@ -240,7 +243,8 @@ def introduce(model, tokenizer, rows, steps, source, device, dtype, reason, args
     print(f"device: {device}, {str(dtype).removeprefix('torch.')} ({reason})")
     print(f"model: {args.model}, {every:,} parameters, {updated:,} trained "
           f"({'all' if args.full else f'LoRA rank {args.rank} on {args.targets}'})")
-    print(f"data: {source}, {len(rows):,} rows, {tokens:,} tokens, {trained / tokens:.0%} in the loss")
+    print(f"data: {', '.join(args.data)}: {len(rows):,} rows, {tokens:,} tokens, "
+          f"{trained / tokens:.0%} in the loss")
     print(f"work: {args.epochs} epochs, {len(steps)} steps of {args.batch} rows, "
           f"{args.epochs * tokens:,} tokens; {run.memory(model, args.micro_tokens)}")
     sizes = model.model.embed_tokens.weight.detach().float().norm(dim=1)

@@ -13,7 +13,7 @@ RUNS=${RUNS:-runs/paper}
 TEST="--data gsm8k,math500 --limit 500 --max-tokens 2048"
 
 # 1. Data: round 1 asks one teacher for everything, round 2 another for what is left.
-$PYTHON make_data.py --data gsm8k math --cascade recipes/report.toml --out $RUNS/data
+$PYTHON make_data.py --data gsm8k,math --cascade recipes/report.toml --out $RUNS/data
 
 # 2. SFT, LoRA and full: batch 128, 2 epochs, cosine, 1e-4 and 5e-5 are the defaults.
 $PYTHON train_sft.py --model $MODEL --data $RUNS/data/records.jsonl --lora --out $RUNS/sft-lora

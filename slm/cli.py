@@ -28,6 +28,16 @@ def parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=_Help, allow_abbrev=False)
 
 
+class Names(argparse.Action):
+    """An option with nargs="+" that holds names: `--data a,b` and `--data a b` are both ["a", "b"]."""
+
+    def __call__(self, parser, args, words, option=None):
+        names = [name for word in words for name in word.split(",") if name]
+        if not names:
+            parser.error(f"argument {option}: expected names with commas between them")
+        setattr(args, self.dest, names)
+
+
 def resolve(args: argparse.Namespace, paper: dict, tiny: dict) -> argparse.Namespace:
     """Fill every option that was left at None: from `tiny` for `tiny` and what was trained from it, else from
     `paper`.
@@ -57,7 +67,8 @@ def is_small(model: str) -> bool:
 def show(settings: dict) -> None:
     """Print the resolved settings, a few to a line."""
     line = "settings:"
-    for item in (f"{name}={value}" for name, value in settings.items()):
+    for name, value in settings.items():
+        item = f"{name}={','.join(value) if isinstance(value, list) else value}"
         if len(line) + len(item) > 108:
             print(line)
             line = "         "
@@ -78,8 +89,8 @@ def run(main, args: argparse.Namespace) -> None:
             raise
         sys.exit(_say(f"cannot write {e.filename or 'the output'}: {e.strerror}; choose another --out"))
     except KeyboardInterrupt:
-        print("\nstopped; what was finished is kept, and the same command with --resume goes on from there",
-              file=sys.stderr)
+        more = ", and the same command with --resume goes on from there" if hasattr(args, "resume") else ""
+        print(f"\nstopped; what was finished is kept{more}", file=sys.stderr)
         sys.exit(130)
 
 

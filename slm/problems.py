@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +95,15 @@ def load(name: str, split: str = "train", limit: int | None = None) -> list[Prob
             raise BadInput(f"data {name!r} {what}; expected one of {', '.join(NAMES)}, or a JSON lines file")
         problems = read(path, *_origin(path))
     return problems[:limit]
+
+
+def load_all(names: list[str], split: str, limit: int | None = None) -> list[Problem]:
+    """The first `limit` problems of each of several sets. BadInput where an id comes twice."""
+    problems = [p for name in names for p in load(name, split, limit)]
+    twice = next((id for id, n in Counter(p.id for p in problems).items() if n > 1), None)
+    if twice:
+        raise BadInput(f"--data {','.join(names)}: problem {twice!r} comes twice; expected different ids")
+    return problems
 
 
 def read(path: Path, source: str, split: str = "") -> list[Problem]:

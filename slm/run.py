@@ -26,8 +26,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from slm import BadInput
@@ -232,7 +230,7 @@ def update(optimizer, parameters, lr: float, clip: float) -> float:
     """One optimizer step with the gradients' norm cut to `clip`; returns the norm before the cut."""
     parameters = list(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = norm.full_tensor() if world() > 1 else norm
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -344,15 +342,20 @@ def restore(state: dict, parameters: dict[str, torch.nn.Parameter], optimizer) -
     with torch.no_grad():
         for (name, p), moments in zip(parameters.items(), state["moments"]):
             _local(p).copy_(state["parameters"][name])
-            like = lambda v, p=p: DTensor.from_local(v, p.device_mesh, p.placements) if (
-                isinstance(p, DTensor) and v.dim()) else v
             if moments:
-                optimizer.state[p] = {k: like(v) for k, v in moments.items()}
+                optimizer.state[p] = {k: _spread_like(p, v) for k, v in moments.items()}
     return state["step"]
 
 
+def _spread_like(p, part):
+    """This rank's part of a moment, as a tensor that is spread over the ranks as p is."""
+    if not hasattr(p, "to_local") or not part.dim():  # the count of steps has no dimension
+        return part
+    return type(p.data).from_local(part, p.device_mesh, p.placements)
+
+
 def _local(x):
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if hasattr(x, "to_local") else x
 
 
 def shard(model) -> None:
@@ -360,6 +363,7 @@ def shard(model) -> None:
     are summed, not averaged: the losses divide by the global count."""
     if world() == 1:
         return
+    from torch.distributed.fsdp import fully_shard  # 0.8 s that a single process need not wait
     for part in (*model.model.layers, model):
         fully_shard(part, reshard_after_forward=False)
         part.set_gradient_divide_factor(1.0)
@@ -368,9 +372,8 @@ def shard(model) -> None:
 
 def unshard(model) -> None:
     """Give every rank the full weights."""
-    for part in model.modules():
-        if isinstance(part, FSDPModule):
-            part.unshard()
+    for part in _sharded(model):
+        part.unshard()
 
 
 @contextlib.contextmanager
@@ -378,14 +381,17 @@ def whole(model):
     """Inside, every rank holds the full weights, so that sampling needs no collective a token."""
     unshard(model)
     yield
-    for part in model.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    for part in _sharded(model):
+        part.reshard()
+
+
+def _sharded(model) -> list:
+    return [part for part in model.modules() if hasattr(part, "reshard")]
 
 
 def last_micro_batch(model, last: bool) -> None:
     """Ranks meet only in a step's last micro-batch, so they may have different numbers of them."""
-    if isinstance(model, FSDPModule):
+    if world() > 1:
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
 

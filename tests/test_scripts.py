@@ -9,10 +9,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from slm import checkpoint
+from slm import checkpoint, cli
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("make_data.py", "train_sft.py", "train_grpo.py", "agents.py", "eval.py")
@@ -87,6 +88,23 @@ def test_unknown_and_abbreviated_options_and_bad_values_are_refused(call, script
     for words in ("--no-such-option", "--mod tiny", "--limit 0", "--limit -3", "--limit many", "--device gpu",
                   "stray words"):
         refused(call(script, *words.split()), "|".join(map(re.escape, words.split())))
+
+
+@pytest.mark.parametrize("script", ["train_sft.py", "train_grpo.py", "agents.py", "eval.py"])
+def test_several_data_sets_are_named_with_commas_or_spaces(call, tmp_path, script):
+    a, b = (rows(tmp_path / f"{name}.jsonl", GOOD, GOOD) for name in "ab")
+    for words in ([f"{a},{b}"], [a, b]):
+        code, out, err = call(script, *WITH_MODEL[script], "--data", *words, "--limit", 1)
+        assert code == 0 and re.search(rf"data={a},{b}", out), err
+    refused(call(script, "--data", ","), "--data")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_is_one_sentence_that_names_resume_where_there_is_one(script, capsys):
+    args = runpy.run_path(str(ROOT / script))["options"]().parse_args([])
+    with pytest.raises(SystemExit, match="130"):
+        cli.run(mock.Mock(side_effect=KeyboardInterrupt), args)
+    assert ("--resume" in capsys.readouterr().err) == hasattr(args, "resume")
 
 
 # Models

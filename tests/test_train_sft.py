@@ -79,8 +79,8 @@ def test_an_empty_file_is_named(tmp_path):
 def test_worked_solutions_of_a_problem_set_will_do(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({"question": "q", "answer": "1+1=<<1+1=2>>2\n#### 2"}) + "\n")
-    (messages,), source = train_sft.read(str(path), None)
-    assert messages[1]["content"] == "1+1=2\nThe answer is \\boxed{2}." and "worked solutions" in source
+    (messages,) = train_sft.read(str(path), None)
+    assert messages[1]["content"] == "1+1=2\nThe answer is \\boxed{2}."
 
 
 def test_every_epoch_has_every_row_once_in_another_order():
