@@ -147,8 +147,8 @@ def main(args) -> None:
     from slm.model import Config, Qwen2
     from slm.tiny.corpus import MORE_CHATS, documents
 
-    torch.manual_seed(args.seed)
     model = Qwen2(Config(vocab=VOCABULARY, **SHAPE))
+    torch.manual_seed(args.seed)
     if args.phase in (None, 1):
         build_tokenizer(args.out)
         initialize(model)
