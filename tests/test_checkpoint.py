@@ -342,3 +342,10 @@ def test_a_download_that_breaks_off_is_not_taken_for_a_model(hub, saved):
 def test_an_unreachable_hub_says_what_to_do(hub):
     line, = hub("org/small", port=9)
     assert line.startswith("bad: org/small") and "into a directory" in line
+
+
+def test_loading_does_not_import_the_compiler():
+    """One normal_ on the meta device would, and cost every script more than a second."""
+    code = ("import sys\nfrom slm import checkpoint\ncheckpoint.load('tiny')\n"
+            "assert 'torch._dynamo' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
