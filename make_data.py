@@ -1,7 +1,7 @@
 """Stage 1: a cascade of teachers writes worked solutions; the verified ones become training records.
 
     python make_data.py                                       the stand-in teacher on the tiny world, seconds
-    python make_data.py --data gsm8k math --cascade recipes/report.toml --budget 50
+    python make_data.py --data gsm8k,math --cascade recipes/report.toml --budget 50
     python make_data.py --data gsm8k --cascade recipes/local.toml   a vLLM or llama.cpp server of yours
     python make_data.py --data gsm8k --teacher self --model Qwen/Qwen2.5-Math-1.5B-Instruct
     python make_data.py verifier --model runs/sft-tiny-lora         check-this-solution records
@@ -39,8 +39,8 @@ def options():
     p = cli.parser(__doc__)
     p.add_argument("what", nargs="?", choices=("solutions", "verifier"), default="solutions")
     g = p.add_argument_group("problems")
-    g.add_argument("--data", nargs="+", default=["tiny"], metavar="NAME",
-                   help="tiny, gsm8k, math, ... or JSON lines files (default tiny; the report: gsm8k math)")
+    g.add_argument("--data", nargs="+", action=cli.Names, default=["tiny"], metavar="A,B",
+                   help="tiny, gsm8k, math, ... or JSON lines files (default tiny; the report: gsm8k,math)")
     g.add_argument("--limit", type=cli.positive, help="problems of each (tiny: default 400)")
     g = p.add_argument_group("teachers")
     g.add_argument("--cascade", metavar="TOML", help="who is asked (default recipes/tiny.toml, a stand-in)")
@@ -104,7 +104,7 @@ class Asking:
         teacher = self.teachers[name]
         while self.queues[name] and self.load[name] < teacher.workers and not self.why:
             problem = self.queues[name][0]
-            job = Job(problem, teacher, self.progress.tried[problem.id, name], self.seed)
+            job = Job(problem, teacher, self.progress.missing(problem.id, name), self.seed)
             dollars = self.paid[name] / self.seen[name] if self.seen[name] >= 20 else job.most_dollars
             if self.budget is not None and self.spent + self.reserved + dollars > self.budget:
                 self.why = f"the budget of ${self.budget:g} allows no further attempt"
@@ -142,8 +142,9 @@ def main(args):
     if args.what == "verifier":
         return make_verifier(args)
     from slm.cascade import Progress
+    from slm.problems import load_all
     teachers = who(args)
-    problems = load(args.data, args.limit or (400 if args.data == ["tiny"] else None))
+    problems = load_all(args.data, "train", args.limit or (400 if args.data == ["tiny"] else None))
     dropped = leaks(problems, args.data)
     asked = [p for p in problems if p.id not in dropped]
     prices = {t.name: (t.price_in, t.price_out) for t in teachers}
@@ -165,6 +166,8 @@ def main(args):
         with bar.bar, stopping(asking):
             asking.run()
         still_open = {p.id for p in asked if progress.due(p.id)}
+        for journal in (kept, rejected):
+            journal.sort(by_problem(problems, "round", "teacher", "attempt"))
         report(out, problems, dropped, still_open, attempts(), prices)
     print(f"records: {out}/records.jsonl")
     print(f"next: python train_sft.py --model {args.model} --data {out}/records.jsonl")
@@ -186,7 +189,7 @@ def who(args) -> list:
         return [Teacher("self", args.model, "self", attempts=args.samples, temperatures=(0.7, 0.5, 0.9),
                         max_tokens=most, workers=128)]
     if not args.cascade and any(not name.startswith("tiny") for name in args.data):
-        raise BadInput(f"--data {' '.join(args.data)}: the stand-in teacher knows only the tiny world; "
+        raise BadInput(f"--data {','.join(args.data)}: the stand-in teacher knows only the tiny world; "
                        "expected --cascade (such as recipes/report.toml) or --teacher self")
     return read_cascade(Path(args.cascade or HERE / "recipes" / "tiny.toml"))
 
@@ -217,16 +220,6 @@ def own_model(args):
     device, dtype, reason = pick_device(args.device, args.dtype, args.model)
     print(f"device {device}, {str(dtype).removeprefix('torch.')}: {reason}")
     return Sampler(*checkpoint.load(args.model, device, dtype))
-
-
-def load(names: list[str], limit: int | None) -> list:
-    """The training problems of all the sets together."""
-    from slm.problems import load as load_set
-    problems = [p for name in names for p in load_set(name, "train", limit)]
-    twice = next((id for id, n in Counter(p.id for p in problems).items() if n > 1), None)
-    if twice:
-        raise BadInput(f"--data {' '.join(names)}: problem {twice!r} comes twice; expected different ids")
-    return problems
 
 
 def leaks(problems: list, names: list[str]) -> dict[str, dict]:
@@ -266,6 +259,12 @@ def open_run(args, kind: str, identity: dict, stack) -> Path:
         records.write_text(path, json.dumps(about, indent=1))
     cli.show(vars(args) | {"out": out})
     return out
+
+
+def by_problem(problems: list, *names: str):
+    """A sort key for rows: the order of the problems, then these fields. So arrival does not show."""
+    place = {p.id: n for n, p in enumerate(problems)}
+    return lambda row: (place.get(row["id"], len(place)), row["id"], *(row[name] for name in names))
 
 
 def recall(problems: list, rows, progress, prices: dict) -> float:
@@ -350,8 +349,9 @@ def with_python(question: str):
 def make_verifier(args) -> None:
     """Sample --samples solutions of each problem, every second one in Python, grade them, and write records
     in which right and wrong are balanced; a tenth of the problems is held out."""
+    from slm.problems import load_all
     from slm.sandbox import Sandbox
-    problems = load(args.data, args.limit or (400 if args.data == ["tiny"] else None))
+    problems = load_all(args.data, "train", args.limit or (400 if args.data == ["tiny"] else None))
     dropped = leaks(problems, args.data)
     known = {p.id: p for p in problems if p.id not in dropped}
     identity = {"data": args.data, "seed": args.seed, "model": args.model, "samples": args.samples}
@@ -369,6 +369,7 @@ def make_verifier(args) -> None:
             run_episodes(
                 jobs[at:at + 1024], backend, sandbox, sampling=sampling, seed=args.seed, bar="solutions",
                 on_done=lambda e: journal.append(sample_row(known[e.problem_id], e, args.model)))
+        journal.sort(by_problem(problems, "sample"))
         balance(out, journal, known, args.seed)
 
 

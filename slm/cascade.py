@@ -6,9 +6,10 @@ their solutions are kept.
 """
 
 import hashlib
+import itertools
 import random
 import tomllib
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -157,18 +158,23 @@ class Progress:
 
     def __init__(self, teachers: list[Teacher]):
         self.rounds = [[t for t in teachers if t.round == r] for r in sorted({t.round for t in teachers})]
-        self.tried, self.right = Counter(), set()  # of (problem id, teacher name)
+        self.tried = defaultdict(set)  # (problem id, teacher name) -> numbers of the attempts, from 0
+        self.right = set()             # (problem id, teacher name)
 
     def note(self, row: dict) -> None:
-        self.tried[row["id"], row["teacher"]] += 1
+        self.tried[row["id"], row["teacher"]].add(row["attempt"] - 1)
         if row["cause"] is None:
             self.right.add((row["id"], row["teacher"]))
+
+    def missing(self, id: str, name: str) -> int:
+        """The first attempt that is missing: one that ended in an HTTP error leaves a gap in the files."""
+        return next(k for k in itertools.count() if k not in self.tried[id, name])
 
     def due(self, id: str) -> list[Teacher]:
         """The teachers to ask now: the first round that is not over, unless an earlier one solved it."""
         for teachers in self.rounds:
             right = {t.name for t in teachers if (id, t.name) in self.right}
-            todo = [t for t in teachers if t.name not in right and self.tried[id, t.name] < t.attempts]
+            todo = [t for t in teachers if t.name not in right and len(self.tried[id, t.name]) < t.attempts]
             if todo or right:
                 return todo
         return []

@@ -311,8 +311,11 @@ def read(raw: bytes) -> Reply:
     finish = "length" if choice.get("finish_reason") == "length" else "stop"
     if choice.get("finish_reason") == "content_filter" or message.get("refusal"):
         finish = "refused"
-    return Reply(text, finish=finish, thinking=thinking, tokens_in=usage.get("prompt_tokens") or 0,
-                 tokens_out=usage.get("completion_tokens") or (len(text) + len(thinking or "")) // 4)
+    tokens_in, tokens_out = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+    # xAI counts hidden thinking in the total only, and bills it
+    tokens_out = max(tokens_out, (usage.get("total_tokens") or 0) - tokens_in)
+    return Reply(text, finish=finish, thinking=thinking, tokens_in=tokens_in,
+                 tokens_out=tokens_out or (len(text) + len(thinking or "")) // 4)
 
 
 def cut_after_box(reply: Reply) -> None:

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from slm import BadInput
-from slm.grader import grade
+from slm.grader import boxes, grade
 
 CAUSES = ("HTTP error", "refused", "truncated", "too long", "no think", "no steps", "no box", "several boxes",
-          "wrong")
+          "text after the box", "wrong")
 LONG = 20    # characters per allowed token: a longer text is not what was asked for
 BINS = (0, 128, 256, 512, 1024, 2048, 4096, 8192)  # tokens
 
@@ -62,8 +62,23 @@ class Journal:
                 except ValueError:
                     raise BadInput(f"{self.path} line {n}: not JSON; delete the line to go on") from None
 
-    def close(self) -> None:
+    def sort(self, key) -> None:
+        """Put the rows into the order of key(row), in one step: a kill leaves the old file or the new one."""
+        places, at = [], 0
+        with self.path.open("rb") as f:
+            for line in f:
+                places.append((key(json.loads(line)), at, len(line)))
+                at += len(line)
+        part = self.path.with_name(self.path.name + ".part")
+        with self.path.open("rb") as old, part.open("wb") as new:
+            for _, at, size in sorted(places):
+                old.seek(at)
+                new.write(old.read(size))
+            new.flush()
+            os.fsync(new.fileno())
+        os.replace(part, self.path)
         os.close(self.file)
+        self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
 
 def lock(folder: Path):
@@ -94,7 +109,7 @@ def judge(reply, gold: str, max_tokens: int, needs_think: bool = True) -> dict:
     """What a Reply is worth: a record's fields, with `cause` None when it is kept, else one of CAUSES.
 
     Kept: not truncated, thinking once (required of teachers, allowed to our own model), steps after it, one
-    box, at the end, with the right answer.
+    box, in the last line, with the right answer.
     """
     text = whole_text(reply.text, reply.thinking)
     thinking, _, solution = text.rpartition("</think>")
@@ -122,12 +137,14 @@ def _form(reply, text: str, solution: str, max_tokens: int, needs_think: bool) -
         return "no think"
     if tags == (1, 1) and not re.match(r"\s*<think>\s*[^\s<].*</think>", text, re.S):
         return "no think"
-    if "\\boxed" not in solution:
-        return "no box"
-    steps, *boxes = solution.split("\\boxed")
-    if len(boxes) > 1:
-        return "several boxes"
-    return "no steps" if len(re.sub(r"(?i)therefore|the (final )?answer is|\W", "", steps)) < 8 else None
+    found = boxes(solution)
+    if len(found) != 1:
+        return "several boxes" if found else "no box"
+    (start, stop, _), = found
+    if len(re.sub(r"(?i)therefore|the (final )?answer is|\W", "", solution[:start])) < 8:
+        return "no steps"
+    more_lines = solution[stop:].partition("\n")[2]  # LaTeX that closes a formula may follow
+    return "text after the box" if re.search(r"\w", re.sub(r"\\\w+(\{\w+\*?\})?", "", more_lines)) else None
 
 
 # ---- leaks of test sets ----------------------------------------------------------------------------------

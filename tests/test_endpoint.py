@@ -232,6 +232,14 @@ def test_reasoning_in_its_own_field_and_other_shapes():
     assert read(body("half \ud83d pair")).text == "half ? pair"
 
 
+def test_tokens_of_hidden_thinking_are_counted_as_they_are_billed():
+    """xAI leaves them out of completion_tokens, OpenAI does not; both have them in total_tokens."""
+    tokens = lambda **usage: read(json.dumps(chat()[1] | {"usage": usage}).encode()).tokens_out
+    assert tokens(prompt_tokens=10, completion_tokens=2, total_tokens=329) == 319
+    assert tokens(prompt_tokens=10, completion_tokens=319, total_tokens=329) == 319
+    assert tokens(prompt_tokens=10, completion_tokens=5) == 5
+
+
 def test_a_server_that_dribbles_is_cut_off_in_time():
     class Slow(BaseHTTPRequestHandler):
         def do_POST(self):

@@ -1,6 +1,7 @@
 """The promises of make_data.py, slm/cascade.py and slm/records.py: nothing lost, nothing asked twice, only
 verified records, one sentence for what is wrong."""
 
+import itertools
 import json
 import os
 import random
@@ -92,7 +93,10 @@ def attempts_of(*files):
     ("<think>\n</think>" + GOOD.split("</think>")[1], "stop", "no think"),
     ("Before. " + GOOD, "stop", "no think"),
     ("<think>2 and 2</think>\nTherefore, the answer is \\boxed{4}.", "stop", "no steps"),
+    (GOOD.replace("boxed{4}", "boxed{4"), "stop", "no box"),
     (GOOD + " Or \\boxed{4}.", "stop", "several boxes"),
+    (GOOD + "\nWait, 2 + 2 may be 5. I look at it once more, from the start.", "stop", "text after the box"),
+    (GOOD.replace("\\boxed{4}.", "$\\boxed{4}$ apples in all.\n"), "stop", None),
     (GOOD, "length", "truncated"),
     (GOOD, "refused", "refused"),
     ("I'm sorry, I can't help with that.", "stop", "refused"),
@@ -171,16 +175,17 @@ def test_all_right_solutions_of_a_round_are_kept():
     teachers = [Teacher(name, "m", "u", round, attempts=2) for name, round in rounds.items()]
     progress = Progress(teachers)
     names = lambda: [t.name for t in progress.due("p")]
-    note = lambda teacher, cause: progress.note({"id": "p", "teacher": teacher, "cause": cause})
+    note = lambda teacher, cause, attempt=1: progress.note(
+        {"id": "p", "teacher": teacher, "attempt": attempt, "cause": cause})
     assert names() == ["a", "b"]
     note("a", None)
     assert names() == ["b"]
     note("b", "wrong")
-    note("b", "wrong")
+    note("b", "wrong", 2)
     assert names() == []       # solved in round 1: c is not asked
     other = Progress(teachers)
-    for name in "abab":
-        other.note({"id": "p", "teacher": name, "cause": "wrong"})
+    for name, attempt in itertools.product("ab", (1, 2)):
+        other.note({"id": "p", "teacher": name, "attempt": attempt, "cause": "wrong"})
     assert [t.name for t in other.due("p")] == ["c"]
 
 
@@ -262,7 +267,6 @@ def test_a_torn_last_line_is_repaired_wherever_it_is_torn(tmp_path):
         journal.append(second)
         assert list(journal) == [first, second, second][:3 if whole else 2]
         assert path.read_bytes().endswith(b"\n")
-        journal.close()
     path.write_bytes(b'{"long": "' + b"x" * 200_000)
     assert list(records.Journal(path)) == [] and path.read_bytes() == b""
 
@@ -315,8 +319,31 @@ def test_killed_five_times_it_ends_with_the_same_records(tmp_path):
     assert answered - len(landed) <= 5 * 8                     # on the wire at a kill: 8 workers
     same = attempts_of(*(tmp_path / "whole" / f.name for f in files))
     assert sorted(same) == sorted(landed), (out, whole)
-    texts = lambda name: sorted((r["id"], r["response"]) for r in rows(tmp_path / name / "records.jsonl"))
-    assert texts("killed") == texts("whole") and len(texts("whole")) > 120
+    texts = lambda name: [(r["id"], r["response"]) for r in rows(tmp_path / name / "records.jsonl")]
+    assert texts("killed") == texts("whole") and len(texts("whole")) > 120  # in the same order, too
+
+
+def test_the_records_are_in_the_order_of_the_problems_however_they_came(setup):
+    with serve(by_number(), Faults(latency=0.03)) as server:
+        kept, rejected, _ = setup(server.url, problems=60)
+    place = lambda row: (int(row["id"][1:]), row["round"], row["attempt"])
+    assert kept == sorted(kept, key=place) and len(kept) > 50
+    assert rejected == sorted(rejected, key=place) and len(rejected) > 20
+
+
+def test_sorting_a_journal_is_one_step_and_it_goes_on_afterwards(tmp_path, monkeypatch):
+    journal = records.Journal(tmp_path / "j.jsonl")
+    rows = [{"n": n, "text": "größe" * n} for n in (3, 1, 2)]
+    for row in rows:
+        journal.append(row)
+    with monkeypatch.context() as m:
+        m.setattr(os, "replace", lambda *_: exit("killed"))
+        with pytest.raises(SystemExit):
+            journal.sort(lambda row: row["n"])
+    assert list(journal) == rows
+    journal.sort(lambda row: row["n"])
+    journal.append({"n": 0})
+    assert [row["n"] for row in records.Journal(journal.path)] == [1, 2, 3, 0]
 
 
 def test_two_processes_on_one_output_are_refused(tmp_path):
@@ -367,6 +394,18 @@ def test_an_attempt_that_failed_over_http_is_made_up_for(setup, monkeypatch):
     assert {row["id"] for row in kept} == {f"p{i}" for i in range(30)} - {"p17"}
 
 
+def test_only_the_attempt_that_failed_over_http_is_made_up_for():
+    teacher = Teacher("a", "m", "u", attempts=3, temperatures=(0.7,))
+    progress, landed = Progress([teacher]), [{"id": "p", "teacher": "a", "attempt": k, "cause": "wrong"}
+                                             for k in (2, 3)]
+    for row in landed:
+        progress.note(row)
+    assert progress.due("p") == [teacher]
+    assert progress.missing("p", "a") == 0  # and not the last one again
+    progress.note(landed[0] | {"attempt": 1})
+    assert progress.due("p") == []
+
+
 # ---- a good client ---------------------------------------------------------------------------------------
 
 def test_the_budget_stops_cleanly_and_a_larger_one_goes_on(setup, capsys):
@@ -375,7 +414,7 @@ def test_the_budget_stops_cleanly_and_a_larger_one_goes_on(setup, capsys):
         assert 0.01 < summary["total"]["dollars"] <= 0.02 and summary["source"]["all"]["open"] > 20
         assert "the budget of $0.02" in capsys.readouterr().out
         more, _, summary = setup(server.url, "--budget", "5", problems=200)
-    assert more[:len(kept)] == kept and "open" not in summary["source"]["all"]
+    assert all(row in more for row in kept) and "open" not in summary["source"]["all"]
     ids = attempts_of("out/records.jsonl", "out/rejected.jsonl")
     assert len(ids) == len(set(ids))
 
@@ -459,6 +498,11 @@ def test_the_reports_table_comes_out():
     assert summary["total"]["dollars"] == pytest.approx(19473 * (100 * 0.2 + 700 * 0.5) / 1e6)
     assert summary["tokens_out_of_records"] == {"512+": 18946}
     assert summary["told"] == "19,473 problems -> 18,946 solved, 2.71 % unsolved, $7.2050"
+
+
+def test_data_takes_commas_and_spaces():
+    data = lambda *words: make_data.options().parse_args(["--data", *words]).data
+    assert data("gsm8k,math") == data("gsm8k", "math") == ["gsm8k", "math"]
 
 
 def test_it_runs_with_no_arguments_and_names_the_next_command(tmp_path):
