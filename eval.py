@@ -16,13 +16,13 @@ so a stopped run goes on with --resume. In float32 an answer does not depend on 
 import argparse
 import contextlib
 import hashlib
-import json
 import shutil
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
 from slm import BadInput, cli, stats
+from slm.files import as_lines, read_json, read_rows, readable_rows, write_json, write_whole
 
 PAPER = {"max_tokens": 2048, "limit": 500}
 TINY = {"max_tokens": 320}
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     from agents import WORKFLOWS, open_backend
     from slm import problems, report
-    from slm.run import RunDir, new_path, write_json
+    from slm.run import RunDir, new_path
     from slm.sandbox import Sandbox
 
     workflow = WORKFLOWS.get(args.workflow)
@@ -64,8 +64,10 @@ def evaluate(args: argparse.Namespace) -> None:
         problems.refuse_long(items, backend)
     run = RunDir(args.out, saved_settings(args), data, args.resume)
     answers = run.path / "answers.jsonl"
-    done = kept(answers) if args.resume else []
-    results = {}
+    done, results = [], {}
+    if args.resume:  # what was torn or failed is asked again
+        done = [row for row in readable_rows(answers) if row["finish"] != "error"]
+        write_whole(answers, as_lines(done))
     with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox, answers.open("ab") as file:
         for name, items in sets.items():
             rows = [row for row in done if row["data"] == name]
@@ -87,36 +89,13 @@ def answer(name, items, rows, workflow, backend, adapters, sandbox, args, file) 
 
     def keep(episode):
         new.append({**answer_record(items[episode.group], episode), "data": name})
-        file.write(as_line(new[-1]))
+        file.write(as_lines(new[-1:]))
         file.flush()
 
     sampling = Sampling(args.max_tokens, args.temperature, stop_at_box=True)
     run_episodes(jobs, backend, sandbox, sampling=sampling, seed=args.seed, adapters=adapters, on_done=keep,
                  bar=shorten(name))
     return new
-
-
-def as_line(row: dict) -> bytes:
-    return json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n"
-
-
-def kept(path: Path) -> list[dict]:
-    """The answers of a stopped run. A torn last line and requests that failed are taken out of the file: they
-    are asked again."""
-    rows = []
-    if path.exists():
-        for text in path.read_bytes().split(b"\n")[:-1]:
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(text))
-        rows = [row for row in rows if row["finish"] != "error"]
-        write_whole(path, rows)
-    return rows
-
-
-def write_whole(path: Path, rows: list[dict]) -> None:
-    part = path.with_name(path.name + ".tmp")
-    part.write_bytes(b"".join(map(as_line, rows)))
-    part.replace(path)
 
 
 def saved_settings(args: argparse.Namespace) -> dict:
@@ -212,14 +191,10 @@ class Saved:
                 ("summary.json", "is not finished; repeat its command with --resume")):
             if not (self.path / file).is_file():
                 raise BadInput(f"{path} {missing}")
-        self.settings = json.loads((self.path / "settings.json").read_text())["settings"]
+        self.settings = read_json(self.path / "settings.json")["settings"]
         self.rows = defaultdict(list)
-        for n, text in enumerate((self.path / "answers.jsonl").read_bytes().split(b"\n")[:-1], 1):
-            try:
-                row = json.loads(text)
-                self.rows[row["data"]].append(row)
-            except (ValueError, KeyError, TypeError):
-                raise BadInput(f"{path}/answers.jsonl line {n}: not an answer of eval.py") from None
+        for _, row in read_rows(self.path / "answers.jsonl"):
+            self.rows[row["data"]].append(row)
 
     def problems(self, data: str) -> dict:
         return {row["id"]: (row["question"], row["gold"]) for row in self.rows[data]}
@@ -281,8 +256,7 @@ def regrade(run: Saved) -> None:
     """Grade a run's saved responses again, show every change, and write answers and summary anew. What was
     there is kept as answers.before-regrade.jsonl."""
     from slm.grader import grade
-    from slm.run import write_json
-    summary = json.loads((run.path / "summary.json").read_text())
+    summary = read_json(run.path / "summary.json")
     changed = 0
     for data, rows in run.rows.items():
         for row in rows:
@@ -300,7 +274,7 @@ def regrade(run: Saved) -> None:
     if changed:
         answers = run.path / "answers.jsonl"
         shutil.copy(answers, run.path / "answers.before-regrade.jsonl")
-        write_whole(answers, [row for rows in run.rows.values() for row in rows])
+        write_whole(answers, as_lines(row for rows in run.rows.values() for row in rows))
         write_json(run.path / "summary.json", summary)
 
 

@@ -241,6 +241,7 @@ def main(args):
     if args.samples == 1 and algorithm.advantage not in ("batch", "none"):
         raise BadInput(f"--samples 1: {args.algorithm} compares a problem's samples and needs 2 or more")
     out = run.new_path(args.out, f"grpo-{name(args.model)}", args.resume)
+    args.out = str(out)
     device, dtype, reason = run.pick_device(args.device, run.settled(out, args), args.model)
     run.start_ranks(device)
     torch.manual_seed(args.seed)

@@ -14,7 +14,6 @@ A batch is --batch sequences; it is packed without padding and cut into micro-ba
 Losses are sums, divided by the batch's number of trained tokens: the cut does not change the gradient.
 """
 
-import contextlib
 import json
 import math
 import random
@@ -93,10 +92,14 @@ def newest() -> str:
 
 def read(data: str, limit: int | None) -> list[list[dict]]:
     """The conversations of a file of records, or the worked solutions of a problem set."""
-    from slm import problems
-    path = Path(data)
-    if path.is_file() and not _is_problem_set(path):
-        return read_rows(path, limit)
+    from slm import files, problems
+    if (path := Path(data)).is_file():
+        rows = files.read_rows(path)
+        if not rows:
+            raise BadInput(f"{path}: no rows; expected JSON lines with question and response, or messages")
+        first = set(rows[0][1])
+        if first & {"response", "messages"} or not first & {"answer", "gold"}:
+            return [messages_of(row, f"{path} line {n}") for n, row in rows[:limit]]
     known = [p for p in problems.load(data, "train", limit) if p.solution]
     if not known:
         raise BadInput(f"--data {data}: problems without solutions; make_data.py gets them from a teacher")
@@ -115,34 +118,8 @@ def written_out(problem) -> str:
     return text if "\\boxed" in text else f"{text}\nThe answer is \\boxed{{{problem.gold}}}."
 
 
-def _is_problem_set(path: Path) -> bool:
-    with path.open(encoding="utf-8", errors="replace") as f, contextlib.suppress(ValueError, TypeError):
-        row = json.loads(next((line for line in f if line.strip()), ""))
-        return "response" not in row and "messages" not in row and any(k in row for k in ("answer", "gold"))
-    return False
-
-
-def read_rows(path: Path, limit: int | None) -> list[list[dict]]:
-    """The conversations of a JSON lines file. BadInput names the line that is none."""
-    rows = []
-    with path.open(encoding="utf-8", errors="replace") as f:
-        for n, line in enumerate(f, 1):
-            if line.strip():
-                rows.append(_messages(line, f"{path} line {n}"))
-            if len(rows) == limit:
-                break
-    if not rows:
-        raise BadInput(f"{path}: no rows in it; expected JSON lines with question and response, or messages")
-    return rows
-
-
-def _messages(line: str, where: str) -> list[dict]:
-    try:
-        row = json.loads(line)
-    except ValueError as e:
-        raise BadInput(f"{where} is not JSON: {e}") from None
-    if not isinstance(row, dict):
-        raise BadInput(f"{where}: expected an object, found {line.strip()[:40]}")
+def messages_of(row: dict, where: str) -> list[dict]:
+    """A record as a conversation. BadInput, naming where it stands, if it is none."""
     if isinstance(row.get("question"), str) and isinstance(row.get("response"), str):
         if not (row["question"].strip() and row["response"].strip()):
             raise BadInput(f"{where}: the question or the response is empty")
@@ -201,12 +178,15 @@ def batches(n: int, size: int, epochs: int, seed: int) -> list[list[int]]:
 def main(args):
     import torch
 
-    from slm import checkpoint, lora, run
+    from slm import checkpoint, files, lora, run
     how = "full" if args.full else "lora"
     cli.resolve(args, {**PAPER, "lr": RATES["paper"][how]}, {**TINY, "lr": RATES["tiny"][how]})
     if args.data is None and not cli.is_small(args.model):
         raise BadInput("--data is missing: records of make_data.py, or gsm8k for its worked solutions")
+    args.data = args.data or [newest()]
+    conversations = [c for data in args.data for c in read(data, args.limit)]
     out = run.new_path(args.out, f"sft-{name(args.model)}-{how}", args.resume)
+    args.out = str(out)
     device, dtype, reason = run.pick_device(args.device, run.settled(out, args), args.model)
     run.start_ranks(device)
     torch.manual_seed(args.seed)  # the adapter's initial values
@@ -215,14 +195,12 @@ def main(args):
     model.recompute = args.recompute
     if not args.full:
         lora.add(model, args.rank, args.alpha, TARGETS[args.targets], args.dropout)
-    args.data = args.data or [newest()]
-    conversations = [c for data in args.data for c in read(data, args.limit)]
     args.max_length = min(args.max_length, model.config.positions)
     rows = fitting(tokenizer, conversations, args)
     steps = batches(len(rows), args.batch, args.epochs, args.seed)
 
     args.dtype = str(dtype).removeprefix("torch.")
-    rundir = run.RunDir(out, vars(args), run.fingerprint(rows), args.resume, log=run.rank() == 0)
+    rundir = run.RunDir(out, vars(args), files.fingerprint(rows), args.resume, log=run.rank() == 0)
     if run.rank() == 0:
         cli.show(vars(args))
         introduce(model, tokenizer, rows, steps, device, dtype, reason, args)

@@ -25,8 +25,9 @@ import torch
 from torch import nn
 
 from slm import BadInput
+from slm.files import read_json, write_json
 from slm.model import Config, Qwen2
-from slm.tokenizer import Tokenizer, read_json
+from slm.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -209,8 +210,8 @@ def save(model: Qwen2, tokenizer: Tokenizer, directory: str | Path, shard_bytes:
     tensors = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
     with atomic_directory(directory) as temporary:
         _write_shards(temporary, tensors, shard_bytes)
-        _write_json(temporary / CONFIG, config)
-        _write_json(temporary / GENERATION, generation)
+        write_json(temporary / CONFIG, config)
+        write_json(temporary / GENERATION, generation)
         tokenizer.save(temporary)
 
 
@@ -228,7 +229,7 @@ def _write_shards(directory: Path, tensors: dict[str, torch.Tensor], shard_bytes
         write_safetensors(directory / file, shard)
         place.update(dict.fromkeys(shard, file))
     total = sum(tensor.nbytes for tensor in tensors.values())
-    _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": place})
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": place})
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -246,10 +247,6 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
             f.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         f.flush()
         os.fsync(f.fileno())
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -87,7 +87,8 @@ def run(main, args: argparse.Namespace) -> None:
     except OSError as e:
         if e.errno not in CANNOT_WRITE:
             raise
-        sys.exit(_say(f"cannot write {e.filename or 'the output'}: {e.strerror}; choose another --out"))
+        where = e.filename or getattr(args, "out", None) or "the output"
+        sys.exit(_say(f"cannot write {where}: {e.strerror}; choose another --out"))
     except KeyboardInterrupt:
         more = ", and the same command with --resume goes on from there" if hasattr(args, "resume") else ""
         print(f"\nstopped; what was finished is kept{more}", file=sys.stderr)

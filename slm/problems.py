@@ -9,14 +9,14 @@ Imports no torch.
 """
 
 import hashlib
-import json
 import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from slm import BadInput
+from slm import BadInput, files
+from slm.files import read_rows
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def load_all(names: list[str], split: str, limit: int | None = None) -> list[Pro
 
 def read(path: Path, source: str, split: str = "") -> list[Problem]:
     """The problems of one file. Rows keep their own id where all of them have a different one."""
-    rows = _rows(path)
+    rows = read_rows(path)
     own = [next((str(row[k]) for k in ("id", "unique_id", "ID") if row.get(k) not in (None, "")), None)
            for _, row in rows]
     unique = None not in own and len(set(own)) == len(own)
@@ -133,8 +133,7 @@ def read(path: Path, source: str, split: str = "") -> list[Problem]:
 
 def fingerprint(problems: list[Problem]) -> str:
     """A short hash of ids, questions and golds in order: runs with equal ones had the same problems."""
-    text = json.dumps([(p.id, p.question, p.gold) for p in problems])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return files.fingerprint([(p.id, p.question, p.gold) for p in problems])
 
 
 def refuse_long(problems: list[Problem], backend) -> None:
@@ -167,34 +166,6 @@ def _origin(path: Path) -> tuple[str, str]:
     if path.stem in ("train", "test") and path.resolve().parent.name:
         return path.resolve().parent.name, path.stem
     return path.stem, ""
-
-
-def _rows(path: Path) -> list[tuple[int, dict]]:
-    """(line number, object) of every row of a JSON lines file, or of one JSON list of objects."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        line = e.object[:e.start].count(b"\n") + 1
-        raise BadInput(f"{path} line {line}: not UTF-8 text") from None
-    except OSError as e:
-        raise BadInput(f"{path}: cannot be read: {e.strerror}") from None
-    if text.lstrip().startswith("["):
-        try:
-            rows = list(enumerate(json.loads(text), 1))
-        except (ValueError, RecursionError) as e:
-            raise BadInput(f"{path}: not valid JSON ({e})") from None
-    else:
-        rows = []
-        for line, content in enumerate(text.split("\n"), 1):
-            if content.strip():
-                try:
-                    rows.append((line, json.loads(content)))
-                except (ValueError, RecursionError) as e:
-                    raise BadInput(f"{path} line {line}: not valid JSON ({e}): {content[:60]!r}") from None
-    for line, row in rows:
-        if not isinstance(row, dict):
-            raise BadInput(f"{path} line {line}: {str(row)[:60]!r} found where a JSON object was expected")
-    return rows
 
 
 def _question(row: dict, where: str) -> str:
@@ -306,7 +277,7 @@ def _wrong(path: Path, source: Source) -> str | None:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         return None if found == source.sha256 else f"sha256 {found[:12]}..., expected {source.sha256[:12]}..."
     try:
-        rows = len(_rows(path))
+        rows = len(read_rows(path))
     except BadInput as e:
         return str(e)
     return None if rows == source.rows else f"{rows} rows, expected {source.rows}"

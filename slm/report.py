@@ -15,6 +15,7 @@ import math
 from pathlib import Path
 
 from slm import BadInput
+from slm.files import readable_rows, write_whole
 
 # What to look at first, in this order; the loss comes late because in GRPO it says little.
 HEADLINES = {
@@ -42,10 +43,10 @@ def write(run_dir: str | Path) -> Path:
     about = json.loads((path / "settings.json").read_text())
     name = html.escape(path.resolve().name)
     parts = [f"<h1>{name}</h1>", show({"command": about.get("command", ""), "started": about.get("started")})]
-    rows = [row for row in lines(path / "metrics.jsonl") if isinstance(row, dict)]
+    rows = list(readable_rows(path / "metrics.jsonl"))
     if rows:
         picture = curves(rows)
-        (path / "metrics.png").write_bytes(picture)
+        write_whole(path / "metrics.png", picture)
         data = base64.b64encode(picture).decode()
         parts += [f'<img alt="curves over the steps" src="data:image/png;base64,{data}">', ends(rows)]
     for file in sorted(path.glob("*.json")):
@@ -58,7 +59,7 @@ def write(run_dir: str | Path) -> Path:
     parts += ["<h2>Settings</h2>", show(about.get("settings", about)), show(about.get("versions", {}))]
     page, body = path / "report.html", "\n".join(parts)
     head = f"<!doctype html><meta charset=utf-8><title>{name}</title><style>{STYLE}</style>"
-    page.write_text(f"{head}\n{body}\n", encoding="utf-8", errors="replace")
+    write_whole(page, f"{head}\n{body}\n".encode(errors="replace"))
     return page
 
 
@@ -149,15 +150,6 @@ def episode(row: dict) -> str:
         word = "right" if row["correct"] else "wrong"
         title = f'<b class="{word}">{word}</b> {title}'
     return f"<details><summary>{title}</summary>{show(row)}</details>"
-
-
-def lines(path: Path):
-    """The rows of a JSON lines file that can be read; none where there is no file."""
-    if path.is_file():
-        with path.open("rb") as f:
-            for text in f:
-                with contextlib.suppress(ValueError):
-                    yield json.loads(text)
 
 
 def spread(path: Path) -> list[dict]:

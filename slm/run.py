@@ -13,7 +13,6 @@ the last bit).
 
 import contextlib
 import errno
-import hashlib
 import json
 import math
 import os
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from slm import BadInput
 from slm.cli import is_small
+from slm.files import as_lines, read_json, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -87,10 +87,12 @@ class RunDir:
     def __init__(self, path, settings: dict, data: str = "", resume: bool = False, log: bool = True):
         self.path, self.log_here = Path(path), log
         self.checkpoints = self.path / "checkpoints"
-        old = self._read_settings()
+        if self.path.is_file():
+            raise BadInput(f"--out {self.path}: a file stands where the folder would be")
+        old = read_json(self.path / "settings.json", {})
         if resume:
             self._compare(old, settings, data)
-        elif old is not None and any(log.stat().st_size for log in self.path.glob("*.jsonl")):
+        elif old and any(log.stat().st_size for log in self.path.glob("*.jsonl")):
             raise BadInput(f"{self.path} holds a run already: continue it with --resume, or change --out")
         elif log:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -98,18 +100,8 @@ class RunDir:
                 "settings": settings, "data": data, "command": " ".join(sys.argv), "versions": versions(),
                 "started": time.strftime("%Y-%m-%d %H:%M:%S")})
 
-    def _read_settings(self) -> dict | None:
-        try:
-            return json.loads((self.path / "settings.json").read_text())
-        except FileNotFoundError:
-            return None
-        except NotADirectoryError:
-            raise BadInput(f"--out {self.path}: a file stands where the folder would be") from None
-        except ValueError as e:
-            raise BadInput(f"{self.path}/settings.json is not JSON ({e}); choose another --out") from None
-
-    def _compare(self, old: dict | None, settings: dict, data: str) -> None:
-        if old is None:
+    def _compare(self, old: dict, settings: dict, data: str) -> None:
+        if not old:
             raise BadInput(f"--resume: {self.path} holds no run to continue (no settings.json)")
         now = json.loads(json.dumps(settings))
         for name in sorted(set(now) | set(old["settings"])):
@@ -138,8 +130,8 @@ class RunDir:
     def log(self, name: str, *rows: dict) -> None:
         """Append rows to <name>.jsonl and flush. Each row has a `step`."""
         if self.log_here:
-            with open(self.path / f"{name}.jsonl", "a") as f:
-                f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            with open(self.path / f"{name}.jsonl", "ab") as f:
+                f.write(as_lines(rows))
 
     def save(self, state: dict) -> None:
         """Write checkpoints/step-N, N = state["step"]: a temporary name first; drop older ones."""
@@ -150,7 +142,7 @@ class RunDir:
             torch.save(state, part / f"rank{rank()}.pt")
         except RuntimeError as e:  # what PyTorch makes of a full disk
             shutil.rmtree(part, ignore_errors=True)
-            raise OSError(errno.ENOSPC, f"no room for a checkpoint ({e})", str(part)) from None
+            raise OSError(errno.ENOSPC, "no room for a checkpoint", str(part)) from e
         barrier()
         if self.log_here:
             shutil.rmtree(final, ignore_errors=True)
@@ -191,18 +183,6 @@ def settled(out: Path, args) -> str:
         with contextlib.suppress(OSError, ValueError, KeyError):
             return json.loads((out / "settings.json").read_text())["settings"]["dtype"]
     return args.dtype
-
-
-def fingerprint(value) -> str:
-    """A short hash of anything JSON can hold."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
-
-
-def write_json(path: Path, value) -> None:
-    """Write value to path, whole or not at all."""
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    part.replace(path)
 
 
 def versions() -> dict:

@@ -22,6 +22,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from slm import BadInput
+from slm.files import read_json
 
 ENDS = ("<|im_end|>", "<|endoftext|>")  # Qwen: a chat turn ends with the first, a document with the second
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
@@ -102,15 +103,6 @@ class Tokenizer:
                 self._warn_once()
                 break
         return self.encode(text)
-
-    def turn(self, before: list[dict], new: list[dict], generation: bool = True) -> list[int]:
-        """The ids that `new` messages append to the conversation `before`, which ends in a sampled reply.
-        ValueError where the template rewrites what came before, so that nothing can be appended."""
-        reply = before[-1]["reply"]
-        seen, whole = reply.prompt_ids + reply.ids, self.chat(before + new, generation)
-        if whole[:len(seen)] != seen:
-            raise ValueError("the chat template rewrites earlier turns: nothing can be appended here")
-        return whole[len(seen):]
 
     @cached_property
     def appends(self) -> bool:
@@ -203,18 +195,3 @@ def _stop_ids(directory: Path, backend: tokenizers.Tokenizer, config: dict) -> f
     names = (eos["content"] if isinstance(eos, dict) else eos, *ENDS)
     ids.update(i for i in (backend.token_to_id(name) for name in names if name) if i is not None)
     return frozenset(ids)
-
-
-def read_json(path: Path, default=None) -> dict:
-    """The JSON object in a file; `default` if there is no such file and a default is given."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if default is not None:
-            return default
-        raise BadInput(f"{path}: no such file") from None
-    except (ValueError, OSError) as e:
-        raise BadInput(f"{path}: not readable as JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: holds a {type(value).__name__}, expected a JSON object")
-    return value

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +64,17 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     (tmp_path / "checkpoints" / "step-000001" / "rank0.pt").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(BadInput, match=r"rank0\.pt"):
         folder.load()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_a_checkpoint_on_a_full_disk_is_an_oserror_and_leaves_nothing(tmp_path, size):
+    folder = run.RunDir(tmp_path, {})
+    (tmp_path / "checkpoints" / "step-000001.tmp").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000001.tmp" / "rank0.pt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="no room for a checkpoint"):
+        folder.save({"step": 1, "x": torch.zeros(size)})
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_parameters_and_moments_come_back_to_the_bit(tmp_path):

@@ -58,8 +58,8 @@ def test_every_assistant_message_is_trained_and_ids_equal_the_whole_rendering():
 
 
 @pytest.mark.parametrize("line, named", [
-    ('{"question": "a", "response": ', "line 2 is not JSON"),
-    ('[1]', "line 2: expected an object"),
+    ('{"question": "a", "response": ', "line 2: not valid JSON"),
+    ('[1]', "line 2: .* expected"),
     ('{"question": "a"}', "line 2: expected question and response, or messages; found question"),
     ('{"messages": [{"role": "user", "content": "a"}]}', "line 2: .*at least one of the assistant"),
     ('{"messages": [{"role": "assistant"}]}', "line 2: messages must be a list of role and content")])
@@ -67,13 +67,13 @@ def test_a_bad_row_is_named(tmp_path, line, named):
     path = tmp_path / "x.jsonl"
     path.write_text('{"question": "a", "response": "b"}\n' + line + "\n")
     with pytest.raises(BadInput, match=named):
-        train_sft.read_rows(path, None)
+        train_sft.read(str(path), None)
 
 
 def test_an_empty_file_is_named(tmp_path):
     (tmp_path / "x.jsonl").write_text("\n")
     with pytest.raises(BadInput, match="no rows"):
-        train_sft.read_rows(tmp_path / "x.jsonl", None)
+        train_sft.read(str(tmp_path / "x.jsonl"), None)
 
 
 def test_worked_solutions_of_a_problem_set_will_do(tmp_path):
