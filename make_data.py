@@ -26,10 +26,15 @@ import time
 from collections import Counter, deque
 from pathlib import Path
 
+from tqdm import tqdm
+
 import agents
-from slm import BadInput, cli, prompts, records
+from slm import BadInput, cascade, cli, prompts, records
+from slm.endpoint import Endpoint
 from slm.episode import Job, Sampling, run_episodes, seed_of, user
+from slm.files import as_lines, read_json, write_json, write_whole
 from slm.grader import grade
+from slm.problems import load, load_all
 
 TESTS = ("gsm8k", "math500", "aime24", "amc23")  # no record may overlap these
 HERE = Path(__file__).parent
@@ -64,19 +69,19 @@ def options():
 class Asking:
     """The loop that keeps every teacher busy until nothing is due. `why` says what ended it early.
 
-    land(row, over) files one attempt and returns its dollars; over: nothing more is due for its problem.
-    Whatever ends the loop, what is on the wire is awaited first, so that nothing paid for is lost.
+    land(row, over) files one attempt; over: nothing more is due for its problem. Whatever ends the loop, what
+    is on the wire is awaited first, so that nothing paid for is lost.
     """
 
-    def __init__(self, problems: list, progress, backends: dict, land, budget: float | None, spent: float,
-                 seed: int):
+    def __init__(self, problems: list, progress, backends: dict, land, prices: dict, budget: float | None,
+                 spent: float, seed: int):
         self.progress, self.backends, self.land, self.seed = progress, backends, land, seed
         self.teachers = {t.name: t for ts in progress.rounds for t in ts}
         self.queues = {name: deque() for name in backends}
         self.claimed = set()  # (problem id, teacher name): queued or on the wire
         self.wire = {}        # (teacher name, ticket) -> (job, expected dollars, start)
         self.load, self.seen, self.paid = Counter(), Counter(), Counter()  # by teacher name
-        self.budget, self.spent, self.reserved = budget, spent, 0.0
+        self.prices, self.budget, self.spent, self.reserved = prices, budget, spent, 0.0
         self.why: str | None = None
         self.dead: BadInput | None = None
         for p in problems:
@@ -100,11 +105,10 @@ class Asking:
                 queue.appendleft(problem) if first else queue.append(problem)
 
     def _send(self, name: str) -> None:
-        from slm.cascade import Job
         teacher = self.teachers[name]
         while self.queues[name] and self.load[name] < teacher.workers and not self.why:
             problem = self.queues[name][0]
-            job = Job(problem, teacher, self.progress.missing(problem.id, name), self.seed)
+            job = cascade.Job(problem, teacher, self.progress.missing(problem.id, name), self.seed)
             dollars = self.paid[name] / self.seen[name] if self.seen[name] >= 20 else job.most_dollars
             if self.budget is not None and self.spent + self.reserved + dollars > self.budget:
                 self.why = f"the budget of ${self.budget:g} allows no further attempt"
@@ -123,15 +127,16 @@ class Asking:
             self.load[name] = 0
             return
         for ticket, _, reply in landed:
-            job, dollars, start = self.wire.pop((name, ticket))
+            job, expected, start = self.wire.pop((name, ticket))
             self.load[name] -= 1
-            self.reserved -= dollars
+            self.reserved -= expected
             row = job.record(reply, time.monotonic() - start)
             self.progress.note(row)
-            paid = self.land(row, over=not self.progress.due(job.problem.id))
-            self.spent += paid
-            self.paid[name] += paid
+            dollars = records.cost(row, self.prices)
+            self.spent += dollars
+            self.paid[name] += dollars
             self.seen[name] += 1
+            self.land(row, over=not self.progress.due(job.problem.id))
             self.claimed.discard((job.problem.id, name))
             self._queue(job.problem, first=True)
 
@@ -141,38 +146,37 @@ class Asking:
 def main(args):
     if args.what == "verifier":
         return make_verifier(args)
-    from slm.cascade import Progress
-    from slm.problems import load_all
     teachers = who(args)
-    problems = load_all(args.data, "train", args.limit or (400 if args.data == ["tiny"] else None))
-    dropped = leaks(problems, args.data)
-    asked = [p for p in problems if p.id not in dropped]
+    problems, asked, dropped = choose(args)
     prices = {t.name: (t.price_in, t.price_out) for t in teachers}
     identity = {"data": args.data, "seed": args.seed, "teachers": [t.identity for t in teachers]}
     with contextlib.ExitStack() as stack:
         out = open_run(args, "data", identity, stack)
         kept, rejected = (records.Journal(out / f"{name}.jsonl") for name in ("records", "rejected"))
         attempts = lambda: itertools.chain(kept, rejected)
-        progress = Progress(teachers)
+        progress, counts = cascade.Progress(teachers), Counter(kept=0)
+        still_open = lambda: {p.id for p in asked if progress.due(p.id)}
         spent = recall(problems, attempts(), progress, prices)
         backends = start(teachers, args, stack)
-        bar = Bar(len(asked), sum(not progress.due(p.id) for p in asked), spent)
+        bar = tqdm(total=len(asked), initial=len(asked) - len(still_open()), unit="problem", mininterval=1)
 
-        def land(row: dict, over: bool) -> float:
+        def land(row: dict, over: bool) -> None:
             (rejected if row["cause"] else kept).append(row)
-            return bar.show(row, over, records.cost(row, prices))
+            counts[row["cause"] or "kept"] += 1
+            bar.set_postfix({**counts, "$": round(asking.spent, 4)}, refresh=False)
+            bar.update(over)
 
-        asking = Asking(asked, progress, backends, land, args.budget, spent, args.seed)
-        with bar.bar, stopping(asking):
+        asking = Asking(asked, progress, backends, land, prices, args.budget, spent, args.seed)
+        with bar, stopping(asking):
             asking.run()
-        still_open = {p.id for p in asked if progress.due(p.id)}
         for journal in (kept, rejected):
             journal.sort(by_problem(problems, "round", "teacher", "attempt"))
-        report(out, problems, dropped, still_open, attempts(), prices)
+        report(out, problems, dropped, still_open(), attempts(), prices)
     print(f"records: {out}/records.jsonl")
-    print(f"next: python train_sft.py --model {args.model} --data {out}/records.jsonl")
     if asking.why:
-        print(f"ended early: {asking.why}; {len(still_open):,} problems are open, the same command goes on")
+        print(f"ended early: {asking.why}; {len(still_open()):,} problems are open, the same command goes on")
+    else:
+        print(f"next: python train_sft.py --model {args.model} --data {out}/records.jsonl")
     if asking.dead:
         raise asking.dead
     if asking.why == "stopped":
@@ -181,22 +185,20 @@ def main(args):
 
 def who(args) -> list:
     """The teachers: our own model, a cascade file, or the stand-in."""
-    from slm.cascade import Teacher, read_cascade
     if args.teacher == "self":
         if args.cascade:
             raise BadInput("--teacher self and --cascade: expected one of them")
         most = args.max_tokens or (256 if cli.is_small(args.model) else 2048)
-        return [Teacher("self", args.model, "self", attempts=args.samples, temperatures=(0.7, 0.5, 0.9),
-                        max_tokens=most, workers=128)]
+        return [cascade.Teacher("self", args.model, "self", attempts=args.samples, max_tokens=most, workers=128,
+                                temperatures=(0.7, 0.5, 0.9))]
     if not args.cascade and any(not name.startswith("tiny") for name in args.data):
         raise BadInput(f"--data {','.join(args.data)}: the stand-in teacher knows only the tiny world; "
                        "expected --cascade (such as recipes/report.toml) or --teacher self")
-    return read_cascade(Path(args.cascade or HERE / "recipes" / "tiny.toml"))
+    return cascade.read_cascade(Path(args.cascade or HERE / "recipes" / "tiny.toml"))
 
 
 def start(teachers: list, args, stack) -> dict:
     """A backend for each teacher, closed with the stack."""
-    from slm.endpoint import Endpoint
     backends, stand_in = {}, None
     for t in teachers:
         if t.base_url == "self":
@@ -222,22 +224,21 @@ def own_model(args):
     return Sampler(*checkpoint.load(args.model, device, dtype))
 
 
-def leaks(problems: list, names: list[str]) -> dict[str, dict]:
-    """Problem id -> overlap with a test set. The tiny world's splits share their wording, so there only whole
-    questions count."""
-    from slm.problems import load as load_set
-    tiny = all(name.startswith("tiny") for name in names)
-    sets, missing = {}, []
+def choose(args) -> tuple[list, list, dict[str, dict]]:
+    """(problems, those to ask about, those dropped: id -> overlap with a test set). The tiny world's splits
+    share their wording, so there only whole questions count."""
+    tiny = all(name.startswith("tiny") for name in args.data)
+    problems = load_all(args.data, "train", args.limit or (400 if args.data == ["tiny"] else None))
+    tests = {}
     for name in ("tiny", "tiny-unseen") if tiny else TESTS:
         try:
-            sets[name] = [p.question for p in load_set(name, "test")]
+            tests[name] = [p.question for p in load(name, "test")]
         except BadInput as e:
-            missing.append(name)
             print(f"warning: overlap with {name} is NOT checked: {e}")
-    find = records.Leaks(sets, None if tiny else 13).find
+    find = records.Leaks(tests, None if tiny else 13).find
     dropped = {p.id: leak for p in problems if (leak := find(p.question))}
-    print(f"{len(problems):,} problems; dropped for an overlap with {', '.join(sets)}: {len(dropped):,}")
-    return dropped
+    print(f"{len(problems):,} problems; dropped for an overlap with {', '.join(tests)}: {len(dropped):,}")
+    return problems, [p for p in problems if p.id not in dropped], dropped
 
 
 def open_run(args, kind: str, identity: dict, stack) -> Path:
@@ -248,15 +249,14 @@ def open_run(args, kind: str, identity: dict, stack) -> Path:
     stack.enter_context(contextlib.closing(records.lock(out)))
     path = out / "settings.json"
     if path.exists() and any(rows.stat().st_size for rows in out.glob("*.jsonl")):
-        old = json.loads(path.read_text())["settings"]
+        old = read_json(path).get("settings", {})
         for key, new in json.loads(json.dumps(identity)).items():
             if old.get(key) != new:
                 raise BadInput(f"{path}: made with {key} = {old.get(key)}, now {new}; choose another --out")
         print(f"going on in {out}")
     else:
-        about = {"command": shlex.join(sys.argv), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-                 "settings": identity, "versions": {"python": sys.version.split()[0]}}
-        records.write_text(path, json.dumps(about, indent=1))
+        write_json(path, {"command": shlex.join(sys.argv), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+                          "settings": identity, "versions": {"python": sys.version.split()[0]}})
     cli.show(vars(args) | {"out": out})
     return out
 
@@ -295,27 +295,11 @@ def stopping(asking):
             signal.signal(s, handler)
 
 
-class Bar:
-    """Problems that are over, with what was kept and rejected and the dollars so far."""
-
-    def __init__(self, total: int, over: int, spent: float):
-        from tqdm import tqdm
-        self.bar = tqdm(total=total, initial=over, unit="problem", mininterval=1)
-        self.counts, self.spent = Counter(kept=0), spent
-
-    def show(self, row: dict, over: bool, dollars: float) -> float:
-        self.counts[row["cause"] or "kept"] += 1
-        self.spent += dollars
-        self.bar.set_postfix(self.counts | Counter({"$": round(self.spent, 4)}), refresh=False)
-        self.bar.update(over)
-        return dollars
-
-
 def report(out: Path, problems, dropped, still_open, attempts, prices) -> None:
     """summary.json, report.html and the main figures on screen."""
     from slm.report import write
     summary = records.summarize(problems, dropped, still_open, attempts, prices)
-    records.write_text(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+    write_json(out / "summary.json", summary)
     for title in ("source", "round", "teacher", "effort"):
         print_table(summary[title], title)
     causes = ", ".join(f"{n:,} {cause}" for cause, n in summary["causes"].items())
@@ -349,11 +333,9 @@ def with_python(question: str):
 def make_verifier(args) -> None:
     """Sample --samples solutions of each problem, every second one in Python, grade them, and write records
     in which right and wrong are balanced; a tenth of the problems is held out."""
-    from slm.problems import load_all
     from slm.sandbox import Sandbox
-    problems = load_all(args.data, "train", args.limit or (400 if args.data == ["tiny"] else None))
-    dropped = leaks(problems, args.data)
-    known = {p.id: p for p in problems if p.id not in dropped}
+    problems, asked, _ = choose(args)
+    known = {p.id: p for p in asked}
     identity = {"data": args.data, "seed": args.seed, "model": args.model, "samples": args.samples}
     with contextlib.ExitStack() as stack:
         out = open_run(args, "verifier", identity, stack)
@@ -398,8 +380,7 @@ def balance(out: Path, samples, known: dict, seed: int) -> None:
         count = min(map(len, classes.values()))
         rows = [verifier_record(row) for found in classes.values() for row in rng.sample(found, count)]
         rng.shuffle(rows)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        records.write_text(out / f"{side}.jsonl", "".join(lines))
+        write_whole(out / f"{side}.jsonl", as_lines(rows))
         print(f"{side}: {len(classes[True]):,} right and {len(classes[False]):,} wrong solutions -> "
               f"{count:,} of each from {len({r['id'] for r in rows}):,} problems, "
               f"{sum(r['run'] is not None for r in rows):,} with a Python run: {out}/{side}.jsonl")

@@ -91,13 +91,6 @@ def lock(folder: Path):
     return file
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 # ---- what is kept ----------------------------------------------------------------------------------------
 
 def whole_text(text: str, thinking: str | None) -> str:

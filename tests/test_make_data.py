@@ -21,7 +21,6 @@ from slm import BadInput, records
 from slm.cascade import Job, Progress, Teacher, read_cascade
 from slm.episode import Reply
 from slm.problems import Problem
-from slm.problems import load as real_load
 from slm.tiny.teacher import Faults, serve, solution
 
 ROOT = Path(__file__).parent.parent
@@ -474,8 +473,7 @@ def test_overlap_is_what_comparing_all_windows_finds():
 def test_overlapping_problems_are_named_and_never_asked(setup, monkeypatch):
     monkeypatch.setattr(make_data, "TESTS", ("set",))
     test_set = [Problem("t", "Which number is 3 ?", "3", "set")]
-    monkeypatch.setattr("slm.problems.load", lambda name, split, limit=None: (
-        test_set if name == "set" else real_load(name, split, limit)))
+    monkeypatch.setattr(make_data, "load", lambda name, split: test_set)
     with serve(by_number(0), Faults()) as server:
         kept, rejected, summary = setup(server.url)
     assert "p3" not in {row["id"] for row in kept + rejected}
