@@ -7,7 +7,7 @@ equals only itself.
 
 Nodes: ("n", Fraction) ("s", name) ("+" "*" "/" "^", a, b) ("-" "!" "%" "deg" "±", a) ("f", name, *args)
 ("inf",) ("text", words) ("list" "set", *items) ("tuple", opener, closer, *items) ("matrix", *rows)
-("rel", nodes, operators) ("union" "minus", a, b) ("ratio", *parts) ("unit", node, unit) ("choice",
+("rel", nodes, operators) ("union" "meet" "minus", a, b) ("ratio", *parts) ("unit", node, unit) ("choice",
 letter, node) ("time", seconds, "a" | "p" | "") ("raw", text). A function named "?f" is one we know
 nothing about.
 """
@@ -53,9 +53,9 @@ SIGNS |= {c: f"^{{{d}}}" for c, d in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ", "0
 SIGNS |= {c: f"_{{{d}}}" for c, d in zip("₀₁₂₃₄₅₆₇₈₉", "0123456789")}
 FRACTIONS = zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357", "233445555668888")
 SIGNS |= {c: rf"\frac{{{top}}}{{{low}}}" for c, top, low in FRACTIONS}
-SIGNS["\u200b"] = ""
+SIGNS |= dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")
 
-THOUSANDS = re.compile(r"(?<=\d)(?:,\s?(?:\\!)+\s*|\{,\}\s*|\\[,!;: ]\s*|(?<=\d) )(?=\d{3}(?!\d))")
+THOUSANDS = re.compile(r"(?<=\d)(?:,\s?(?:\\!)+\s*|\{,\}\s*|\\[,!;: ]\s*|(?<=\d)[ ~])(?=\d{3}(?!\d))")
 REWRITES = [(re.compile(old), new) for old, new in (
     # the base of a numeral: \text{A5}_{11}, (12)_3, 12 (base 3)
     (r"\\text\s*\{\s*([0-9A-Z]+)\s*\}\s*_|\(([0-9A-Z.]+)\)_(?=[{\d])", r"\1\2_"),
@@ -63,13 +63,20 @@ REWRITES = [(re.compile(old), new) for old, new in (
     (r"\\left\s*\\\{\s*(?=\\begin)", ""),  # the brace before a system of equations
     (r"\^\{?(?:\\text\{)?(?:st|nd|rd|th)\}{0,2}(?![a-z])|(?<=\d)(?:st|nd|rd|th)\b", ""),  # 5th
     (r"&\s*(?==|<|>|\\[lg]e)", ""),  # the alignment of a relation
-    (r"(?<=\d)\s*m/s\s*$", " mps"),
-    (r"\\text\s*\{\s*\([a-z ]+\)\s*\}\s*$", ""),  # 5 \text{ (five)}
+    (r"\\frac\s*\{\\(?:text|mathrm)\{([^{}]*)\}\}\s*\{\\(?:text|mathrm)\{([^{}]*)\}(\^\d)?\}",
+     r"\\text{\1/\2}\3"),
+    (r"(?<=\d)\s*m/s\b", " mps"),
+    (r"^\s*\\text(?:bf)?\s*\{\s*(?:[oO]ption|[cC]hoice)\s+\(?([A-H])\)?\s*\}|^\s*([A-H])\)\s*$", r"\1\2"),
+    (r"\\text\s*\{\s*\([a-z ]+\)\s*\}\s*$|(?<=\d)\s+\([a-z]{3,}\)$", ""),  # 5 \text{ (five)}
+    (r"\{([^{}]*)\\choose(?![a-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
+    (r"\(\s*(?:\\bmod|\\mod|mod|\\text\{mod\}|\\mathrm\{mod\})([^()]*)\)", r"\\pmod{\1}"),  # 3 (mod 7)
+    (r"\\mathbb\s*\{?R\}?\s*(?:[_^]\{?\+\}?|_\{\s*>\s*0\s*\})", r"(0,\\infty)"),
     (r"^\s*(?:(?i:option|choice|answer)\s+(?=\(?[A-H]\b)|[=:])|`", ""),
     (r"(?<=\d)\{,\}(?=\d)", "."),  # a decimal comma, thousands being joined by now
-    (r"\\(?:left|right|middle|[bB]igg?[lr]?|displaystyle|textstyle|limits|hfill|centering)(?![a-zA-Z])\.?|("
-     r"?<!\\)\\[!,;:> ]|\\(?:q?quad|hspace\*?\{[^{}]*\}|phantom\{[^{}]*\})|~|\\\$(?=\s*$)", " "),
-    (r"\\\(|\\\)|\\\[|\\\]|^\s*\*\*|\*\*\s*$", " "))]
+    (r"\\(?:left|right|middle|[bB]igg?[lr]?|displaystyle|textstyle|limits|hfill|centering|bf|it|therefore|small"
+     r"|[lL]arge|LARGE)(?![a-zA-Z])\.?|(?<!\\)\\[!,;:> ]|~|\\\$(?=\s*$)"
+     r"|\\(?:q?quad|(?:hspace\*?|phantom|(?:text)?color(?:box)?)\{[^{}]*\})", " "),
+    (r"\\\(|\\\)|\\\[|\\\]|^\s*(?:\*\*|\x22)|(?:\*\*|\x22)\s*$", " "))]
 
 
 def clean(text: str) -> str:
@@ -120,7 +127,7 @@ SCALES = {word: Fraction(n) for word, n in pairs("""hundred 100 thousand 1000 mi
 for n, word in enumerate("third fourth fifth sixth seventh eighth ninth tenth".split(), 3):
     SCALES |= {word: Fraction(1, n), word + "s": Fraction(1, n)}
 OPERATOR_WORDS = set("""not minus plus times over divided factorial root cubed than neither either
-    between""".split())
+    between wrong incorrect false unless except possibly maybe perhaps""".split())
 
 
 def known_unit(word: str) -> tuple[str, Fraction] | None:
@@ -130,7 +137,7 @@ def known_unit(word: str) -> tuple[str, Fraction] | None:
 def unit_of(words: list[str]) -> tuple | None:
     """(dimensions, factor to the base unit) of `square feet`, `km / h`, `cm ^ 2`; None if a word is unknown
     (`eggs`): an unknown unit says nothing, two known ones must agree in dimension and, scaled, in value."""
-    words = re.findall(r"[a-zA-Z]+|\d+|[/^]", " ".join(SHORT_UNITS.get(w, w) for w in words))
+    words = re.findall(r"[a-zA-Z]+|-?\d+|[/^]", " ".join(SHORT_UNITS.get(w, w) for w in words))
     dims: dict[str, int] = {}
     factor, power, sign = Fraction(1), 1, 1
     for i, word in enumerate(words):
@@ -138,28 +145,29 @@ def unit_of(words: list[str]) -> tuple | None:
             power = 2 if word[0] == "s" else 3
         elif word in ("/", "per"):
             sign = -1
-        elif word != "^" and not word.isdigit() and word != "squared":
+        elif word not in ("^", "squared") and not word[-1].isdigit():
             if not (known := known_unit(word)):
                 return None
             after = words[i + 1 : i + 3]
             if after[:1] == ["^"] or after[:1] == ["squared"]:
-                power = int(after[1]) if after[-1].isdigit() else 2
-            dims[known[0]] = dims.get(known[0], 0) + sign * min(power, 9)
-            factor, power = factor * known[1] ** (sign * min(power, 9)), 1
+                power = int(after[1]) if after[-1][-1].isdigit() else 2
+            power = sign * max(-9, min(power, 9))
+            dims[known[0]] = dims.get(known[0], 0) + power
+            factor, power = factor * known[1] ** power, 1
     return (tuple(sorted(dims.items())), factor) if dims else None
 
 
 # ---- tokens ------------------------------------------------------------------------------------------------
 
 FUNCTIONS = set("""sin cos tan cot sec csc arcsin arccos arctan asin acos atan ln log lg exp sqrt cbrt abs
-    floor ceil""".split())
+    floor ceil sinh cosh tanh coth sech csch arccot arcsec arccsc cis gcd lcm max min""".split())
 GREEK = set("""alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi
     rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell
     hbar""".split())
 TEXT = set("""text mbox textbf textit textrm mathrm textnormal operatorname hbox textup textsf mathsf texttt
     rm mathtt""".split())
 WRAPPERS = set("""mathbf boldsymbol vec hat widehat overrightarrow mathit mathcal bm triangle angle overline
-    bar boxed fbox underline tilde mathbb measuredangle color ensuremath""".split())
+    bar boxed fbox framebox underline tilde mathbb measuredangle ensuremath""".split())
 ALIAS = pairs(r"""cdot * times * ast * div / le <= leq <= leqslant <= ge >= geq >= geqslant >= lt < gt > ne !=
     neq != { \{ } \} lbrace \{ rbrace \} vert | lvert | rvert | mid | colon : lbrack [ rbrack ] lparen (
     rparen ) \ ; newline ; and , land , lor , wedge , vee , or , approx ~ thickapprox ~ simeq ~ doteq ~
@@ -174,6 +182,8 @@ TOKEN = re.compile(
     r"|(?P<repeat>\d*\.\d*\\(?:overline|bar|dot)\s*\{?\d+\}?)"
     r"|(?P<num>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
     r"|\\(?P<cmd>[a-zA-Z]+|.)|(?P<word>[a-zA-Z]+)|(?P<op><=|>=|!=|==|=>|->|\*\*|\S)")
+UNIT = re.compile(r"\s*(?:\d[\d.]*\s+)?(?![ie]\s*$)(?:[a-zA-Z]{1,3}(?![a-zA-Z])[\s/^{}\d-]*)+")  # m, m s^{-2}
+AFTER = [("op", ")")], [("op", "}")]  # where a unit may stand
 BRACE = re.compile(r"\\.|[{}]", re.S)
 
 
@@ -190,7 +200,8 @@ def braced(text: str, start: int) -> int:
 def run_of_letters(run: str, after_number: bool) -> list[tuple[str, str]]:
     r"""Letters outside \text: a function, a constant, a name in capitals, a word, or a product of
     variables."""
-    if run in FUNCTIONS or run in GREEK or run in ("pi", "infinity", "inf", "oo", "infty", "cup", "pm"):
+    commands = FUNCTIONS | GREEK | {"pi", "infinity", "inf", "oo", "infty", "cup", "pm"}
+    if run in commands and not (after_number and run == "min"):
         return [("cmd", ALIAS.get(run, run))]
     if run.isupper() or len(run) == 1:
         return [("sym", run)]
@@ -199,21 +210,24 @@ def run_of_letters(run: str, after_number: bool) -> list[tuple[str, str]]:
     for name in ("sin", "cos", "tan", "cot", "sec", "csc", "ln", "log", "sqrt", "pi"):
         if run.startswith(name) and len(run) == len(name) + 1:
             return [("cmd", name), ("sym", run[-1])]
-    if len(run) <= 4 and any(run in alphabet for alphabet in ("abcdef", "uvwxyz", "pqrst", "klmn")):
+    if len(run) <= 4 and (any(run in alphabet for alphabet in ("abcdef", "uvwxyz", "pqrst", "klmn"))
+                          or any(set(run) <= set(some) for some in ("abc", "xyz", "pqr"))):
         return [("sym", c) for c in run]
     return [("word", run)]
 
 
-def text_word(word: str, wordy: bool) -> tuple[str, str]:
-    return ("sym" if len(word) == 1 and (word.isupper() or not wordy) else "word", word)
+def text_word(word: str, wordy: bool, unit: bool) -> tuple[str, str]:
+    if word in FUNCTIONS and not unit:
+        return ("cmd", word)
+    return ("sym" if len(word) == 1 and not unit and (word.isupper() or not wordy) else "word", word)
 
 
-def tokenize(text: str, prose: bool = False, merge: bool = True) -> list[tuple[str, str]]:
+def tokenize(text: str, prose: bool = False, merge: bool = True, unit: bool = False) -> list[tuple[str, str]]:
     r"""Tokens (kind, text) of a cleaned answer; prose is the inside of \text. Directly inside brackets, or
     with merge off, `1,000` is two numbers."""
     out: list[tuple[str, str]] = []
     brackets: list[str] = []
-    wordy = bool(re.search("[a-zA-Z]{2}", text)) or text.strip() in set("mgshL")
+    wordy = bool(re.search("[a-zA-Z]{2}", text))
     pos = 0
     while m := TOKEN.search(text, pos):
         kind, tok, pos = m.lastgroup, m[m.lastgroup], m.end()
@@ -225,8 +239,9 @@ def tokenize(text: str, prose: bool = False, merge: bool = True) -> list[tuple[s
             pos = braced(text, start)
             inside = text[start + 1 : pos - 1]
             letter = tok == "mathrm" and len(inside.strip()) == 1  # \mathrm{e}, but 5 \mathrm{~m}
-            unit = bool(out) and out[-1][0] == "num" and inside.strip() in "mgshL"
-            out += tokenize(inside, prose=unit or not letter, merge=merge)
+            measured = inside.strip()[:1].isdigit() or out[-1:] in AFTER or (out and out[-1][0] == "num")
+            unit = bool(measured and UNIT.fullmatch(inside))
+            out += tokenize(inside, prose=unit or not letter, merge=merge, unit=unit)
             continue
         elif kind == "cmd" and tok == "begin":
             start, pos = pos, text.find("}", pos) + 1 or len(text)
@@ -238,7 +253,7 @@ def tokenize(text: str, prose: bool = False, merge: bool = True) -> list[tuple[s
                 out.append(("cmd", "pi"))
             else:
                 after_number = bool(out) and out[-1][0] == "num"
-                out += [text_word(tok, wordy)] if prose else run_of_letters(tok, after_number)
+                out += [text_word(tok, wordy, unit)] if prose else run_of_letters(tok, after_number)
             continue
         elif kind in ("cmd", "op"):
             tok = ALIAS.get(tok, tok) if kind == "cmd" or len(tok) == 2 else tok
@@ -288,9 +303,11 @@ ENDS = {"(": (")", "]"), "[": ("]", ")"), r"\{": (r"\}",), "{": ("}",), "]": ("[
 RELATIONS = ("=", "<", ">", "<=", ">=", "!=", "~", "in", "=>")
 NOT_FACTORS = set("cup cap bigcup setminus pm mp end rangle infty rfloor rceil circ bmod pmod mod".split())
 NOT_FACTORS |= set(RELATIONS)
-SET_OPERATIONS = {"cup": "union", "bigcup": "union", "setminus": "minus"}
+SET_OPERATIONS = {"cup": "union", "bigcup": "union", "cap": "meet", "setminus": "minus"}
 FOLD = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "lg": "log10"}
 RATIOS = {"tan": ("sin", "cos"), "cot": ("cos", "sin"), "sec": (None, "cos"), "csc": (None, "sin")}
+RATIOS |= {f"{name}h": tuple(part and part + "h" for part in ratio) for name, ratio in RATIOS.items()}
+CO = {"arccot": "atan", "arcsec": "acos", "arccsc": "asin"}  # of the inverse
 ONE, LINE = ("n", Fraction(1)), ("tuple", "(", ")", ("-", ("inf",)), ("inf",))
 
 
@@ -357,7 +374,7 @@ class Parser:
         """`(C) 12` or `C. 12`: a letter with its text. `(C)` alone is the symbol C."""
         skip = self.peek() == ("op", "(")
         letter, mark, after = (self.peek(i + skip) for i in range(3))
-        if not re.fullmatch("[A-H]", letter[1]) or mark[1] not in (")" if skip else ").") or not mark[1]:
+        if not re.fullmatch("[A-H]", letter[1]) or mark[1] not in (")" if skip else ").:") or not mark[1]:
             return None
         if after[0] not in ("num", "word", "cmd") or after[1] in NOT_FACTORS:
             return None
@@ -394,6 +411,10 @@ class Parser:
             node = ("ratio", node)
             while self.take(":"):
                 node = (*node, self.sum())
+        if self.take("bmod", "mod"):
+            node = ("f", "mod", node, self.term())
+        if self.take("pmod"):
+            return ("unit", node, (((f"mod {self.argument(whole=True)!r}", 1),), Fraction(1)))
         while self.peek()[0] == "word" and (word := self.peek()[1].lower()) in (*SCALES, "percent"):
             self.pos += 1
             node = ("*", node, ("n", SCALES[word])) if word in SCALES else ("%", node)
@@ -415,10 +436,10 @@ class Parser:
             words.append(t[1])
             self.pos += 1
             if t[1] == "^" and self.take("{"):
-                words.append(self.peek()[1])
+                words.append((self.take("-") or "") + self.peek()[1])
                 self.pos += 1
                 self.need("}")
-            if len(words) > 12 or t[1].lower() in OPERATOR_WORDS:
+            if len(words) > 12 or t[1].lower() in OPERATOR_WORDS or words == ["squared"]:
                 raise Unreadable("prose")
         return words
 
@@ -431,6 +452,7 @@ class Parser:
         node = self.signed(sign, self.term())
         while op := self.take("+", "-", "pm", "mp", *SET_OPERATIONS):
             right = self.term()
+            op = "setminus" if op == "-" and right[0] == "set" else op
             sets = op in SET_OPERATIONS
             node = (SET_OPERATIONS[op], node, right) if sets else ("+", node, self.signed(op, right))
         self.depth -= 1
@@ -628,6 +650,13 @@ class Parser:
                 node = product(node, self.factor())
         if name == "cbrt" or name == "root":
             return ("f", "root", node, ("n", Fraction(3)))
+        if name in CO:
+            return ("f", CO[name], ("/", ONE, node))
+        if name == "cis":
+            return ("+", ("f", "cos", node), ("*", ("s", "i"), ("f", "sin", node)))
+        if name in ("gcd", "lcm", "max", "min"):
+            at = {"tuple": 3, "set": 1}.get(node[0])
+            return ("f", name, *(node[at:] if at else (node,)))
         if name == "log" and base:
             return ("/", ("f", "ln", node), ("f", "ln", base))
         if power == ("-", ONE) and name in ("sin", "cos", "tan"):
@@ -682,6 +711,8 @@ def text_node(text: str) -> tuple:
     joined = " ".join(words)
     if joined.removesuffix("s") in ("none", "empty set", "no solution", "no real solution"):
         return ("set",)
+    if joined == "infinity":
+        return ("inf",)
     return LINE if joined in ("all real numbers", "all reals", "all real x") else ("text", joined)
 
 

@@ -11,6 +11,7 @@ verdict within milliseconds, since every size is bounded before anything is comp
 """
 
 import math
+import operator
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -57,18 +58,21 @@ def equal(a: str, b: str) -> bool:
 # ---- what the answer is ------------------------------------------------------------------------------------
 
 BOX_START = re.compile(r"\\(?:boxed|fbox)\s*")
-WORD = r"(?:\\(?:text|mbox|textrm)\{\s*)?(?:and|or)?(?:\s*\})?"
+WORD = r"(?:\\(?:text|mbox|textrm)\{\s*)?(?:and|or)?(?: maybe| possibly| perhaps)?(?:\s*\})?"
 GLUE = re.compile(rf"[\s$,;.&]*{WORD}[\s$,;.&]*(?:\\(?:quad|qquad|,|;|\\)\s*)*{WORD}[\s$]*"
                   r"(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?\$?", re.I)
-MARKER = re.compile(r"answer\**\s*(?:is|:|=)\s*:?\**:?|####", re.I)
-SENTENCE_END = re.compile(r"\n|\.(?:\s|$)|,? (?:because|since|which|so|as) ")
+MARKER = re.compile(r"(?:answer|correct (?:option|choice))\**\s*(?:is(?: then| therefore| thus| simply)?|:|=)"
+                    r"\s*:?\**:?|####|答案[是为]?[:：]?", re.I)
+SENTENCE_END = re.compile(r"\n|。|\.(?:\s|$)(?!(?:no|wait|actually|or|but|hmm)\b)"
+                          r"|,? (?:because|since|which|so|as) ", re.I)
 DISPLAY = re.compile(r"[*\s]*(?:\$\$(.+?)\$\$|\\\[(.+?)\\\])", re.S)
 FIRST_FORMULA = re.compile(r"\$[^$]+\$(?!\s*(?:,|or|and\b(?! not)))(?=[^$]*$)")
 NUMBER = re.compile(r"(?:(?<![\w.)}\]])-)?(?<![\w.])\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?%?"
                     r"(?![a-zA-Z]*\d)")
 PLAIN_NUMBER = re.compile(r"[-+$\s\\]*\d[\d,]*(?:\.\d*)?(?:/\d+)?\s*\\?%?")
-ONE_FORMULA = re.compile(r"(?:(?:so|thus|hence|therefore|finally|then|we (?:get|have|find))\b[^$.]{0,40}\s*)?"
-                         r"(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\])[.\s]*", re.I | re.S)
+ONE_FORMULA = re.compile(r"(?:(?!.*(?:\b(?:or|not|maybe)\b|n't))(?:.{0,200}?\b(?:is|are|get|have|find|equals)|"
+                         r"(?:so|thus|hence|therefore|finally|then)\b[^$.]{0,40})\s*)?"
+                         r"(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\])[a-z\s]{0,30}[.\s]*", re.I | re.S)
 FORMULA_START = re.compile(r"[a-zA-Z]\w?\s*(?:=|<|>|\\[lg]e)|[-+−\d.\\({\[$|√π±]|[\w()]+[.\s]*$")
 MAX_BOX, MAX_TRIES, MAX_TAIL = 2000, 16, 20_000
 
@@ -136,7 +140,7 @@ def after_marker(text: str) -> str | None:
         return (display[1] or display[2]).strip()
     line = SENTENCE_END.split(rest, maxsplit=1)[0].strip()
     formula = FIRST_FORMULA.match(line)
-    return (formula[0] if formula else line).strip("* ") or None
+    return (formula[0] if formula else line).strip('* "') or None
 
 
 def last_number(text: str) -> str | None:
@@ -175,7 +179,7 @@ def same(a: Node, b: Node) -> bool:
         return same_time(a, b)
     if "text" in kinds:
         return words_of(a) == words_of(b) != ""
-    if kinds & {"union", "minus", "rel", "tuple"} or inequalities(a) or inequalities(b):
+    if kinds & {"union", "meet", "minus", "rel", "tuple"} or inequalities(a) or inequalities(b):
         verdict = same_regions(a, b)
         if verdict is not None:
             return verdict
@@ -202,6 +206,8 @@ def plain(node: Node) -> Node:
         assigned = [assignment(i) for i in items]
         if len(items) > 1 and all(assigned) and len({name for name, _ in assigned}) == 1:
             items = [value for _, value in assigned]  # x = 1 or x = 2
+        if items and items[0][0] == "rel" and items[0][2] == ("!=",):  # x != 1, 2
+            items = [i if i[0] == "rel" else ("rel", (items[0][1][0], i), ("!=",)) for i in items]
         node = (node[0], *items)
         if node[0] == "list" and len(items) == 2 and items[0] != items[1] and same(*items):
             return items[1]  # 3/4 or 0.75
@@ -291,8 +297,7 @@ def same_time(a: Node, b: Node) -> bool:
 
 INFINITY = ("inf",)
 FLIP = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
-Piece = tuple[Node, bool, Node, bool]  # low, closed there, high, closed there
-EVERYTHING: Piece = (("-", INFINITY), False, INFINITY, False)
+COMPARE = {"<": operator.lt, ">": operator.gt, "<=": operator.le, ">=": operator.ge, "!=": operator.ne}
 
 
 def inequalities(node: Node) -> bool:
@@ -300,21 +305,48 @@ def inequalities(node: Node) -> bool:
 
 
 def same_regions(a: Node, b: Node) -> bool | None:
-    """Equality of two sets of intervals; None where one is no such set, or both may be plain tuples or
-    lists."""
+    """Equality of two sets of numbers, tested at every end, between the ends and beyond them. None where
+    one is no such set, or both may be plain tuples or lists."""
     def open_to_doubt(x: Node) -> bool:
         return x[1:3] == ("(", ")") if x[0] == "tuple" else x[0] in ("list", "set") and not inequalities(x)
     if open_to_doubt(a) and open_to_doubt(b):
         return None
+    ends: list[Node] = []
+    subjects: set[Node] = set()
     try:
-        (name_a, pieces_a), (name_b, pieces_b) = region(a), region(b)
-        if name_a and name_b and name_a != name_b:
-            return False
-        pieces_a, pieces_b = merged(pieces_a), merged(pieces_b)
-    except Unreadable:
-        return None
-    return len(pieces_a) == len(pieces_b) and all(
-        x[1::2] == y[1::2] and same(x[0], y[0]) and same(x[2], y[2]) for x, y in zip(pieces_a, pieces_b))
+        left, right = (region(x, ends, subjects) for x in (a, b))
+        at = positions(ends)
+    except Unreadable:  # letters in an end: alike as written
+        alike = a[0] == b[0] and len(a) == len(b) == {"tuple": 5, "union": 3, "meet": 3, "minus": 3}.get(a[0])
+        return a[:-2] == b[:-2] and in_order(a[-2:], b[-2:]) if alike else None
+    points = range(-1, 2 * len(at) + 1)
+    in_a = inside(left, at, points)
+    return len(subjects) < 2 and any(in_a) and in_a == inside(right, at, points)
+
+
+def region(node: Node, ends: list[Node], subjects: set[Node]) -> Node:
+    """The intervals, unions, comparisons and lists that make a set of numbers; collects what they compare."""
+    node = plain(node)
+    kind = node[0]
+    if kind in ("union", "meet", "minus"):
+        return (kind, *(region(x, ends, subjects) for x in node[1:]))
+    if inequalities(node):
+        return ("list", *(region(x, ends, subjects) for x in node[1:]))
+    if kind == "set" and len(node) > 1:
+        ends += node[1:]
+        return ("list", *(("tuple", "[", "]", x, x) for x in node[1:]))
+    if kind == "rel":
+        subject = [n for n in node[1] if n[0] in ("s", "f") and {n[1], "f:" + n[1]} & letters(n)]
+        if len(subject) != 1 or not COMPARE.keys() >= set(node[2]):
+            raise Unreadable("not an interval")
+        subjects.add(subject[0])
+        ends += (n for n in node[1] if n != subject[0])
+        return node
+    if kind == "tuple" and len(node) == 5:
+        ends += node[3:]
+        return node
+    ends.append(node)
+    return ("tuple", "[", "]", node, node)
 
 
 def place(node: Node) -> float | None:
@@ -328,100 +360,35 @@ def place(node: Node) -> float | None:
         return None
 
 
-def piece(low: Node, closed: bool, high: Node, also_closed: bool) -> Piece:
-    """An interval, open at infinity however it is written."""
-    return low, closed and place(low) != -math.inf, high, also_closed and place(high) != math.inf
+def positions(ends: list[Node]) -> dict[Node, float]:
+    """The ends in their order as even numbers, equal ones alike."""
+    places = {x: place(x) for x in ends}
+    if None in places.values() or len(places) > 40:
+        raise Unreadable("letters in an end, or many")
+    at: dict[Node, float] = {}
+    last = None
+    for x in sorted(places, key=places.get):
+        step = 0 if last is None else at[last] + 2 * (not same(last, x))
+        at[x] = places[x] if math.isinf(places[x]) else step
+        last = last if math.isinf(places[x]) else x
+    return at
 
 
-def region(node: Node) -> tuple[Node | None, list[Piece]]:
-    """(subject or None, pieces) of an interval, union, difference, inequality or finite set."""
-    node = plain(node)
-    kind = node[0]
-    if kind == "tuple" and len(node) == 5:
-        low, high = node[3:]
-        return None, [piece(low, node[1] == "[", high, node[2] == "]")]
-    if kind == "union":
-        (name, left), (other, right) = region(node[1]), region(node[2])
-        return name or other, left + right
-    if kind == "set":
-        return None, [(x, True, x, True) for x in node[1:]]
-    if kind == "minus":
-        name, pieces = region(node[1])
-        return name, without(pieces, [p[0] for p in region(node[2])[1] if p[0] == p[2]])
-    if kind == "rel":
-        return inequality(node)
-    if inequalities(node):
-        return several_inequalities(node[1:])
-    if letters(node) or kind in ("list", "tuple", "matrix", "text", "ratio", "f"):
-        raise Unreadable("not a set of numbers")
-    return None, [(node, True, node, True)]
-
-
-def several_inequalities(nodes: tuple) -> tuple[Node | None, list[Piece]]:
-    """`x < 1 or x > 2` is a union; two that would cover the line (`x > 1 and x < 2`) are meant together."""
-    holes = [n[1][1] for n in nodes if n[2] == ("!=",)]
-    found = [inequality(n) for n in nodes if n[2] != ("!=",)] or [(nodes[0][1][0], [EVERYTHING])]
-    if len({name for name, _ in found} | {n[1][0] for n in nodes if n[2] == ("!=",)}) > 1:
-        raise Unreadable("several subjects")
-    pieces = [p for _, some in found for p in some]
-    if len(pieces) == 2 and len(merged(pieces)) == 1:
-        (_, _, high, closed), (low, also_closed, _, _) = sorted(pieces, key=lambda p: place(p[0]) or 0.0)
-        pieces = [(low, also_closed, high, closed)]
-    return found[0][0], without(pieces, holes) if holes else pieces
-
-
-def inequality(node: Node) -> tuple[Node, list[Piece]]:
-    """One comparison or a chain of two around a letter."""
-    nodes, ops = node[1], node[2]
-    if ops[0] in (">", ">="):
-        nodes, ops = nodes[::-1], tuple(FLIP.get(o, o) for o in reversed(ops))
-    if ops == ("!=",):
-        return nodes[0], without([EVERYTHING], [nodes[1]])
-    if any(o not in ("<", "<=") for o in ops) or len(nodes) > 3:
-        raise Unreadable("not an interval")
-    if len(nodes) == 2:
-        at = 0 if letters(nodes[0]) else 1
-        if nodes[at][0] not in ("s", "f") or letters(nodes[1 - at]):
-            raise Unreadable("not an interval")
-        nodes = (("-", INFINITY), *nodes) if at == 0 else (*nodes, INFINITY)
-        ops = ("<", *ops) if at == 0 else (*ops, "<")
-    low, subject, high = nodes
-    if subject[0] not in ("s", "f"):
-        raise Unreadable("not an interval")
-    return subject, [piece(low, ops[0] == "<=", high, ops[1] == "<=")]
-
-
-def without(pieces: list[Piece], points: list[Node]) -> list[Piece]:
-    for point in points:
-        out, at = [], place(point)
-        for low, a, high, b in pieces:
-            lo, hi = place(low), place(high)
-            if at is None or lo is None or hi is None:
-                raise Unreadable("letters in an end")
-            if lo < at < hi:
-                out += [(low, a, point, False), (point, False, high, b)]
-            elif not lo == at == hi:
-                out.append((low, a and at != lo, high, b and at != hi))
-        pieces = out
-    return pieces
-
-
-def merged(pieces: list[Piece]) -> list[Piece]:
-    """Sorted, overlapping and touching intervals joined. Ends with letters are left as they are written."""
-    ends = [(place(p[0]), place(p[2])) for p in pieces]
-    if any(lo is None or hi is None for lo, hi in ends):
-        return pieces
-    out: list[Piece] = []
-    for (lo, hi), (low, a, high, b) in sorted(zip(ends, pieces), key=lambda e: (e[0][0], not e[1][1])):
-        if lo > hi or (lo == hi and not (a and b)):
-            raise Unreadable("empty interval")
-        low0, a0, _, b0 = out[-1] if out else (None, False, None, False)
-        reach = place(out[-1][2]) if out else -math.inf
-        if not out or lo > reach or (lo == reach and not (a or b0)):
-            out.append((low, a, high, b))
-        elif hi > reach or (hi == reach and b):
-            out[-1] = (low0, a0, high, b)
-    return out
+def inside(node: Node, at: dict[Node, float], points: range) -> list[bool]:
+    """Which of the points belong to a region. Comparisons side by side are alternatives, unless these leave
+    nothing out (`x > 1 and x < 2`)."""
+    if node[0] == "rel":
+        values = ([at.get(n, t) for n in node[1]] for t in points)
+        return [all(COMPARE[op](x, y) for op, x, y in zip(node[2], v, v[1:])) for v in values]
+    if node[0] == "tuple":
+        low, high = (at[x] for x in node[3:])
+        return [(low < t or (low == t and node[1] == "[")) and (t < high or (t == high and node[2] == "]"))
+                for t in points]
+    columns = list(zip(*(inside(x, at, points) for x in node[1:])))
+    if node[0] == "minus":
+        return [x and not y for x, y in columns]
+    joined = [any(c) for c in columns]
+    return [all(c) for c in columns] if node[0] == "meet" or (node[0] == "list" and all(joined)) else joined
 
 
 # ---- equations and other relations -------------------------------------------------------------------------

@@ -7,6 +7,7 @@ d/|S| (Schwartz 1980). Bits, exponents, factorials and steps are bounded before 
 bounds a tree has no value, and equals only itself.
 """
 
+import builtins
 import math
 import random
 import zlib
@@ -30,6 +31,8 @@ MAX_BITS, MAX_FACTORIAL, MAX_SPAN, MAX_STEPS = 30_000, 3000, 1500, 3000
 UNDEFINED = (ZeroDivisionError, DecimalException, OverflowError, ValueError)
 ZERO, MINUS = Decimal(0), Fraction(-1)
 PLAIN = (False, False, False)  # modes of an Evaluator: do degrees count, do percents, is log to base 10
+
+SIGNS = ("%", "deg", "!")
 
 Value = Fraction | tuple[Decimal, Decimal]  # a rational, or the real and imaginary part of what is not
 
@@ -161,8 +164,8 @@ class Evaluator:
     """The value of a tree at a point {letter: Fraction}. `span` is the largest decimal exponent met, in
     size."""
 
-    def __init__(self, point: dict[str, Fraction], degree: bool, percent: bool, log10: bool):
-        self.point, self.degree, self.percent, self.log10 = point, degree, percent, log10
+    def __init__(self, point: dict[str, Fraction], degree: bool, percent: bool, log10: bool, real=False):
+        self.point, self.degree, self.percent, self.log10, self.real = point, degree, percent, log10, real
         self.span, self.steps, self.known_pi = 0, MAX_STEPS, None
 
     @property
@@ -246,6 +249,8 @@ class Evaluator:
         """The n-th root: rational where it is, the real one of a negative number for odd n, else the
         principal."""
         self.work(10)
+        if self.real and not n % 2 and real(value) < 0:
+            raise ValueError("not real")
         if isinstance(value, Fraction):
             if value < 0 and (n % 2 or n == 2):
                 return mul(self.root(-value, n), MINUS if n % 2 else (ZERO, Decimal(1)))
@@ -269,6 +274,8 @@ class Evaluator:
         if name == "root":
             return self.root(x, max(integer(values[1], 1000), 1))
         if name in ("ln", "log", "log10"):
+            if self.real and real(x) < 0:
+                raise ValueError("not real")
             base10 = name == "log10" or (name == "log" and self.log10)
             return mul(log(x, self.pi), inverse(log(Fraction(10), self.pi))) if base10 else log(x, self.pi)
         if name == "exp":
@@ -281,8 +288,16 @@ class Evaluator:
             y = decimal(x)
             angle = atan(y / (1 - y * y).sqrt()) if abs(y) < 1 else y * self.pi / 2
             return angle if name == "asin" else self.pi / 2 - angle, ZERO
+        if name in ("sinh", "cosh"):
+            up = exp(x, self.pi)
+            return mul(add(up, mul(MINUS if name == "sinh" else Fraction(1), inverse(up))), Fraction(1, 2))
         if name in ("floor", "ceil"):
             return Fraction(getattr(math, name)(real(x)))
+        if name in ("max", "min"):
+            return getattr(builtins, name)(values, key=decimal)
+        if name in ("gcd", "lcm", "mod"):
+            numbers = [integer(v, 10**100) for v in values]
+            return Fraction(numbers[0] % numbers[1] if name == "mod" else getattr(math, name)(*numbers))
         if name == "binom":
             return Fraction(math.comb(*(integer(v, MAX_FACTORIAL) for v in values)))
         key = name + "".join(str(v) if isinstance(v, Fraction) else f"{v[0]:.25e}{v[1]:.25e}" for v in values)
@@ -292,16 +307,16 @@ class Evaluator:
 # ---- equality ----------------------------------------------------------------------------------------------
 
 def names(node: tuple) -> set[str]:
-    """The letters, functions ("f:sin") and signs (%, deg) of a tree."""
+    """The letters, functions ("f:sin") and signs of a tree."""
     if node[0] == "s":
         return set() if node[1] in ("pi", "e", "i") else {node[1]}
-    own = {node[0]} if node[0] in ("%", "deg") else {"f:" + node[1]} if node[0] == "f" else set()
+    own = {node[0]} if node[0] in SIGNS else {"f:" + node[1]} if node[0] == "f" else set()
     return own.union(*map(names, children(node)))
 
 
 def letters(node: tuple) -> set[str]:
     """The letters and unknown functions of a tree."""
-    return {n for n in names(node) if n not in ("%", "deg") and (n[:2] != "f:" or n[2] == "?")}
+    return {n for n in names(node) if n not in SIGNS and (n[:2] != "f:" or n[2] == "?")}
 
 
 def number(node: tuple, digits: int = 40) -> Fraction | Decimal | None:
@@ -337,26 +352,32 @@ def zero_at(a: tuple, b: tuple, point: dict, modes: tuple) -> bool | None:
         digits = 60 + 2 * span
 
 
-def random_point(rng: random.Random, variables: list[str]) -> dict[str, Fraction]:
+def random_point(rng: random.Random, variables: list[str], whole: bool = False) -> dict[str, Fraction]:
+    """Random rationals, or natural numbers that grow with the alphabet: n choose k."""
+    if whole:
+        return {n: Fraction(rng.randint(1, 40) + 40 * i) for i, n in enumerate(variables)}
     return {n: Fraction(rng.randint(1, 9999), rng.randint(2, 99)) for n in variables}
 
 
-def agree(a: tuple, b: tuple, variables: list[str], positive: bool, modes: tuple) -> bool:
-    """Equality at three random points; all positive where roots or logarithms of letters occur."""
+def agree(a: tuple, b: tuple, variables: list[str], found: set[str], modes: tuple) -> bool:
+    """Equality at three random points or more: natural ones where factorials occur; and where roots or
+    logarithms do, no difference at negative ones with real values."""
     if not variables:
         return bool(zero_at(a, b, {}, modes))
     rng, agreed = random.Random("".join(sorted((repr(a), repr(b))))), 0
+    roots, whole = bool(found & {"f:root", "f:ln", "f:log", "f:log10"}), bool(found & {"!", "f:binom"})
     for attempt in range(6):
-        point = random_point(rng, variables)
-        if attempt and not positive:
+        point = random_point(rng, variables, whole)
+        real = roots and attempt > 2
+        if not whole and (real if roots else attempt):
             point = {n: -v if attempt == 1 or rng.random() < 0.5 else v for n, v in point.items()}
-        verdict = zero_at(a, b, point, modes)
+        verdict = zero_at(a, b, point, (*modes, real))
         if verdict is False:
             return False
         agreed += verdict is True
-        if agreed == 3:
+        if agreed == 3 and not roots:
             return True
-    return False
+    return agreed > 2
 
 
 def equal_values(a: tuple, b: tuple) -> bool:
@@ -373,10 +394,9 @@ def equal_values(a: tuple, b: tuple) -> bool:
         modes.append((False, True, False))
     if "f:log" in found:
         modes.append((False, False, True))
-    variables = sorted(n for n in found if n[:2] != "f:" and n not in ("%", "deg"))
-    positive = bool(found & {"f:root", "f:ln", "f:log", "f:log10"})
+    variables = sorted(n for n in found if n[:2] != "f:" and n not in SIGNS)
     try:
-        return any(agree(a, b, variables, positive, mode) for mode in modes)
+        return any(agree(a, b, variables, found, mode) for mode in modes)
     except (Unreadable, *UNDEFINED):
         return False
 
