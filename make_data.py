@@ -79,8 +79,8 @@ class Asking:
         self.teachers = {t.name: t for ts in progress.rounds for t in ts}
         self.queues = {name: deque() for name in backends}
         self.claimed = set()  # (problem id, teacher name): queued or on the wire
-        self.wire = {}        # (teacher name, ticket) -> (job, expected dollars, start)
-        self.load, self.seen, self.paid = Counter(), Counter(), Counter()  # by teacher name
+        self.wire = {}        # (teacher name, ticket) -> (job, start)
+        self.load = Counter()  # by teacher name: on the wire
         self.prices, self.budget, self.spent, self.reserved = prices, budget, spent, 0.0
         self.why: str | None = None
         self.dead: BadInput | None = None
@@ -109,14 +109,14 @@ class Asking:
         while self.queues[name] and self.load[name] < teacher.workers and not self.why:
             problem = self.queues[name][0]
             job = cascade.Job(problem, teacher, self.progress.missing(problem.id, name), self.seed)
-            dollars = self.paid[name] / self.seen[name] if self.seen[name] >= 20 else job.most_dollars
-            if self.budget is not None and self.spent + self.reserved + dollars > self.budget:
-                self.why = f"the budget of ${self.budget:g} allows no further attempt"
+            if self.budget is not None and self.spent + self.reserved + job.most_dollars > self.budget:
+                if not self.wire:  # else wait: what is on the wire may turn out cheaper
+                    self.why = f"the budget of ${self.budget:g} allows no further attempt"
                 return
             self.queues[name].popleft()
-            self.wire[name, self.backends[name].submit(job.request())] = job, dollars, time.monotonic()
+            self.wire[name, self.backends[name].submit(job.request())] = job, time.monotonic()
             self.load[name] += 1
-            self.reserved += dollars
+            self.reserved += job.most_dollars
 
     def _collect(self, name: str, backend) -> None:
         try:
@@ -127,15 +127,12 @@ class Asking:
             self.load[name] = 0
             return
         for ticket, _, reply in landed:
-            job, expected, start = self.wire.pop((name, ticket))
+            job, start = self.wire.pop((name, ticket))
             self.load[name] -= 1
-            self.reserved -= expected
+            self.reserved -= job.most_dollars
             row = job.record(reply, time.monotonic() - start)
             self.progress.note(row)
-            dollars = records.cost(row, self.prices)
-            self.spent += dollars
-            self.paid[name] += dollars
-            self.seen[name] += 1
+            self.spent += records.cost(row, self.prices)
             self.land(row, over=not self.progress.due(job.problem.id))
             self.claimed.discard((job.problem.id, name))
             self._queue(job.problem, first=True)
@@ -189,8 +186,8 @@ def who(args) -> list:
         if args.cascade:
             raise BadInput("--teacher self and --cascade: expected one of them")
         most = args.max_tokens or (256 if cli.is_small(args.model) else 2048)
-        return [cascade.Teacher("self", args.model, "self", attempts=args.samples, max_tokens=most, workers=128,
-                                temperatures=(0.7, 0.5, 0.9))]
+        return [cascade.Teacher("self", args.model, "self", attempts=args.samples, max_tokens=most,
+                                workers=128, temperatures=(0.7, 0.5, 0.9))]
     if not args.cascade and any(not name.startswith("tiny") for name in args.data):
         raise BadInput(f"--data {','.join(args.data)}: the stand-in teacher knows only the tiny world; "
                        "expected --cascade (such as recipes/report.toml) or --teacher self")
