@@ -15,6 +15,7 @@ import contextlib
 import re
 import time
 from collections import Counter
+from pathlib import Path
 
 from slm import BadInput, cli, prompts, stats
 from slm.episode import (
@@ -29,6 +30,7 @@ from slm.episode import (
     run_episodes,
     user,
 )
+from slm.files import as_lines, readable_rows, write_json, write_whole
 from slm.grader import equal, extract
 
 OTHER = {"temperature": 0.7, "top_p": 0.9}                # a later attempt must be able to differ
@@ -399,40 +401,58 @@ TINY = {"max_tokens": 320, "limit": 200,
 def main(args: argparse.Namespace) -> None:
     from slm.problems import fingerprint, load_all, refuse_long
     names, problems = chosen(args.workflow), load_all(args.data, args.split, args.limit)
-    from slm.run import RunDir, new_path, write_json  # with torch, once the small mistakes are out
+    from slm.run import RunDir, new_path  # with torch, once the small mistakes are out
     from slm.sandbox import Sandbox
 
-    args.out = str(new_path(args.out, f"agents-{args.model.rstrip('/').split('/')[-1]}", False))
+    args.out = str(new_path(args.out, f"agents-{Path(args.model).name}", args.resume))
     cli.show(vars(args))
     backend, adapters = open_backend(args)
     refuse_long(problems, backend)
-    run = RunDir(args.out, vars(args), fingerprint(problems))
+    run = RunDir(args.out, vars(args), fingerprint(problems), args.resume)
+    done = finished(run.path / "episodes.jsonl") if args.resume else []
+
+    def keep(episode):
+        record = answer_record(problems[episode.group], episode)
+        run.log("episodes", {**episode.to_json(), "correct": record["correct"]})
+
     memo, results = {}, {}
-    with contextlib.closing(backend), contextlib.closing(Sandbox(args.workers)) as sandbox:
+    with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox:
         for name in names:
             start = time.monotonic()
-            episodes = run_episodes(
-                jobs_for(problems, WORKFLOWS[name]), backend, sandbox, seed=args.seed, adapters=adapters,
-                sampling=Sampling(args.max_tokens, stop_at_box=True), memo=memo, bar=name)
-            seconds = time.monotonic() - start
-            records = [answer_record(p, e) for p, e in zip(problems, episodes)]
-            run.log("episodes", *({"step": 0, **e.to_json(), "correct": r["correct"]}
-                                  for e, r in zip(episodes, records)))
-            results[name] = {**summary(records, results.get("solver", {}).get("right")), "seconds": seconds}
-            for problem, episode, record in list(zip(problems, episodes, records))[:args.show]:
-                print(transcript(episode, problem.question, record))
+            episodes = {e.group: e for e in done if e.workflow == name}
+            jobs = [job for job in jobs_for(problems, WORKFLOWS[name]) if job.group not in episodes]
+            sampling = Sampling(args.max_tokens, stop_at_box=True)
+            new = run_episodes(jobs, backend, sandbox, sampling=sampling, seed=args.seed, adapters=adapters,
+                               memo=memo, on_done=keep, bar=name)
+            episodes |= {e.group: e for e in new}
+            records = [answer_record(p, episodes[i]) for i, p in enumerate(problems)]
+            results[name] = {**summary(records, results.get("solver", {}).get("right")),
+                             "seconds": time.monotonic() - start}
+            for i in range(min(args.show, len(problems))):
+                print(transcript(episodes[i], problems[i].question, records[i]))
     write_json(run.path / "table.json", results)
     print(table(results, len(problems)))
     print(f"every prompt, reply and code run: {run.path / 'episodes.jsonl'}")
 
 
+def finished(log: Path) -> list[Episode]:
+    """The episodes of a stopped run. What was torn or failed is taken out of the file, to be run again."""
+    rows = [row for row in readable_rows(log) if not any(turn["error"] for turn in row["turns"])]
+    write_whole(log, as_lines(rows))
+    return [Episode.from_json(row) for row in rows]
+
+
 def chosen(workflows: str) -> list[str]:
     """The workflows to run: the solver first, since the others are compared with it."""
     names = list(WORKFLOWS) if workflows == "all" else [name.strip() for name in workflows.split(",")]
-    for name in names:
-        if name not in WORKFLOWS:
-            raise BadInput(f"--workflow {name!r} is none; expected all, or some of {', '.join(WORKFLOWS)}")
-    return list(dict.fromkeys(["solver", *names]))
+    return list(dict.fromkeys(["solver", *(workflow(name).__name__ for name in names)]))
+
+
+def workflow(name: str):
+    """A workflow by its name. BadInput if there is none of it."""
+    if name not in WORKFLOWS:
+        raise BadInput(f"--workflow {name!r} is none; expected one of {', '.join(WORKFLOWS)}")
+    return WORKFLOWS[name]
 
 
 def open_backend(args: argparse.Namespace):
@@ -505,29 +525,32 @@ def transcript(episode: Episode, question: str, record: dict) -> str:
     return "\n".join(lines)
 
 
-def options() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__)
-    g = p.add_argument_group("what runs")
-    g.add_argument("--workflow", help="names with commas between them, or all: " + ", ".join(WORKFLOWS)
-                   + f" (tiny: {TINY['workflow']}; else all); solver is always run, to compare with")
-    g.add_argument("--data", nargs="+", action=cli.Names, default=["tiny"], metavar="A,B",
-                   help="data sets' names or JSON lines files (default tiny)")
-    g.add_argument("--split", default="test", help="train, test or unseen (default test)")
-    g.add_argument("--limit", type=cli.positive, help="number of problems (500; tiny: 200)")
-    g.add_argument("--show", type=cli.positive, default=0, metavar="N", help="print N transcripts")
-    g.add_argument("--out", help="run directory (default runs/agents-MODEL)")
+def answer_options(p, both):
+    """What agents.py and eval.py both take: who answers what."""
     g = p.add_argument_group("what answers")
-    g.add_argument("--model", default="tiny", help="tiny, a directory or hub id; the endpoint's name")
+    g.add_argument("--model", default="tiny",
+                   help="tiny, a directory, a hub id, or the endpoint's model (default tiny)")
     g.add_argument("--adapter", action="append", default=[], metavar="[ROLE=]DIR",
                    help="LoRA adapter for a role (solver, checker, verifier, summarizer), or for all")
     g.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server: http://localhost:8000/v1")
-    g.add_argument("--key-env", metavar="NAME", help="environment variable with the endpoint's key")
-    g.add_argument("--max-tokens", type=cli.positive, help="new tokens of a reply (2048; tiny: 320)")
-    g.add_argument("--seed", type=int, default=0, help="of the sampled replies (default 0)")
-    g = p.add_argument_group("machine")
-    g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    g.add_argument("--workers", type=cli.positive, default=2, help="code runs at a time (default 2)")
+    g.add_argument("--key-env", metavar="NAME", help="environment variable that holds the endpoint's key")
+    g = p.add_argument_group("problems")
+    g.add_argument("--data", nargs="+", action=cli.Names, default=["tiny"], metavar="A,B",
+                   help="names (tiny, tiny-unseen, gsm8k, math, math500, aime24, amc23, ...) or JSON lines "
+                        "files (default tiny)")
+    g.add_argument("--split", default="test", help="train, test or unseen (default test)")
+    g.add_argument("--limit", type=cli.positive, help=f"the first N problems of each set ({both('limit')})")
+
+
+def options() -> argparse.ArgumentParser:
+    p = cli.parser(__doc__)
+    answer_options(p, both := cli.defaults(PAPER, TINY))
+    g = p.add_argument_group("how")
+    g.add_argument("--workflow", help=f"all, or names with commas between them: {', '.join(WORKFLOWS)} "
+                   f"({both('workflow')}); solver is always run, to compare with")
+    g.add_argument("--max-tokens", type=cli.positive, help=f"new tokens of a reply ({both('max_tokens')})")
+    g.add_argument("--show", type=cli.positive, default=0, metavar="N", help="print N transcripts of each")
+    cli.run_options(p, "runs/agents-<model>")
     return p
 
 

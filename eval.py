@@ -21,6 +21,7 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import agents
 from slm import BadInput, cli, stats
 from slm.files import as_lines, read_json, read_rows, readable_rows, write_json, write_whole
 
@@ -42,14 +43,11 @@ def main(args: argparse.Namespace) -> None:
 # ---- scoring ---------------------------------------------------------------------------------------------
 
 def evaluate(args: argparse.Namespace) -> None:
-    from agents import WORKFLOWS, open_backend
     from slm import problems, report
     from slm.run import RunDir, new_path
     from slm.sandbox import Sandbox
 
-    workflow = WORKFLOWS.get(args.workflow)
-    if workflow is None:
-        raise BadInput(f"--workflow {args.workflow!r} is none; expected one of {', '.join(WORKFLOWS)}")
+    workflow = agents.workflow(args.workflow)
     if args.samples > 1 and args.temperature == 0:
         raise BadInput(f"--samples {args.samples} at temperature 0 draws the same answer each time; "
                        "add --temperature 0.7, for one")
@@ -57,7 +55,7 @@ def evaluate(args: argparse.Namespace) -> None:
     data = problems.fingerprint([p for items in sets.values() for p in items])
     args.out = str(new_path(args.out, f"eval-{label(args)}", args.resume))
     cli.show({k: v for k, v in vars(args).items() if k not in NOT_SETTINGS})
-    backend, adapters = open_backend(args)
+    backend, adapters = agents.open_backend(args)
     if args.batch:
         setattr(backend, "workers" if args.endpoint else "max_batch", args.batch)
     for items in sets.values():
@@ -284,34 +282,16 @@ def verdict(correct: bool) -> str:
 
 def options() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
-    both = lambda name: f"default {PAPER[name]}; tiny {TINY.get(name, PAPER[name])}"
-    g = p.add_argument_group("what is scored")
-    g.add_argument("--model", default="tiny",
-                   help="tiny, a directory, a hub id, or the endpoint's model (default tiny)")
-    g.add_argument("--adapter", action="append", default=[], metavar="[ROLE=]DIR",
-                   help="LoRA adapter on top, for one role of a workflow or for all")
-    g.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server: http://localhost:8000/v1")
-    g.add_argument("--key-env", metavar="NAME", help="environment variable that holds the endpoint's key")
+    agents.answer_options(p, both := cli.defaults(PAPER, TINY))
+    g = p.add_argument_group("how")
     g.add_argument("--workflow", default="solver", metavar="NAME",
                    help="of agents.py (default solver: a single pass)")
-    g = p.add_argument_group("problems")
-    g.add_argument("--data", nargs="+", action=cli.Names, default=["tiny"], metavar="A,B",
-                   help="names (tiny, tiny-unseen, gsm8k, math, math500, aime24, amc23, ...) or JSON lines "
-                        "files, with commas between them (default tiny)")
-    g.add_argument("--split", default="test", help="train, test or unseen (default test)")
-    g.add_argument("--limit", type=cli.positive, help=f"the first N problems of each set ({both('limit')})")
-    g = p.add_argument_group("decoding")
     g.add_argument("--samples", type=cli.positive, default=1, metavar="K",
                    help="answers a problem (default 1)")
     g.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     g.add_argument("--max-tokens", type=cli.positive, help=f"new tokens of a reply ({both('max_tokens')})")
-    g.add_argument("--seed", type=int, default=0, help="of the sampled replies (default 0)")
-    g = p.add_argument_group("run")
-    g.add_argument("--out", help="run directory (default runs/eval-MODEL)")
-    g.add_argument("--resume", action="store_true", help="go on with a stopped run")
     g.add_argument("--batch", type=cli.positive, help="replies decoded at once (default 64, on a GPU 256)")
-    g.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    g.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    cli.run_options(p, "runs/eval-<model>")
     g = p.add_argument_group("saved runs, instead of scoring")
     g.add_argument("--compare", nargs="+", metavar="RUN", help="a table of runs on the same problems")
     g.add_argument("--regrade", metavar="RUN", help="grade the saved answers again, print what changes")

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from slm import BadInput, cli
-from train_sft import TARGETS, adapter_options, batches, name, run_options
+from train_sft import TARGETS, adapter_options, batches, common_options, name
 
 PAPER = {"lr": 5e-6, "batch": 16, "samples": 2, "kl": 0.05, "epochs": 1, "temperature": 0.7,
          "max_tokens": 2048, "micro_tokens": 2048, "warmup": 0.1, "save_every": 20, "steps": 0}
@@ -56,7 +56,7 @@ ALGORITHMS = {
 
 def options():
     p = cli.parser(__doc__)
-    both = lambda key: f"default {PAPER[key]}, tiny {TINY.get(key, PAPER[key])}"
+    both = cli.defaults(PAPER, TINY)
     g = p.add_argument_group("model and problems")
     g.add_argument("--model", default="tiny", help="tiny, a directory or a hub id (default tiny)")
     g.add_argument("--adapter", help="an SFT adapter's directory: merged into the model before the start")
@@ -83,7 +83,7 @@ def options():
     g.add_argument("--steps", type=int, help=f"batches in all, 0: as the epochs give ({both('steps')})")
     g.add_argument("--epochs", type=cli.positive, help=f"({both('epochs')})")
     adapter_options(g)
-    run_options(p, g, both, "runs/grpo-<model>")
+    common_options(p, g, both, "runs/grpo-<model>")
     return p
 
 
@@ -234,8 +234,7 @@ def main(args):
     cli.resolve(args, PAPER, TINY)
     algorithm = ALGORITHMS[args.algorithm]
     args.quiet = cli.is_small(args.model)
-    if args.workflow not in agents.WORKFLOWS:
-        raise BadInput(f"--workflow {args.workflow!r}: expected one of {', '.join(agents.WORKFLOWS)}")
+    workflow = agents.workflow(args.workflow)
     if args.temperature <= 0:
         raise BadInput(f"--temperature {args.temperature}: exploring needs more than 0")
     if args.samples == 1 and algorithm.advantage not in ("batch", "none"):
@@ -259,7 +258,7 @@ def main(args):
     if run.rank() == 0:
         cli.show(vars(args))
         introduce(model, tokenizer, pool, plan, device, dtype, reason, args)
-    train(model, tokenizer, pool, plan, agents.WORKFLOWS[args.workflow], algorithm, rundir, args)
+    train(model, tokenizer, pool, plan, workflow, algorithm, rundir, args)
     finish(model, out, args)
 
 

@@ -32,7 +32,7 @@ TARGETS = {"qkvo": ("q_proj", "k_proj", "v_proj", "o_proj"), "qv": ("q_proj", "v
 
 def options():
     p = cli.parser(__doc__)
-    both = lambda name: f"default {PAPER[name]}, tiny {TINY.get(name, PAPER[name])}"
+    both = cli.defaults(PAPER, TINY)
     g = p.add_argument_group("model and data")
     g.add_argument("--model", default="tiny", help="tiny, a directory or a hub id (default tiny)")
     g.add_argument("--data", nargs="+", action=cli.Names, metavar="A,B",
@@ -52,7 +52,7 @@ def options():
     g.add_argument("--batch", type=cli.positive, help=f"sequences a step ({both('batch')})")
     g.add_argument("--epochs", type=cli.positive, help=f"({both('epochs')})")
     g.add_argument("--weight-decay", type=float, help=f"({both('weight_decay')})")
-    run_options(p, g, both, "runs/sft-<model>-<lora or full>")
+    common_options(p, g, both, "runs/sft-<model>-<lora or full>")
     return p
 
 
@@ -64,20 +64,15 @@ def adapter_options(g):
                    help="qkvo, or qv as in the report's runs (default qkvo)")
 
 
-def run_options(p, g, both, folder: str):
+def common_options(p, g, both, folder: str):
     """What both trainers take beside their own."""
     g.add_argument("--warmup", type=float, help=f"share of the steps, then cosine ({both('warmup')})")
     g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default 1)")
     g.add_argument("--micro-tokens", type=cli.positive,
                    help=f"tokens in memory at once ({both('micro_tokens')})")
     g.add_argument("--recompute", action="store_true", help="less memory for a third more time")
-    g = p.add_argument_group("run")
-    g.add_argument("--out", help=f"run directory (default {folder})")
-    g.add_argument("--resume", action="store_true", help="continue the run in --out")
-    g.add_argument("--save-every", type=cli.positive, help=f"steps ({both('save_every')})")
-    g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    g = cli.run_options(p, folder)
+    g.add_argument("--save-every", type=cli.positive, help=f"steps a checkpoint ({both('save_every')})")
 
 
 # ---- data ------------------------------------------------------------------------------------------------

@@ -38,6 +38,22 @@ class Names(argparse.Action):
         setattr(args, self.dest, names)
 
 
+def run_options(p: argparse.ArgumentParser, folder: str):
+    """The group of options that every script ends with."""
+    g = p.add_argument_group("run")
+    g.add_argument("--out", help=f"run directory (default {folder})")
+    g.add_argument("--resume", action="store_true", help="go on with the stopped run in --out")
+    g.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
+    g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    return g
+
+
+def defaults(paper: dict, tiny: dict):
+    """What resolve() fills in, for the help: a function of the option's name."""
+    return lambda name: f"default {paper[name]}; tiny {tiny.get(name, paper[name])}"
+
+
 def resolve(args: argparse.Namespace, paper: dict, tiny: dict) -> argparse.Namespace:
     """Fill every option that was left at None: from `tiny` for `tiny` and what was trained from it, else from
     `paper`.

@@ -192,7 +192,8 @@ class Episode:
 
     @classmethod
     def from_json(cls, row: dict) -> "Episode":
-        fields = {k: v for k, v in row.items() if k != "first_answer"}
+        """An episode that to_json wrote; what was added to the row is left out."""
+        fields = {name: row[name] for name in cls.__dataclass_fields__}
         fields["turns"] = [Turn(**turn) for turn in row["turns"]]
         fields["runs"] = [CodeRun(**run) for run in row["runs"]]
         return cls(**fields)

@@ -14,6 +14,7 @@ from scripted import Backend, Sandbox, problem
 import agents
 import slm.episode
 from agents import WORKFLOWS, blocks_of, printed, settle, shown, tally, verdict
+from slm import BadInput, cli
 from slm.episode import Reply, Sampling, answer_record, jobs_for, run_episodes
 
 ROOT = Path(__file__).parent.parent
@@ -337,6 +338,38 @@ def test_the_script_compares_workflows_and_keeps_every_episode(tmp_path):
     assert [row["workflow"] for row in rows] == [name for name in names for _ in range(2)]
     assert set(json.loads((out / "table.json").read_text())) == set(names)
     assert json.loads((out / "settings.json").read_text())["settings"]["limit"] == 2
+
+
+def test_a_stopped_comparison_goes_on_without_asking_twice(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "doubles.jsonl"
+    data.write_text("".join(json.dumps({"question": f"{i}", "answer": 2 * i}) + "\n" for i in range(5)))
+    asked = []
+
+    def reply(text, seed, sampling):
+        asked.append(text)
+        return f"\\boxed{{{2 * int(text.split()[0])}}}"
+
+    def run(out, *more):
+        asked.clear()
+        backend = Backend(reply)
+        backend.close = lambda: None
+        monkeypatch.setattr(agents, "open_backend", lambda args: (backend, {}))
+        words = ["--data", data, "--workflow", "majority_vote", "--out", tmp_path / out, *more]
+        args = agents.options().parse_args(list(map(str, words)))
+        agents.main(cli.resolve(args, agents.PAPER, agents.TINY))
+        table = json.loads((tmp_path / out / "table.json").read_text())
+        return {name: {**row, "seconds": 0} for name, row in table.items()}
+
+    whole = run("whole")
+    assert len(asked) == 5 + 5 * 4  # the greedy call is shared
+    run("cut")
+    log = tmp_path / "cut" / "episodes.jsonl"
+    log.write_bytes(b"\n".join(log.read_bytes().split(b"\n")[:7]) + b'\n{"problem_id": "dou')
+    assert run("cut", "--resume") == whole
+    assert len(asked) == 3 * 5
+    assert len(log.read_text().splitlines()) == 10
+    with pytest.raises(BadInput, match="--resume"):
+        run("cut")
 
 
 def test_an_adapter_serves_its_role_and_no_other(tiny, tmp_path):

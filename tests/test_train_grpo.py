@@ -1,5 +1,6 @@
 """GRPO by its promises, on a random model of two layers and with an easy reward."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from small import write_small
 
+import agents
 import train_grpo
 from slm import checkpoint, lora, losses, run
 from slm.episode import Episode, Turn
@@ -84,6 +86,14 @@ def test_an_sft_adapter_is_merged_and_the_reference_is_the_merged_model(small, t
         assert torch.allclose(losses.score(policy, ids, masks)[0], expected, atol=1e-5)
     assert torch.allclose(losses.score(policy, ids, masks)[0], expected, atol=1e-5)
     assert args.base == str(tmp_path / "run" / "base")
+
+
+@pytest.mark.parametrize("name", agents.WORKFLOWS)
+def test_every_workflow_can_be_trained(small, tmp_path, monkeypatch, name):
+    rewards = itertools.cycle((1.0, -1.0))
+    monkeypatch.setattr(train_grpo, "judge", lambda *_: (next(rewards), "turns"))
+    row, = train(small, tmp_path / "run", "--workflow", name, "--batch", "1", "--samples", "2", steps=1)
+    assert row["learned_tokens"] > 0 and row["dlogp_max"] < 1e-4 and row["grad_norm"] > 0
 
 
 # ---- rewards and credit ----------------------------------------------------------------------------------
