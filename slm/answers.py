@@ -55,7 +55,7 @@ FRACTIONS = zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357",
 SIGNS |= {c: rf"\frac{{{top}}}{{{low}}}" for c, top, low in FRACTIONS}
 SIGNS |= dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")
 
-THOUSANDS = re.compile(r"(?<=\d)(?:,\s?(?:\\!)+\s*|\{,\}\s*|\\[,!;: ]\s*|(?<=\d)[ ~])(?=\d{3}(?!\d))")
+THOUSANDS = re.compile(r"(?<=\d)(?:,\s?(?:\\!)+\s*|\{,\}\s*|\\[,!;: ]\s*|(?<=\d)(?<!_\d)[ ~])(?=\d{3}(?!\d))")
 REWRITES = [(re.compile(old), new) for old, new in (
     # the base of a numeral: \text{A5}_{11}, (12)_3, 12 (base 3)
     (r"\\text\s*\{\s*([0-9A-Z]+)\s*\}\s*_|\(([0-9A-Z.]+)\)_(?=[{\d])", r"\1\2_"),
@@ -66,7 +66,10 @@ REWRITES = [(re.compile(old), new) for old, new in (
     (r"\\frac\s*\{\\(?:text|mathrm)\{([^{}]*)\}\}\s*\{\\(?:text|mathrm)\{([^{}]*)\}(\^\d)?\}",
      r"\\text{\1/\2}\3"),
     (r"(?<=\d)\s*m/s\b", " mps"),
-    (r"^\s*\\text(?:bf)?\s*\{\s*(?:[oO]ption|[cC]hoice)\s+\(?([A-H])\)?\s*\}|^\s*([A-H])\)\s*$", r"\1\2"),
+    (r"^\s*\\text(?:bf)?\s*\{\s*(?:[oO]ption|[cC]hoice)\s+\(?([A-H])\)?\s*\}", r"\1"),
+    (r"^\s*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?\s*\(?([A-H])[).:]{0,2}\s*\}?\s*$", r"\1"),
+    (r"\\mathbf(?=\s*\{\s*\([A-H]\))", r"\\textbf"),
+    (r"(?<=\d) ([mshgL])$", r"\\text{\1}"),
     (r"\\text\s*\{\s*\([a-z ]+\)\s*\}\s*$|(?<=\d)\s+\([a-z]{3,}\)$", ""),  # 5 \text{ (five)}
     (r"\{([^{}]*)\\choose(?![a-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"\(\s*(?:\\bmod|\\mod|mod|\\text\{mod\}|\\mathrm\{mod\})([^()]*)\)", r"\\pmod{\1}"),  # 3 (mod 7)
@@ -74,6 +77,7 @@ REWRITES = [(re.compile(old), new) for old, new in (
     (r"^\s*(?:(?i:option|choice|answer)\s+(?=\(?[A-H]\b)|[=:])|`", ""),
     (r"(?<=\d)\{,\}(?=\d)", "."),  # a decimal comma, thousands being joined by now
     (r"\\(?:left|right|middle|[bB]igg?[lr]?|displaystyle|textstyle|limits|hfill|centering|bf|it|therefore|small"
+     r"|checkmark|blacksquare|bigstar"
      r"|[lL]arge|LARGE)(?![a-zA-Z])\.?|(?<!\\)\\[!,;:> ]|~|\\\$(?=\s*$)"
      r"|\\(?:q?quad|(?:hspace\*?|phantom|(?:text)?color(?:box)?)\{[^{}]*\})", " "),
     (r"\\\(|\\\)|\\\[|\\\]|^\s*(?:\*\*|\x22)|(?:\*\*|\x22)\s*$", " "))]
@@ -251,6 +255,8 @@ def tokenize(text: str, prose: bool = False, merge: bool = True, unit: bool = Fa
                 out.append(("op", ","))
             elif tok.lower() == "pi":
                 out.append(("cmd", "pi"))
+            elif prose and tok == "A" and re.match(r" (?!and|or|is)[a-z]", text[pos:]):
+                out.append(("word", tok))  # A circle
             else:
                 after_number = bool(out) and out[-1][0] == "num"
                 out += [text_word(tok, wordy, unit)] if prose else run_of_letters(tok, after_number)
@@ -427,7 +433,7 @@ class Parser:
             if rest[0] != "unit" or not rest[2] or rest[2][0] != unit[0]:
                 raise Unreadable("two measures")
             node = ("+", node, ("*", rest[1], ("n", rest[2][1] / unit[1])))
-        return ("unit", node, unit)
+        return ("unit", node, unit, " ".join(words))
 
     def unit_words(self) -> list[str]:
         words: list[str] = []
@@ -460,6 +466,8 @@ class Parser:
 
     @staticmethod
     def signed(sign: str, node: tuple) -> tuple:
+        if sign == "-" and node[0] == "matrix":
+            return product(("n", Fraction(-1)), node)
         return {"+": node, "-": ("-", node), "pm": ("±", node), "mp": ("-", ("±", node))}[sign]
 
     def term(self) -> tuple:
@@ -478,8 +486,10 @@ class Parser:
                 if kind == "num":
                     self.need("/")
                     part = ("/", part, self.factor())
+                percent, part = part[0] == "%", part[1] if part[0] == "%" else part
                 mixed = part[0] == "/" and part[1][0] == part[2][0] == "n" and part[1][1] < part[2][1]
                 node = ("+", node, part) if mixed else product(node, part)
+                node = ("%", node) if percent else node
             elif self.starts_factor() and not (kind == "num" and after_number):
                 node = product(node, self.factor())
             else:
@@ -727,6 +737,9 @@ def clock(text: str) -> tuple | None:
     return ("time", int(m[1]) * 3600 + int(m[2] or 0) * 60 + int(m[3] or 0), m[4][0].lower() if m[4] else "")
 
 
+OPERATOR = re.compile(r"\\(?:sum|prod|i+nt|lim|partial|det|text|operatorname)(?![a-z])")  # what it equals counts
+
+
 def parse(text: str, merge: bool = True) -> tuple:
     """The tree of a written answer; ("raw", text) where it cannot be read. merge: `1,000` may be one
     number."""
@@ -738,4 +751,7 @@ def parse(text: str, merge: bool = True) -> tuple:
     try:
         return Parser(tokenize(cleaned, merge=merge)).answer()
     except (Unreadable, IndexError, ZeroDivisionError):
+        head, _, rest = cleaned.rpartition("=")
+        if OPERATOR.search(head) and rest.count("{") == rest.count("}"):
+            return parse(rest, merge)
         return ("raw", re.sub(r"\s+|\\text|[{}]", "", cleaned))

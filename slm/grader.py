@@ -70,7 +70,7 @@ FIRST_FORMULA = re.compile(r"\$[^$]+\$(?!\s*(?:,|or|and\b(?! not)))(?=[^$]*$)")
 NUMBER = re.compile(r"(?:(?<![\w.)}\]])-)?(?<![\w.])\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?%?"
                     r"(?![a-zA-Z]*\d)")
 PLAIN_NUMBER = re.compile(r"[-+$\s\\]*\d[\d,]*(?:\.\d*)?(?:/\d+)?\s*\\?%?")
-ONE_FORMULA = re.compile(r"(?:(?!.*(?:\b(?:or|not|maybe)\b|n't))(?:.{0,200}?\b(?:is|are|get|have|find|equals)|"
+ONE_FORMULA = re.compile(r"(?:(?!.*(?:\b(?:or|not|maybe)\b|n't))(?:.{0,200}?\b(?:is|are|get|have|find)|"
                          r"(?:so|thus|hence|therefore|finally|then)\b[^$.]{0,40})\s*)?"
                          r"(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\])[a-z\s]{0,30}[.\s]*", re.I | re.S)
 FORMULA_START = re.compile(r"[a-zA-Z]\w?\s*(?:=|<|>|\\[lg]e)|[-+−\d.\\({\[$|√π±]|[\w()]+[.\s]*$")
@@ -197,7 +197,7 @@ def plain(node: Node) -> Node:
     """What an answer stands for: the result of a chain, the two values of ±, the only member of a list."""
     if node[0] == "rel":
         node = plain_relation(node)
-    if node[0] not in ("list", "set", "tuple", "matrix", "rel") and has(node, "±"):
+    if node[0] not in ("list", "set", "matrix", "rel") and has(node, "±"):
         return ("list", with_sign(node, 1), with_sign(node, -1))
     if node[0] in ("list", "set"):
         items: list[Node] = []
@@ -279,7 +279,7 @@ def same_units(a: Node, b: Node) -> bool:
     if a[0] == b[0] and a[2] and b[2]:
         (dims_a, factor_a), (dims_b, factor_b) = a[2], b[2]
         if factor_a != factor_b:
-            a, b = ("unit", ("*", ("n", factor_a), a[1])), ("unit", ("*", ("n", factor_b), b[1]))
+            a, b = (("unit", ("*", ("n", f), x[1])) for f, x in ((factor_a, a), (factor_b, b)))
         return dims_a == dims_b and same(a[1], b[1])
     return same(*(x[1] if x[0] == "unit" else x for x in (a, b)))
 
@@ -336,6 +336,10 @@ def region(node: Node, ends: list[Node], subjects: set[Node]) -> Node:
         ends += node[1:]
         return ("list", *(("tuple", "[", "]", x, x) for x in node[1:]))
     if kind == "rel":
+        left, *right = node[1]
+        if left[:2] == ("f", "abs") and left[2][0] == "s" and len(right) == 1:  # |x| < 2, |x| > 2
+            sides = [("rel", (left[2], right[0]), node[2]), ("rel", (("-", right[0]), left[2]), node[2])]
+            return region(("list" if node[2][0] in (">", ">=") else "meet", *sides), ends, subjects)
         subject = [n for n in node[1] if n[0] in ("s", "f") and {n[1], "f:" + n[1]} & letters(n)]
         if len(subject) != 1 or not COMPARE.keys() >= set(node[2]):
             raise Unreadable("not an interval")
@@ -491,6 +495,8 @@ def same_collections(a: Node, b: Node) -> bool:
     if "tuple" in kinds or any(("s", "ldots") in x for x in (a, b)):
         return "set" not in kinds and in_order(members(a), members(b))
     left, right = (distinct(x[1:]) if "set" in kinds else list(x[1:]) for x in (a, b))
+    if all(x[0] == "unit" and not x[2] for x in left + right):  # 3 red, 4 blue
+        left, right = ([("tuple", "(", ")", x[1], ("text", x[3])) for x in some] for some in (left, right))
     return len(left) == len(right) and matched(left, right)
 
 

@@ -356,7 +356,7 @@ def random_point(rng: random.Random, variables: list[str], whole: bool = False) 
     """Random rationals, or natural numbers that grow with the alphabet: n choose k."""
     if whole:
         return {n: Fraction(rng.randint(1, 40) + 40 * i) for i, n in enumerate(variables)}
-    return {n: Fraction(rng.randint(1, 9999), rng.randint(2, 99)) for n in variables}
+    return {n: Fraction(rng.randint(1, 9999), rng.randint(500, 2500)) for n in variables}
 
 
 def agree(a: tuple, b: tuple, variables: list[str], found: set[str], modes: tuple) -> bool:
