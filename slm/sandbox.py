@@ -17,6 +17,7 @@ of its time, its end and its isolation comes from outside it.
 import contextlib
 import json
 import os
+import secrets
 import select
 import shutil
 import socket
@@ -200,27 +201,23 @@ class _Pool:
 
     def __init__(self, workers: int, memory: int, output: int):
         self.owner, self.heard, self.to_say = os.getpid(), bytearray(), bytearray()
-        base = tempfile.mkdtemp(prefix="slm-sandbox-")
-        os.chmod(base, 0o755)
+        base = os.path.join(tempfile.gettempdir(), f"slm-sandbox-{secrets.token_hex(8)}")
         self.socket, theirs = socket.socketpair()
         plan = {"fd": theirs.fileno(), "workers": workers, "memory": memory, "output": output, "base": base}
         child = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sandbox_child.py")
-        log = os.path.join(base, "log")
-        with open(log, "wb") as said:
+        with tempfile.TemporaryFile("w+") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-s", "-P", "-B", "-X", "utf8", child, json.dumps(plan)], env=ENVIRONMENT,
                 cwd="/", pass_fds=[theirs.fileno()], start_new_session=True, stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=said)
-        theirs.close()
-        self.end = weakref.finalize(self, _end, self.socket, self.process, base, self.owner)
-        try:
-            hello = self.exchange(60)[0]
-        except (EOFError, ConnectionError, IndexError):
-            with open(log) as said:
-                raise RuntimeError(f"the sandbox did not start:\n{said.read()}") from None
+                stdout=subprocess.DEVNULL, stderr=log)
+            theirs.close()
+            self.end = weakref.finalize(self, _end, self.socket, self.process, base, self.owner)
+            try:
+                hello = self.exchange(60)[0]
+            except (EOFError, ConnectionError, IndexError):
+                log.seek(0)
+                raise RuntimeError(f"the sandbox did not start:\n{log.read()}") from None
         self.layers, self.refused = hello["layers"], hello["refused"]
-        if "namespaces" in self.layers:
-            shutil.rmtree(base)  # scratch folders are in memory then
 
     def exchange(self, wait: float) -> list[dict]:
         """Send what is to be said and return what has come, waiting at most `wait` seconds for something.

@@ -9,8 +9,8 @@
 
 The supervisor keeps spare runs waiting, so a program never waits for a fork. Not covered: what two runs can
 tell each other through timing, and holes in the system calls that stay allowed. With seccomp and Landlock
-alone, names and sizes of files outside can be seen (stat), their content can't, and no file's mode or time
-can be changed, a program's own included (so shutil.copy fails there).
+alone, the machine's name and names and sizes of files outside can be seen (stat), no file's content can, and
+no file's mode or time can be changed, a program's own included (so shutil.copy fails there).
 """
 
 import ast
@@ -42,7 +42,7 @@ sys.path.pop(0)
 
 CHANNEL = 200                     # a run's descriptor for its code and its error
 PRINTED_BYTES = 64 * layer.MB     # a program that prints more is stopped
-REPORT_BYTES = 64 * 1024          # what a run may say about its error
+REPORT_BYTES = 128 * 1024         # what a run may say about its error
 
 # Run once by the zygote: sympy imports and caches much of what programs need at first use.
 WARM_UP = """
@@ -190,13 +190,18 @@ def be_the_zygote(plan: dict, commands: socket.socket, proc: int | None) -> None
 
 
 def warm_up() -> None:
-    """Load what model code imports. Then keep the garbage collector off it: its marks would unshare pages."""
+    """Load what model code imports, with threads' locks for multiprocessing: its own need /dev/shm, and a run
+    has no other process. Then keep the garbage collector off it: its marks would unshare pages."""
     for name in ("numpy.random", "sympy", "fractions", "decimal", "statistics", "datetime", "itertools",
                  "functools", "cmath", "random", "dataclasses", "typing", "heapq", "bisect", "copy"):
         with contextlib.suppress(ImportError):
             __import__(name)
     with contextlib.suppress(ImportError):
         exec(WARM_UP, {})
+    locks = sys.modules["multiprocessing.synchronize"] = types.ModuleType("multiprocessing.synchronize")
+    locks.SEM_VALUE_MAX = 1 << 30
+    for name in "Lock", "RLock", "Condition", "Semaphore", "BoundedSemaphore", "Event", "Barrier":
+        setattr(locks, name, lambda *args, ctx=None, name=name: getattr(threading, name)(*args))
     libraries = (".zip", "-packages", "lib-dynload", os.path.dirname(os.__file__))
     sys.path[:] = ["", *[p for p in sys.path if p.endswith(libraries)]]
     layer.seccomp_filter(1)
@@ -434,7 +439,8 @@ class Supervisor:
             elif now >= run.deadline:
                 self.stop(run, f"Timeout: stopped after {run.job['timeout']:g} seconds")
             elif on_disk and not run.why and folder_size(run.scratch) > layer.SCRATCH_BYTES:
-                self.stop(run, f"DiskLimit: stopped after writing {layer.SCRATCH_BYTES // layer.MB} MB")
+                self.stop(run, f"DiskLimit: stopped after writing {layer.SCRATCH_BYTES // layer.MB} MB or "
+                               f"{layer.SCRATCH_FILES} files")
 
     def finish(self, run: Run, code: int, cpu: float) -> None:
         """A run is reaped: tell the caller its outcome."""
@@ -481,8 +487,10 @@ def verdict(run: Run, code: int, cpu: float) -> dict:
 
 
 def folder_size(folder: str) -> int:
+    """Bytes on disk, where a file takes at least so many that SCRATCH_FILES of them reach SCRATCH_BYTES."""
+    least = layer.SCRATCH_BYTES // layer.SCRATCH_FILES
     try:
-        return sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in os.scandir(folder))
+        return sum(max(least, e.stat(follow_symlinks=False).st_blocks * 512) for e in os.scandir(folder))
     except OSError:
         return 0
 
@@ -500,6 +508,8 @@ def main() -> None:
     if "namespaces" in plan["layers"]:
         proc = os.open("/proc", os.O_PATH)
         plan["drop_root"] = layer.enter_namespaces(plan["paths"])
+    else:
+        os.mkdir(plan["base"], 0o700)
     server = Supervisor(caller, supervisor, plan)
     server.say({"layers": plan["layers"], "refused": plan["refused"]})
     pid = os.fork()

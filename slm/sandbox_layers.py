@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import functools
 import os
-import platform
 import resource
 import signal
 import socket
@@ -57,7 +56,7 @@ prctl 157 167, tgkill 234 131, prlimit64 302 261, clone3 435 435, pivot_root 155
 umount2 166 39, unshare 272 97, setns 308 268, seccomp 317 277, mount_setattr 442 442,
 landlock_create_ruleset 444 444, landlock_add_rule 445 445, landlock_restrict_self 446 446
 """
-MACHINE = platform.machine()
+MACHINE = os.uname().machine
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}.get(MACHINE)
 
 
@@ -367,9 +366,9 @@ def find_layers(plan: dict) -> None:
     paths = plan["paths"] = library_paths()
     tries = {"namespaces": lambda: _try_namespaces(paths),
              "seccomp": lambda: (drop_privileges(), seccomp()),
-             "landlock": lambda: (drop_privileges(), landlock(paths, plan["base"], WRITE))}
+             "landlock": lambda: (drop_privileges(), landlock(paths, paths[0], WRITE))}
     if sys.platform == "darwin":
-        tries = {"seatbelt": lambda: seatbelt(paths, plan["base"])}
+        tries = {"seatbelt": lambda: seatbelt(paths, paths[0])}
     plan["refused"] = {name: said for name, action in tries.items() if (said := attempt(action))}
     plan["layers"] = [name for name in tries if name not in plan["refused"]]
     # The kernel counts a user's threads per user namespace; where runs have none, all the user's count.

@@ -79,6 +79,7 @@ ATTACKS = {
         if any(v in ('s3cret-0123456789abcdef', b's3cret-0123456789abcdef') for o in gc.get_objects()
                if type(o) in (dict, list) for v in (o if type(o) is list else list(o.values()))
                if type(v) in (str, bytes)): print('BREACH')""",
+    "read the machine's name": "import platform; print('BREACH' if NODE in (platform.node(), os.uname().nodename) else '')",
     # processes
     "start a program": "import subprocess; print('BREACH', subprocess.run(['/bin/echo', 'hi'], capture_output=True))",
     "start a shell": "r = os.system('true'); print('BREACH') if r == 0 else None",
@@ -180,6 +181,9 @@ ATTACKS = {
         with open('big', 'wb') as f:
             for _ in range(100): f.write(bytes(1 << 20))
         os.unlink('big'); print('BREACH')""",
+    "many files": """
+        for n in range(20000): open(f'file{n}', 'w').close()
+        print('BREACH')""",
     "raise a limit": """
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_CORE); resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
@@ -241,6 +245,8 @@ BENIGN = {
                     "[1, 2]\n"),
     "thread not joined": ("import threading, time\nthreading.Thread(target=lambda: (time.sleep(.05), print('late'))).start()",
                           "late\n"),
+    "thread pool of multiprocessing": ("from multiprocessing.pool import ThreadPool\nwith ThreadPool(2) as p: print(p.map(abs, [-1, 2]))", "[1, 2]\n"),
+    "multiprocessing's queue": ("from multiprocessing import Queue, Lock\nq = Queue()\nq.put(1)\nwith Lock(): print(q.get())", "1\n"),
     "asyncio": ("import asyncio\nasync def f(): await asyncio.sleep(.001); return 7\nasyncio.run(f())", "7\n"),
     "atexit": ("import atexit\natexit.register(print, 'bye')\nprint('hi')", "hi\nbye\n"),
     "exit": ("print(1)\nimport sys\nsys.exit()\nprint(2)", "1\n"),
@@ -302,7 +308,7 @@ class World:
         self.preamble = (
             "import ctypes, os, time\nlibc = ctypes.CDLL(None)\n"
             f"OUTSIDE, VICTIM, PORT, PARENT = {self.folder!r}, {self.victim.pid}, {port}, {os.getpid()}\n"
-            "SECRET_NAME = 'SLM_TEST_SECRET'\n"
+            f"SECRET_NAME, NODE = 'SLM_TEST_SECRET', {socket.gethostname()!r}\n"
             f"SHARED, VISIBLE = {self.folder!r} + '/shared', os.path.exists({self.folder!r})\n")
 
     def program(self, name: str) -> str:

@@ -4,7 +4,6 @@
 import importlib.util
 import json
 import os
-import platform
 import re
 import resource
 import signal
@@ -13,6 +12,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import types
 import venv
 from pathlib import Path
 
@@ -127,6 +127,7 @@ def test_holds_for_an_ordinary_user_and_where_a_layer_is_refused(full, ordinary,
     result = at_level(ordinary=ordinary, refuse=refused)
     if "namespaces" not in level:
         assert "PermissionError" in result["wrong"].pop("copy a file")[1], "modes: refused for all files or none"
+        result["breaches"].remove("read the machine's name")
     assert (result["uid"] == 0) == (os.getuid() == 0 and not ordinary)
     assert result["isolation"] == level
     assert (result["breaches"], result["wrong"]) == ([], {})
@@ -417,6 +418,7 @@ def test_output_is_bounded_on_the_way(pool):
 def test_long_errors_are_cut(pool):
     outcome = pool.run("raise ValueError('x' * 10**6)")
     assert len(outcome.error) < 1200 and len(outcome.traceback) < 9000 and "characters cut" in outcome.error
+    assert pool.run("raise ValueError('🙂' * 10**5)").error.startswith("ValueError: 🙂🙂")
 
 
 def test_numerical_libraries_use_one_thread(pool):
@@ -525,6 +527,31 @@ def test_nothing_is_left_however_the_caller_ends(end):
     caller.stdout.close()
 
 
+@LINUX
+@pytest.mark.parametrize("refused", [[], ["unshare"]])
+def test_nothing_is_left_when_the_caller_dies_as_it_starts(refused, tmp_path):
+    script = (f"import sys; sys.path[:0] = {[ROOT, ROOT + '/tests', ROOT + '/slm']!r}\n"
+              "import sandbox_corpus as corpus, sandbox_layers\ncorpus.layers = sandbox_layers\n"
+              f"corpus.refuse({refused!r})\nimport slm.sandbox\nprint(flush=True)\nslm.sandbox.Sandbox().run('1')")
+    for delay in 0.02, 0.15, 0.5:
+        caller = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                  env={**os.environ, "TMPDIR": str(tmp_path)})
+        caller.stdout.readline()
+        time.sleep(delay)
+        caller.kill()
+        caller.communicate()
+    deadline = time.monotonic() + 20
+    while (left := processes_of(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (left, os.listdir(tmp_path)) == (set(), [])
+
+
+def processes_of(folder: Path) -> set[int]:
+    """The sandbox's processes, of whichever caller, whose scratch folders go into `folder`."""
+    rows = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,args="], capture_output=True, text=True).stdout.split("\n")
+    return {int(row.split()[0]) for row in rows if "sandbox_child.py" in row and str(folder) in row}
+
+
 def test_a_fork_of_the_caller_gets_a_pool_of_its_own(pool):
     pool.run("1")
     reader, writer = os.pipe()
@@ -567,12 +594,10 @@ def test_a_pool_that_cant_start_runs_is_our_bug_and_says_why(tmp_path):
 def layers_for(machine: str):
     """sandbox_layers.py as it would be loaded on `machine`."""
     spec = importlib.util.spec_from_file_location(f"layers_{machine}", f"{ROOT}/slm/sandbox_layers.py")
-    module, real = importlib.util.module_from_spec(spec), platform.machine
-    platform.machine = lambda: machine
-    try:
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "uname", lambda: types.SimpleNamespace(machine=machine))
         spec.loader.exec_module(module)
-    finally:
-        platform.machine = real
     return module
 
 
