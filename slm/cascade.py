@@ -25,8 +25,9 @@ KEPT_TEXT = 20_000  # characters of a rejected answer
 
 @dataclass(frozen=True)
 class Teacher:
-    """One [[teacher]] of a cascade file. efforts: name -> ratio, one is drawn for each problem. Prices are
-    dollars per million tokens. workers: requests at once. timeout: seconds of one try."""
+    """One [[teacher]] of a cascade file. efforts: name -> ratio, one is drawn for each problem; with {} no
+    thinking in tags is asked for. Prices: dollars per million tokens. workers: requests at once. timeout:
+    seconds of one try."""
     name: str
     model: str
     base_url: str
@@ -34,7 +35,7 @@ class Teacher:
     key_env: str = ""
     attempts: int = 0            # 0: 3 in round 1, 5 in round 2
     temperatures: tuple = ()     # empty: TEMPERATURES; attempt after attempt, in a cycle
-    efforts: dict | None = None  # None: medium in round 1, high in round 2
+    efforts: dict | None = None  # not given: medium in round 1, high in round 2
     max_tokens: int = 4096
     workers: int = 32
     timeout: float = 600.0
@@ -84,10 +85,10 @@ def _teacher(row: dict, where: str) -> Teacher:
         raise BadInput(f"{where}: no {', '.join(sorted(missing))}")
     late = row.get("round", 1) > 1
     row = row | {"attempts": row.get("attempts") or (5 if late else 3),
-                 "efforts": row.get("efforts") or {"high" if late else "medium": 1},
+                 "efforts": row.get("efforts", {"high" if late else "medium": 1}),
                  "temperatures": tuple(row.get("temperatures") or TEMPERATURES[2 if late else 1])}
     bad = [e for e, ratio in row["efforts"].items() if e not in EFFORTS or not isinstance(ratio, int | float)]
-    if bad or not sum(row["efforts"].values()) > 0:
+    if bad or (row["efforts"] and not sum(row["efforts"].values()) > 0):
         raise BadInput(f"{where}: efforts = {row['efforts']}; expected ratios of {', '.join(EFFORTS)}")
     if not all(isinstance(t, int | float) and 0 <= t <= 2 for t in row["temperatures"]):
         raise BadInput(f"{where}: temperatures = {list(row['temperatures'])}; expected numbers from 0 to 2")
@@ -115,7 +116,7 @@ class Job:
 
     @property
     def effort(self) -> str | None:
-        if self.teacher.base_url == "self":
+        if not self.teacher.efforts:
             return None
         names, ratios = zip(*self.teacher.efforts.items())
         return random.Random(f"{self.seed} {self.problem.id} {self.teacher.round}").choices(names, ratios)[0]

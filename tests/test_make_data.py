@@ -217,6 +217,14 @@ def test_our_own_model_as_teacher(tmp_path, monkeypatch):
     assert all(row["predicted"] == row["gold"] for row in kept)
 
 
+def test_a_teacher_that_cannot_think_in_tags_is_asked_without(setup):
+    plain = lambda body, rng: by_number(0)(body, rng).split("</think>")[1]
+    with serve(plain, Faults()) as server:
+        kept, _, _ = setup(server.url, teachers=[{"name": "a", "model": "m", "efforts": {}}])
+    assert len(kept) == 27 and {row["prompt"] for row in kept} == {"solver/1"}
+    assert {row["effort"] for row in kept} == {None} and {row["thinking"] for row in kept} == {""}
+
+
 START = "[[teacher]]\nname = 'a'\nmodel = 'm'\nbase_url = 'u'\n"
 
 
