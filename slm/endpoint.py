@@ -13,12 +13,13 @@ finish "error". A server that cannot answer at all (bad key, unknown model, wron
 Not covered: streaming, images, function calling, log-probs. Imports no torch.
 """
 
+import contextlib
 import json
 import os
 import random
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from email.utils import parsedate_to_datetime
 from queue import Empty, SimpleQueue
 from urllib.parse import urlsplit
@@ -99,9 +100,8 @@ class Endpoint:
         self.limiter = Limiter(requests_per_minute, tokens_per_minute)
         self.counts: Counter[str] = Counter()
         self.workers = workers
-        self._jobs, self._threads = deque(), []
-        self._more = threading.Semaphore(0)     # one permit for each job in the deque
-        self._done: SimpleQueue = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._jobs, self._done = SimpleQueue(), SimpleQueue()
         self._closed = threading.Event()
         self._lock = threading.Lock()           # of counts, failed_in_row, mean_out
         self._dead: str | None = None
@@ -120,13 +120,12 @@ class Endpoint:
             raise ValueError("an Endpoint needs messages, not token ids")
         ticket, self._tickets = self._tickets, self._tickets + 1
         for sample in range(request.n):
-            self._jobs.append((ticket, sample, request))
+            self._jobs.put((ticket, sample, request))
             self._outstanding += 1
             if len(self._threads) < min(self.workers, self._outstanding):
                 thread = threading.Thread(target=self._work, daemon=True)
                 self._threads.append(thread)
                 thread.start()
-            self._more.release()
         return ticket
 
     def step(self) -> list[tuple[int, int, Reply]]:
@@ -149,24 +148,17 @@ class Endpoint:
     def close(self) -> None:
         """Drop what is queued. Requests on the wire end by themselves; their replies are not collected."""
         self._closed.set()
-        self._jobs.clear()
         self._outstanding = 0
-        for _ in self._threads:
-            self._more.release()
+        for _ in self._threads:  # wake those that wait for a job
+            self._jobs.put(None)
 
     # ---- a worker ----------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         with requests.Session() as session:
             session.trust_env = urlsplit(self.url).hostname not in ("localhost", "127.0.0.1", "::1")
-            while True:
-                self._more.acquire()
-                if self._closed.is_set():
-                    return
-                try:
-                    ticket, sample, request = self._jobs.popleft()
-                except IndexError:
-                    return
+            while (job := self._jobs.get()) and not self._closed.is_set():
+                ticket, sample, request = job
                 reply = self._answer(session, self.body(request, sample))
                 if reply:
                     if request.sampling.stop_at_box:
@@ -232,9 +224,7 @@ class Endpoint:
                         raise _Refused(f"a response over {LARGEST >> 20} MB")
                     if time.monotonic() > deadline:
                         raise _Again("timeout")
-        except requests.Timeout:
-            raise _Again("timeout") from None
-        except ReadTimeoutError:
+        except (requests.Timeout, ReadTimeoutError):
             raise _Again("timeout") from None
         except HTTPError:  # urllib3's word for a body that ends early or cannot be unpacked
             raise _Again("connection reset") from None
@@ -343,14 +333,8 @@ def _key(key_env: str | None, url: str) -> str | None:
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds to wait from a Retry-After header: a number or an HTTP date."""
-    if not value:
-        return 0.0
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return 0.0
+    """Seconds to wait from a Retry-After header, a number or an HTTP date; at most a day."""
+    for read_as in (float, lambda text: parsedate_to_datetime(text).timestamp() - time.time()):
+        with contextlib.suppress(ValueError, TypeError):
+            return min(86400.0, max(0.0, read_as(value)))
+    return 0.0

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 
-from slm import BadInput
+from slm import BadInput, endpoint
 from slm.endpoint import Endpoint, Limiter, read
 from slm.episode import Request, Sampling
 from slm.tiny.teacher import Faults, serve
@@ -141,6 +141,12 @@ def test_retry_after_is_honoured_by_all_workers(header):
         time.sleep(0.1)
         assert len(collect(endpoint, *(ask() for _ in range(8)))) == 9
     assert min(t for t, *_ in seen[1:]) - seen[0][0] >= 0.9
+
+
+@pytest.mark.parametrize("header, seconds", [
+    ("3", 3), ("-1", 0), ("soon", 0), (None, 0), ("inf", 86400), ("nan", 0), ("1e999", 86400)])
+def test_a_strange_retry_after_does_not_hang_or_break_a_worker(header, seconds):
+    assert endpoint._retry_after(header) == seconds
 
 
 def test_requests_a_minute_are_kept():
