@@ -36,6 +36,7 @@ from slm.grader import equal, extract
 OTHER = {"temperature": 0.7, "top_p": 0.9}                # a later attempt must be able to differ
 VOTE = {"temperature": 0.7, "top_p": 0.95, "top_k": 50}   # the report's decoding of runs 2 to 5
 CODING = {"stop": ("```output",), "stop_at_box": False}   # the sandbox writes the output, not the model
+ROLES = ("solver", "checker", "verifier", "summarizer")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
@@ -455,6 +456,12 @@ def workflow(name: str):
     return WORKFLOWS[name]
 
 
+def refuse_roles(option: str, roles) -> None:
+    for role in roles:
+        if role not in ROLES:
+            raise BadInput(f"{option}: no workflow has a role {role!r}; expected {', '.join(ROLES)}")
+
+
 def open_backend(args: argparse.Namespace):
     """(a Sampler or an Endpoint, role -> adapter name)."""
     if args.endpoint:
@@ -470,6 +477,7 @@ def open_backend(args: argparse.Namespace):
     with lora.off(model):  # what is active stays so afterwards, for the roles without an adapter of their own
         for given in args.adapter:
             role, _, folder = given.rpartition("=")
+            refuse_roles("--adapter", [role] if role else [])
             lora.load(model, checkpoint.resolve(folder), adapters.setdefault(role or "*", role or "all"))
     return Sampler(model, tokenizer), adapters
 
@@ -538,7 +546,7 @@ def answer_options(p, both):
     g.add_argument("--data", nargs="+", action=cli.Names, default=["tiny"], metavar="A,B",
                    help="names (tiny, tiny-unseen, gsm8k, math, math500, aime24, amc23, ...) or JSON lines "
                         "files (default tiny)")
-    g.add_argument("--split", default="test", help="train, test or unseen (default test)")
+    g.add_argument("--split", choices=("train", "test", "unseen"), default="test")
     g.add_argument("--limit", type=cli.positive, help=f"the first N problems of each set ({both('limit')})")
 
 

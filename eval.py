@@ -191,7 +191,9 @@ class Saved:
                 raise BadInput(f"{path} {missing}")
         self.settings = read_json(self.path / "settings.json")["settings"]
         self.rows = defaultdict(list)
-        for _, row in read_rows(self.path / "answers.jsonl"):
+        for line, row in read_rows(self.path / "answers.jsonl"):
+            if "data" not in row:
+                raise BadInput(f"{path}/answers.jsonl line {line}: not an answer of eval.py")
             self.rows[row["data"]].append(row)
 
     def problems(self, data: str) -> dict:
@@ -288,7 +290,7 @@ def options() -> argparse.ArgumentParser:
                    help="of agents.py (default solver: a single pass)")
     g.add_argument("--samples", type=cli.positive, default=1, metavar="K",
                    help="answers a problem (default 1)")
-    g.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    g.add_argument("--temperature", type=cli.number(0), default=0.0, help="0 is greedy (default)")
     g.add_argument("--max-tokens", type=cli.positive, help=f"new tokens of a reply ({both('max_tokens')})")
     g.add_argument("--batch", type=cli.positive, help="replies decoded at once (default 64, on a GPU 256)")
     cli.run_options(p, "runs/eval-<model>")

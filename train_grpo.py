@@ -64,23 +64,24 @@ def options():
                    help="problem sets or JSON lines files (default tiny; gsm8k for other models)")
     g.add_argument("--limit", type=cli.positive, help="only the first problems")
     g.add_argument("--workflow", default="solver", help="of agents.py (default solver: one answer)")
-    g.add_argument("--roles", help="train only these roles' tokens, with commas between (default all)")
+    g.add_argument("--roles", nargs="+", action=cli.Names, help="train only these roles (default all)")
     g = p.add_argument_group("sampling")
     g.add_argument("--batch", type=cli.positive, help=f"problems a step ({both('batch')})")
     g.add_argument("--samples", type=cli.positive, help=f"K, episodes a problem ({both('samples')})")
-    g.add_argument("--temperature", type=float, help=f"({both('temperature')})")
+    g.add_argument("--temperature", type=cli.number(0.01), help=f"({both('temperature')})")
     g.add_argument("--max-tokens", type=cli.positive, help=f"new tokens of a reply ({both('max_tokens')})")
-    g.add_argument("--no-box", type=float, default=-1.0,
+    g.add_argument("--no-box", type=cli.number(-1, 1), default=-1.0,
                    help="reward without a final box; the report's -0.5 pays for silence (default -1)")
     g = p.add_argument_group("objective")
     g.add_argument("--algorithm", choices=ALGORITHMS, default="grpo",
                    help="(default grpo; losses.py names the papers)")
-    g.add_argument("--kl", type=float, help=f"weight of the KL penalty ({both('kl')})")
+    g.add_argument("--kl", type=cli.number(0), help=f"weight of the KL penalty ({both('kl')})")
     g.add_argument("--kl-kind", choices=("k1", "k2", "k3"), default="k3", help="its estimator (default k3)")
     g.add_argument("--updates", type=cli.positive, default=1, help="optimizer steps a batch (default 1)")
     g = p.add_argument_group("optimization")
-    g.add_argument("--lr", type=float, help=f"learning rate ({both('lr')})")
-    g.add_argument("--steps", type=int, help=f"batches in all, 0: as the epochs give ({both('steps')})")
+    g.add_argument("--lr", type=cli.number(0), help=f"learning rate ({both('lr')})")
+    g.add_argument("--steps", type=lambda text: cli.positive(text, 0),
+                   help=f"batches in all, 0: as the epochs give ({both('steps')})")
     g.add_argument("--epochs", type=cli.positive, help=f"({both('epochs')})")
     adapter_options(g)
     common_options(p, g, both, "runs/grpo-<model>")
@@ -138,11 +139,10 @@ def rollout(problems, first_group: int, workflow, sampler, sandbox, step: int, a
 
 def scored(episodes, problems, args) -> list[Scored]:
     """Episodes -> rewards and token sequences (of the trained roles)."""
-    roles = args.roles.split(",") if args.roles else None
     result = []
     for i, episode in enumerate(episodes):
         reward, reason = judge(episode, problems[i // args.samples].gold, args.no_box)
-        records = [] if reward != reward else episode.records(roles)
+        records = [] if reward != reward else episode.records(args.roles)
         result.append(Scored(episode.group, reward, reason, [
             Sample(r.ids, r.mask, [p for p, m in zip(r.logprobs, r.mask) if m]) for r in records]))
     return result
@@ -235,8 +235,7 @@ def main(args):
     algorithm = ALGORITHMS[args.algorithm]
     args.quiet = cli.is_small(args.model)
     workflow = agents.workflow(args.workflow)
-    if args.temperature <= 0:
-        raise BadInput(f"--temperature {args.temperature}: exploring needs more than 0")
+    agents.refuse_roles("--roles", args.roles or ())
     if args.samples == 1 and algorithm.advantage not in ("batch", "none"):
         raise BadInput(f"--samples 1: {args.algorithm} compares a problem's samples and needs 2 or more")
     out = run.new_path(args.out, f"grpo-{name(args.model)}", args.resume)

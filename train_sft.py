@@ -46,12 +46,13 @@ def options():
     how.add_argument("--lora", action="store_true", help="a LoRA adapter (the default)")
     how.add_argument("--full", action="store_true", help="all weights")
     adapter_options(g)
-    g.add_argument("--dropout", type=float, help=f"on the adapter's input ({both('dropout')})")
+    g.add_argument("--dropout", type=cli.number(0, 0.99), help=f"on the adapter's input ({both('dropout')})")
     g = p.add_argument_group("optimization")
-    g.add_argument("--lr", type=float, help="learning rate (default LoRA 1e-4, full 5e-5; tiny 1e-2, 1e-3)")
+    g.add_argument("--lr", type=cli.number(0),
+                   help="learning rate (default LoRA 1e-4, full 5e-5; tiny 1e-2, 1e-3)")
     g.add_argument("--batch", type=cli.positive, help=f"sequences a step ({both('batch')})")
     g.add_argument("--epochs", type=cli.positive, help=f"({both('epochs')})")
-    g.add_argument("--weight-decay", type=float, help=f"({both('weight_decay')})")
+    g.add_argument("--weight-decay", type=cli.number(0), help=f"({both('weight_decay')})")
     common_options(p, g, both, "runs/sft-<model>-<lora or full>")
     return p
 
@@ -59,15 +60,17 @@ def options():
 def adapter_options(g):
     """LoRA's, in both trainers."""
     g.add_argument("--rank", type=cli.positive, default=16, help="LoRA rank (default 16)")
-    g.add_argument("--alpha", type=float, default=32.0, help="LoRA scale is alpha / rank (default 32)")
+    g.add_argument("--alpha", type=cli.number(0), default=32.0,
+                   help="LoRA scale is alpha / rank (default 32)")
     g.add_argument("--targets", choices=TARGETS, default="qkvo",
                    help="qkvo, or qv as in the report's runs (default qkvo)")
 
 
 def common_options(p, g, both, folder: str):
     """What both trainers take beside their own."""
-    g.add_argument("--warmup", type=float, help=f"share of the steps, then cosine ({both('warmup')})")
-    g.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default 1)")
+    g.add_argument("--warmup", type=cli.number(0, 1),
+                   help=f"share of the steps, then cosine ({both('warmup')})")
+    g.add_argument("--clip", type=cli.number(1e-9), default=1.0, help="largest gradient norm (default 1)")
     g.add_argument("--micro-tokens", type=cli.positive,
                    help=f"tokens in memory at once ({both('micro_tokens')})")
     g.add_argument("--recompute", action="store_true", help="less memory for a third more time")

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import errno
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -18,14 +19,10 @@ CANNOT_WRITE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQU
                 errno.ENOTDIR}
 
 
-class _Help(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=28, width=100)
-
-
 def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser that keeps the description's line breaks and refuses abbreviated options."""
-    return argparse.ArgumentParser(description=description, formatter_class=_Help, allow_abbrev=False)
+    shape = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100)
+    return argparse.ArgumentParser(description=description, formatter_class=shape, allow_abbrev=False)
 
 
 class Names(argparse.Action):
@@ -116,12 +113,18 @@ def _say(sentence) -> int:
     return 2
 
 
-def positive(text: str) -> int:
+def positive(text: str, least: int = 1) -> int:
     """argparse type: a whole number of 1 or more."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return number
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+    return int(text)
+
+
+def number(low: float, high: float = math.inf):
+    """argparse type: a number from low to high."""
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= (value := float(text)) <= high and math.isfinite(value):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
+    return read

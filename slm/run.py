@@ -169,7 +169,7 @@ def cut_after(log: Path, step: int) -> None:
 
 def new_path(out: str | None, default: str, resume: bool) -> Path:
     """--out, or the first free one of runs/<default>, runs/<default>-2, ...; to resume, the last used."""
-    if out is not None:
+    if out:
         return Path(out)
     n, path = 1, Path("runs") / default
     while (following := path if n == 1 else path.with_name(f"{default}-{n}")).exists():

@@ -90,6 +90,17 @@ def test_unknown_and_abbreviated_options_and_bad_values_are_refused(call, script
         refused(call(script, *words.split()), "|".join(map(re.escape, words.split())))
 
 
+@pytest.mark.parametrize("script, cases", [
+    ("train_sft.py", "--lr nan|--lr -1|--alpha nan|--warmup 2|--clip 0|--weight-decay -1|--dropout 2"),
+    ("train_grpo.py", "--lr inf|--kl -1|--temperature nan|--no-box nan|--steps -1|--roles nobody"),
+    ("agents.py", "--split foo"), ("eval.py", "--temperature -1|--temperature nan|--split foo")])
+def test_numbers_and_names_that_make_no_sense_are_refused(call, tmp_path, script, cases):
+    data = rows(tmp_path / "good.jsonl", GOOD)
+    for case in cases.split("|"):
+        name, value = case.split()
+        refused(call(script, *WITH_MODEL[script], "--data", data, name, value), f"{name}.*{value}")
+
+
 @pytest.mark.parametrize("script", ["train_sft.py", "train_grpo.py", "agents.py", "eval.py"])
 def test_several_data_sets_are_named_with_commas_or_spaces(call, tmp_path, script):
     a, b = (rows(tmp_path / f"{name}.jsonl", GOOD, GOOD) for name in "ab")
