@@ -34,7 +34,7 @@ from slm.endpoint import Endpoint
 from slm.episode import Job, Sampling, run_episodes, seed_of, user
 from slm.files import as_lines, read_json, write_json, write_whole
 from slm.grader import grade
-from slm.problems import load, load_all
+from slm.problems import fingerprint, load, load_all
 
 TESTS = ("gsm8k", "math500", "aime24", "amc23")  # no record may overlap these
 HERE = Path(__file__).parent
@@ -148,7 +148,7 @@ def main(args):
     prices = {t.name: (t.price_in, t.price_out) for t in teachers}
     identity = {"data": args.data, "seed": args.seed, "teachers": [t.identity for t in teachers]}
     with contextlib.ExitStack() as stack:
-        out = open_run(args, "data", identity, stack)
+        out = open_run(args, "data", identity, problems, stack)
         kept, rejected = (records.Journal(out / f"{name}.jsonl") for name in ("records", "rejected"))
         attempts = lambda: itertools.chain(kept, rejected)
         progress, counts = cascade.Progress(teachers), Counter(kept=0)
@@ -238,7 +238,7 @@ def choose(args) -> tuple[list, list, dict[str, dict]]:
     return problems, [p for p in problems if p.id not in dropped], dropped
 
 
-def open_run(args, kind: str, identity: dict, stack) -> Path:
+def open_run(args, kind: str, identity: dict, problems: list, stack) -> Path:
     """The run directory, new or of the same identity, and ours until the stack unwinds."""
     name = lambda path: path.parent.name if path.stem in ("train", "test") else path.stem
     out = Path(args.out or f"runs/{kind}-{'-'.join(name(Path(data)) for data in args.data)}")
@@ -253,7 +253,8 @@ def open_run(args, kind: str, identity: dict, stack) -> Path:
         print(f"going on in {out}")
     else:
         write_json(path, {"command": shlex.join(sys.argv), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-                          "settings": identity, "versions": {"python": sys.version.split()[0]}})
+                          "settings": identity, "data": fingerprint(problems),
+                          "versions": {"python": sys.version.split()[0]}})
     cli.show(vars(args) | {"out": out})
     return out
 
@@ -335,7 +336,7 @@ def make_verifier(args) -> None:
     known = {p.id: p for p in asked}
     identity = {"data": args.data, "seed": args.seed, "model": args.model, "samples": args.samples}
     with contextlib.ExitStack() as stack:
-        out = open_run(args, "verifier", identity, stack)
+        out = open_run(args, "verifier", identity, problems, stack)
         journal = records.Journal(out / "samples.jsonl")
         done = {(row["id"], row["sample"]) for row in journal}
         jobs = [Job(p.id, p.question, with_python if k % 2 else with_text, sample=k)
