@@ -78,9 +78,8 @@ def _ranges(lengths: list[int]) -> Tensor:
 class KVCache:
     """Keys and values of `slots` sequences of up to `length` tokens: per layer k and v (slots, K, length, E).
 
-    On a CPU the keys lie in memory as (slots, K, E, length): scores are then a row-major product, twice as
-    fast in bfloat16. What nothing was written to is zero, never NaN: it is multiplied by attention weights of
-    0. spare: columns behind `length`, where rows that only fill up a recorded batch may write.
+    What nothing was written to is zero, never NaN: it is multiplied by attention weights of 0. spare: columns
+    behind `length`, where rows that only fill up a recorded batch may write.
     """
 
     def __init__(self, config: Config, device="cpu", dtype=torch.float32):
@@ -92,21 +91,19 @@ class KVCache:
     def clear(self) -> None:
         """Give all memory back."""
         self.slots = self.length = 0
-        self.k, self.v = [self._zeros(keys=True)] * self.layers, [self._zeros()] * self.layers
+        self.k, self.v = [self._zeros()] * self.layers, [self._zeros()] * self.layers
 
-    def _zeros(self, keys: bool = False) -> Tensor:
-        length = self.length + self.spare
-        if keys and self.device.type == "cpu":
-            return torch.zeros(self.slots, self.heads, self.size, length, dtype=self.dtype).transpose(2, 3)
-        return torch.zeros(self.slots, self.heads, length, self.size, dtype=self.dtype, device=self.device)
+    def _zeros(self) -> Tensor:
+        shape = self.slots, self.heads, self.length + self.spare, self.size
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def resize(self, slots: int, length: int) -> None:
         """Change the capacity, one layer after the other; what fits into the new one is kept."""
         s, n = min(self.slots, slots), min(self.length, length)
         self.slots, self.length = slots, length
-        for tensors, keys in ((self.k, True), (self.v, False)):
+        for tensors in (self.k, self.v):
             for layer, old in enumerate(tensors):
-                tensors[layer] = self._zeros(keys)
+                tensors[layer] = self._zeros()
                 tensors[layer][:s, :, :n] = old[:s, :, :n]
 
     def copy(self, source: int, targets: list[int], n: int) -> None:
@@ -115,11 +112,10 @@ class KVCache:
             for target in targets:
                 x[target, :, :n] = x[source, :, :n]
 
-    def swap(self, a: int, b: int, n: int) -> None:
-        """Exchange the first n tokens of two slots."""
-        if a != b:
-            for x in self.k + self.v:
-                x[[a, b], :, :n] = x[[b, a], :, :n]
+    def move(self, sources: list[int], targets: list[int], n: int) -> None:
+        """Put the first n tokens of each source slot into its target, all at once."""
+        for x in self.k + self.v:
+            x[targets, :, :n] = x[sources, :, :n]
 
 
 class Prefill:
@@ -148,7 +144,7 @@ class Prefill:
         for (slot, start, n), new, seen in zip(self.segments, news, self.seen):
             span = slice(slot, slot + 1), slice(None), slice(start + n)
             out.append(F.scaled_dot_product_attention(
-                new.transpose(0, 1)[None], keys[span].contiguous(), values[span], attn_mask=seen,
+                new.transpose(0, 1)[None], keys[span], values[span], attn_mask=seen,
                 enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1))
         return torch.cat(out)
 
@@ -159,9 +155,12 @@ class Decode:
     they lie. longest: above every position, for callers that know it without asking the device."""
 
     def __init__(self, cache: KVCache, positions: Tensor, longest: int):
-        self.cache, self.positions = cache, positions
+        self.cache = cache
         self.span = min(-(-longest // 64) * 64, cache.length)
-        self.rows = torch.arange(len(positions), device=cache.device)
+        if cache.device.type == "cpu" and cache.length < 2 * self.span:
+            self.span = cache.length  # bfloat16 products copy what they don't read whole
+        rows = torch.arange(len(positions) * cache.heads, device=cache.device)
+        self.places = rows * (cache.length + cache.spare) + positions.repeat_interleave(cache.heads)
         unseen = torch.arange(self.span, device=cache.device) > positions[:, None]
         bias = torch.zeros(unseen.shape, dtype=cache.dtype, device=cache.device)
         bias = bias.masked_fill_(unseen, -torch.inf)
@@ -169,8 +168,8 @@ class Decode:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.k[layer], self.cache.v[layer]
-        keys[self.rows, :, self.positions] = k
-        values[self.rows, :, self.positions] = v
+        keys.view(-1, k.shape[-1]).index_copy_(0, self.places, k.flatten(0, 1))
+        values.view(-1, v.shape[-1]).index_copy_(0, self.places, v.flatten(0, 1))
         keys, values = (x[:len(q), :, :self.span].flatten(0, 1) for x in (keys, values))  # (B K, L, E)
         queries = q.reshape(len(keys), -1, q.shape[-1])                                   # (B K, H / K, E)
         scores = torch.baddbmm(self.bias, queries, keys.transpose(1, 2), alpha=q.shape[-1] ** -0.5)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from slm import BadInput
 from slm.attention import Packed
 from slm.checkpoint import SafeTensors, atomic_directory, check_tensors, write_safetensors
-from slm.model import Qwen2
+from slm.model import Linear, Qwen2
 from slm.tokenizer import read_json
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -56,7 +56,7 @@ class State:
         self.active: str | dict[str, Tensor] | None = None
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """A linear layer with adapters. It takes over the parameters of the layer it replaces, names included."""
 
     def __init__(self, base: nn.Linear, state: State):
@@ -66,16 +66,17 @@ class LoRALinear(nn.Linear):
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.backups: dict[str, Tensor] = {}  # the weight before each merge
 
-    def forward(self, x: Tensor) -> Tensor:
-        y, active = F.linear(x, self.weight, self.bias), self.state.active
+    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
+        """y = W x with the adapters applied that are active, each to its tokens."""
+        active = self.state.active
         if isinstance(active, str):
-            return self.adapt(active, x, y) if active in self.lora_A else y
+            return self.add(active, x, y) if active in self.lora_A else y
         for name, tokens in (active or {}).items():
             if name in self.lora_A:
-                y = y.index_copy(0, tokens, self.adapt(name, x[tokens], y[tokens]))
+                y = y.index_copy(0, tokens, self.add(name, x[tokens], y[tokens]))
         return y
 
-    def adapt(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """y + s B A x, for x (T, in) and y (T, out)."""
         spec, A, B = self.state.specs[name], self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
         if self.training:

@@ -92,17 +92,17 @@ class Config:
 
 def rope(positions: Tensor, theta: float, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (T, 1, E), of the angles position * theta^(-2i/E), i = 0 .. E/2-1, twice in a
-    row. The angles are float32 whatever the model's dtype: bfloat16 would round position 4,095 to 4,096."""
+    row, the first sines negated for `rotate`. The angles are float32 whatever the model's dtype: bfloat16
+    would round position 4,095 to 4,096."""
     frequency = 1.0 / theta ** (torch.arange(0, size, 2, device=positions.device).float() / size)
     angle = positions.float()[:, None, None] * frequency
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x_i, x_{i+E/2}) of x (T, heads, E) by their angles."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 
 class RMSNorm(nn.Module):
@@ -111,34 +111,83 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
 
-class Attention(nn.Module):
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adapt(x, product(x, self.weight, self.bias))
+
+    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
+        """What adapters make of the layer's output; see lora.py."""
+        return y
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W' + bias. On a CPU a bfloat16 product repacks its second factor at each call. Where that is a good
+    part of the work, for some dozens of rows, (W x')' is faster: x is the smaller one."""
+    if x.is_cpu and x.dtype == torch.bfloat16 and 16 < len(x) <= 256 and not torch.is_grad_enabled():
+        x = x.t()
+        return (torch.mm(weight, x) if bias is None else torch.addmm(bias[:, None], weight, x)).t()
+    return F.linear(x, weight, bias)
+
+
+class Joint(nn.Module):
+    """Linear layers of one input. Without gradients they are one product, once `Qwen2.join` has put their
+    weights side by side in memory."""
+    joint: tuple[Tensor, Tensor | None] | None = None
+
+    def products(self, x: Tensor, *layers: Linear) -> list[Tensor]:
+        if torch.is_grad_enabled() or not self.joined(*layers):
+            return [layer(x) for layer in layers]
+        parts = product(x, *self.joint).split([layer.out_features for layer in layers], -1)
+        return [layer.adapt(x, y) for layer, y in zip(layers, parts)]
+
+    def joined(self, *layers: Linear) -> bool:
+        """False again where the model was moved or given other parameters."""
+        at = 0 if self.joint is None else self.joint[0].data_ptr()
+        for layer in layers if at else ():
+            at = layer.weight.data_ptr() == at and at + layer.weight.nbytes
+        return bool(at)
+
+    def join(self, *layers: Linear) -> None:
+        """Values stay the same, and so do the parameters: only where they lie changes."""
+        if self.joined(*layers):
+            return
+        self.joint = ()
+        for name in ("weight", "bias"):
+            old = [getattr(layer, name) for layer in layers]
+            new = None if old[0] is None else torch.cat([p.data for p in old])
+            self.joint += (new,)
+            for p, part in zip(old, () if new is None else new.split([len(p) for p in old])):
+                p.data = part
+
+
+class Attention(Joint):
     def __init__(self, c: Config, index: int):
         super().__init__()
         self.index, self.head_size = index, c.head_size
-        self.q_proj = nn.Linear(c.hidden, c.heads * c.head_size, bias=c.bias)
-        self.k_proj = nn.Linear(c.hidden, c.kv_heads * c.head_size, bias=c.bias)
-        self.v_proj = nn.Linear(c.hidden, c.kv_heads * c.head_size, bias=c.bias)
-        self.o_proj = nn.Linear(c.heads * c.head_size, c.hidden, bias=False)
+        self.q_proj = Linear(c.hidden, c.heads * c.head_size, bias=c.bias)
+        self.k_proj = Linear(c.hidden, c.kv_heads * c.head_size, bias=c.bias)
+        self.v_proj = Linear(c.hidden, c.kv_heads * c.head_size, bias=c.bias)
+        self.o_proj = Linear(c.heads * c.head_size, c.hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (-1, self.head_size)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, (-1, self.head_size))
+                   for y in self.products(x, self.q_proj, self.k_proj, self.v_proj))
         return self.o_proj(attend(self.index, rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2))
 
 
-class MLP(nn.Module):
+class MLP(Joint):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden, c.intermediate, bias=False)
-        self.up_proj = nn.Linear(c.hidden, c.intermediate, bias=False)
-        self.down_proj = nn.Linear(c.intermediate, c.hidden, bias=False)
+        self.gate_proj = Linear(c.hidden, c.intermediate, bias=False)
+        self.up_proj = Linear(c.hidden, c.intermediate, bias=False)
+        self.down_proj = Linear(c.intermediate, c.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.products(x, self.gate_proj, self.up_proj)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Layer(nn.Module):
@@ -167,7 +216,7 @@ class Qwen2(nn.Module):
             "layers": nn.ModuleList(Layer(config, i) for i in range(config.layers)),
             "norm": RMSNorm(config.hidden, config.norm_eps)})
         if not config.tied:
-            self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
+            self.lm_head = Linear(config.hidden, config.vocab, bias=False)
 
     def forward(self, ids: Tensor, positions: Tensor, attend) -> Tensor:
         """ids (T,), positions (T,) -> hidden states after the last norm (T, D). Not logits: (T, V) would be
@@ -180,6 +229,13 @@ class Qwen2(nn.Module):
             else:
                 x = layer(x, cos, sin, attend)
         return self.model.norm(x)
+
+    def join(self) -> None:
+        """Put weights that multiply the same input side by side in memory: faster to sample from on a CPU."""
+        for layer in self.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            attention.join(attention.q_proj, attention.k_proj, attention.v_proj)
+            mlp.join(mlp.gate_proj, mlp.up_proj)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, D) -> (N, V) in the model's dtype."""

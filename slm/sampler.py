@@ -86,6 +86,9 @@ class Sampler:
         self.model, self.tokenizer = model, tokenizer
         self.device = next(model.parameters()).device
         cuda, small = self.device.type == "cuda", model.config.hidden <= 256
+        if self.device.type == "cpu" and not hasattr(model, "unshard"):  # FSDP keeps its own places
+            model.join()
+        self.threads = 1 if small and not cuda else None  # waking another takes longer than its half
         self.max_batch = max_batch or (256 if cuda or small else 64)
         self.cache = KVCache(model.config, self.device, next(model.parameters()).dtype)
         free = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else 2 << 30
@@ -145,13 +148,17 @@ class Sampler:
         if self.model.training:  # no dropout here; training mode comes back once nothing is pending
             self.model.eval()
             self.training = True
+        before = torch.get_num_threads()
         try:
             with torch.inference_mode():
                 self._admit()
+                torch.set_num_threads(self.threads or before)
                 if self.running:
                     self._decode()
         except RuntimeError as e:
             self._shrink(e)
+        finally:
+            torch.set_num_threads(before)
         self.steps += 1
         done, self.finished = self.finished, []
         if self.training and not self.pending:
@@ -293,14 +300,19 @@ class Sampler:
 
     def _leave(self) -> None:
         """Take the finished rows out of the batch; the last running rows move into their slots."""
-        for i in reversed(range(self.running)):
+        order, before = list(range(self.running)), self.running
+        for i in reversed(range(before)):
             row = self.slots[i]
             if row.finish:
                 self.running -= 1
-                self.cache.swap(i, self.running, max(len(row.tokens), len(self.slots[self.running].tokens)))
-                self.slots[i], self.slots[self.running] = self.slots[self.running], row
+                order[i], order[self.running] = order[self.running], order[i]
                 row.used, self.controls = self.steps, None
                 self.finished.append(row)
+        targets = [i for i in range(before) if order[i] != i]
+        if targets:
+            self.cache.move([order[i] for i in targets], targets,
+                            max(len(self.slots[i].tokens) for i in targets))
+        self.slots[:before] = [self.slots[i] for i in order]
 
     def _requeue(self, row: Row) -> None:
         """Send a row back to the head of the waiting line."""

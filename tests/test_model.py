@@ -123,6 +123,31 @@ def test_configs_of_other_models_are_refused_by_name(change, named):
         Config.from_hf(config | change)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_joining_weights_keeps_parameters_and_values(random_model, dtype, bias):
+    model, ids = random_model(dtype=dtype, bias=bias), torch.arange(40)
+    parameters, values = list(model.parameters()), [p.clone() for p in model.parameters()]
+    with torch.no_grad():
+        before = logits(model, ids).float()
+        model.join()
+        assert all(a is b and torch.equal(a, c) for a, b, c in zip(parameters, model.parameters(), values))
+        assert (logits(model, ids) - before).abs().max() < 0.05 * before.abs().max()
+        for p in parameters:  # an optimizer step is seen at once
+            p.mul_(1.5)
+        again = random_model(dtype=dtype, bias=bias)
+        again.load_state_dict(model.state_dict())
+        assert torch.allclose(logits(model, ids).float(), logits(again, ids).float(), rtol=0.05, atol=0.05)
+
+
+def test_a_joined_model_that_moves_is_still_right(random_model):
+    model, ids = random_model(), torch.arange(40)
+    with torch.no_grad():
+        before = logits(model, ids)
+        model.join()
+        assert (logits(model.double(), ids) - before).abs().max() < 1e-4
+
+
 def test_config_round_trip():
     for tied, bias in ((True, True), (False, False)):
         config = Config(97, 32, 64, 2, 4, 2, 8, positions=77, rope_theta=123.0, tied=tied, bias=bias)
