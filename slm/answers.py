@@ -737,7 +737,7 @@ def clock(text: str) -> tuple | None:
     return ("time", int(m[1]) * 3600 + int(m[2] or 0) * 60 + int(m[3] or 0), m[4][0].lower() if m[4] else "")
 
 
-OPERATOR = re.compile(r"\\(?:sum|prod|i+nt|lim|partial|det|text|operatorname)(?![a-z])")  # what it equals counts
+OPERATOR = re.compile(r"\\(?:sum|prod|i+nt|lim|partial|det|text|operatorname)(?![a-z])")  # its value counts
 
 
 def parse(text: str, merge: bool = True) -> tuple:

@@ -13,6 +13,7 @@ import random
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from decimal import (
     Context,
     Decimal,
@@ -27,7 +28,7 @@ from fractions import Fraction
 
 from slm.answers import Unreadable, children
 
-MAX_BITS, MAX_FACTORIAL, MAX_SPAN, MAX_STEPS = 30_000, 3000, 1500, 3000
+MAX_BITS, MAX_FACTORIAL, MAX_SPAN, MAX_STEPS = 30_000, 3000, 1500, 9000
 UNDEFINED = (ZeroDivisionError, DecimalException, OverflowError, ValueError)
 ZERO, MINUS = Decimal(0), Fraction(-1)
 PLAIN = (False, False, False)  # modes of an Evaluator: do degrees count, do percents, is log to base 10
@@ -35,6 +36,19 @@ PLAIN = (False, False, False)  # modes of an Evaluator: do degrees count, do per
 SIGNS = ("%", "deg", "!")
 
 Value = Fraction | tuple[Decimal, Decimal]  # a rational, or the real and imaginary part of what is not
+
+
+BUDGET: ContextVar[list[int] | None] = ContextVar("budget", default=None)
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """All comparisons of one answer share one budget of steps."""
+    token = BUDGET.set([MAX_STEPS])
+    try:
+        yield
+    finally:
+        BUDGET.reset(token)
 
 
 @contextmanager
@@ -164,9 +178,10 @@ class Evaluator:
     """The value of a tree at a point {letter: Fraction}. `span` is the largest decimal exponent met, in
     size."""
 
-    def __init__(self, point: dict[str, Fraction], degree: bool, percent: bool, log10: bool, real=False):
-        self.point, self.degree, self.percent, self.log10, self.real = point, degree, percent, log10, real
-        self.span, self.steps, self.known_pi = 0, MAX_STEPS, None
+    def __init__(self, point: dict[str, Fraction], modes: tuple = PLAIN, real=False, budget=None):
+        self.point, self.real, self.budget = point, real, budget or [MAX_STEPS]
+        self.degree, self.percent, self.log10 = modes
+        self.span, self.known_pi = 0, None
 
     @property
     def pi(self) -> Decimal:
@@ -174,9 +189,12 @@ class Evaluator:
         return self.known_pi
 
     def work(self, steps: int) -> None:
-        self.steps -= steps
-        if self.steps < 0:
+        self.budget[0] -= steps
+        if self.budget[0] < 0:
             raise Unreadable("too much work")
+
+    def transcendental(self) -> None:
+        self.work(30 * (getcontext().prec // 60) ** 2)
 
     def __call__(self, node: tuple) -> Value:
         self.work(1)
@@ -219,8 +237,11 @@ class Evaluator:
     def letter(self, name: str) -> Value:
         if name == "i":
             return ZERO, Decimal(1)
-        if name in ("pi", "e"):
-            return self.pi if name == "pi" else Decimal(1).exp(), ZERO
+        if name == "pi":
+            return self.pi, ZERO
+        if name == "e":
+            self.transcendental()
+            return Decimal(1).exp(), ZERO
         if name not in self.point:
             raise Unreadable(f"no value for {name}")
         return self.point[name]
@@ -242,7 +263,7 @@ class Evaluator:
                 return inverse(out) if n < 0 else out
         if not any(parts(base)):
             raise ZeroDivisionError
-        self.work(20)
+        self.transcendental()
         return exp(mul(exponent, log(base, self.pi)), self.pi)
 
     def root(self, value: Value, n: int) -> Value:
@@ -258,13 +279,17 @@ class Evaluator:
             if value >= 0 and top is not None and low is not None:
                 return Fraction(top, low)
         re, im = parts(value)
+        if im or n > 2:
+            self.transcendental()
         if not im and (re >= 0 or n % 2):
             size = abs(re).sqrt() if n == 2 else abs(re) ** (1 / Decimal(n)) if re else re
             return size.copy_sign(re), ZERO
         return exp(mul(Fraction(1, n), log(value, self.pi)), self.pi)
 
     def function(self, name: str, args: tuple) -> Value:
-        self.work(40)
+        self.work(20)
+        if name not in ("root", "abs", "floor", "ceil"):
+            self.transcendental()
         degree, self.degree = self.degree, self.degree or name in ("sin", "cos")
         values = [self(a) for a in args]
         self.degree = degree
@@ -323,18 +348,18 @@ def number(node: tuple, digits: int = 40) -> Fraction | Decimal | None:
     """The real value of a tree without letters; None where there is none within the bounds."""
     try:
         with precision(digits):
-            return real(Evaluator({}, *PLAIN)(node))
+            return real(Evaluator({})(node))
     except (Unreadable, *UNDEFINED):
         return None
 
 
-def zero_at(a: tuple, b: tuple, point: dict, modes: tuple) -> bool | None:
+def zero_at(a: tuple, b: tuple, point: dict, modes: tuple, real: bool, budget: list) -> bool | None:
     """Is a - b zero here? None where it is undefined. At 60 digits; where the sizes met leave that undecided,
     once more at a precision above twice their span."""
     digits, span = 60, None
     while True:
         with precision(digits):
-            value = Evaluator(point, *modes)
+            value = Evaluator(point, modes, real, budget)
             try:
                 x, y = value(a), value(b)
                 if isinstance(x, Fraction) and isinstance(y, Fraction):
@@ -359,11 +384,11 @@ def random_point(rng: random.Random, variables: list[str], whole: bool = False) 
     return {n: Fraction(rng.randint(1, 9999), rng.randint(500, 2500)) for n in variables}
 
 
-def agree(a: tuple, b: tuple, variables: list[str], found: set[str], modes: tuple) -> bool:
+def agree(a: tuple, b: tuple, variables: list[str], found: set[str], modes: tuple, budget: list) -> bool:
     """Equality at three random points or more: natural ones where factorials occur; and where roots or
     logarithms do, no difference at negative ones with real values."""
     if not variables:
-        return bool(zero_at(a, b, {}, modes))
+        return bool(zero_at(a, b, {}, modes, False, budget))
     rng, agreed = random.Random("".join(sorted((repr(a), repr(b))))), 0
     roots, whole = bool(found & {"f:root", "f:ln", "f:log", "f:log10"}), bool(found & {"!", "f:binom"})
     for attempt in range(6):
@@ -371,7 +396,7 @@ def agree(a: tuple, b: tuple, variables: list[str], found: set[str], modes: tupl
         real = roots and attempt > 2
         if not whole and (real if roots else attempt):
             point = {n: -v if attempt == 1 or rng.random() < 0.5 else v for n, v in point.items()}
-        verdict = zero_at(a, b, point, (*modes, real))
+        verdict = zero_at(a, b, point, modes, real, budget)
         if verdict is False:
             return False
         agreed += verdict is True
@@ -395,8 +420,9 @@ def equal_values(a: tuple, b: tuple) -> bool:
     if "f:log" in found:
         modes.append((False, False, True))
     variables = sorted(n for n in found if n[:2] != "f:" and n not in SIGNS)
+    budget = BUDGET.get() or [MAX_STEPS]
     try:
-        return any(agree(a, b, variables, found, mode) for mode in modes)
+        return any(agree(a, b, variables, found, mode, budget) for mode in modes)
     except (Unreadable, *UNDEFINED):
         return False
 
@@ -411,7 +437,7 @@ def proportional(a: tuple, b: tuple, positive: bool = False) -> bool:
         for _ in range(3):
             p, q = (random_point(rng, variables) for _ in range(2))
             with precision(60):
-                ap, aq, bp, bq = (Evaluator(at, *PLAIN)(x) for x in (a, b) for at in (p, q))
+                ap, aq, bp, bq = (Evaluator(at)(x) for x in (a, b) for at in (p, q))
                 left, right = mul(ap, bq), mul(aq, bp)
                 gap, size = max(map(abs, parts(add(left, mul(MINUS, right))))), max(map(abs, parts(left)))
                 if gap > (0 if isinstance(left, Fraction) else size.scaleb(-35)) or not size:

@@ -197,6 +197,17 @@ def test_hostile_golds_are_bounded_too():
         assert seconds(lambda text=text: equal(text[:5000], text[:5000] + "1")) < 0.05
 
 
+def test_comparisons_that_need_many_digits_are_bounded():
+    huge = [rf"e^{{300}}+\sqrt{{{i}}}" for i in range(100, 112)]
+    open_ended, half_open = (r"\cup".join(f"{end}{i},{i + 1})" for i in range(60)) for end in "([")
+    pairs = [(r"\ln 2+10^{1400}", r"\ln 3+10^{1400}"), (r"e^{3000}+\sqrt2", r"\sqrt3+e^{3000}"),
+             (r"e^{e^{e^x}}", r"0+e^{e^{e^x}}"), ("(n!)!", "0+(n!)!"), (open_ended, half_open),
+             (r"\sqrt{2}^{4000}+\sqrt3^{x}", r"1+\sqrt{2}^{4000}+\sqrt3^{x}"),
+             (r"\{" + ",".join(huge) + r"\}", r"\{" + "+0,".join(huge) + r"+0\}")]
+    for a, b in pairs:
+        assert seconds(lambda a=a, b=b: equal(a, b)) < 0.05, a
+
+
 def test_model_text_is_not_executed(tmp_path):
     mark = tmp_path / "mark"
     codes = (f'__import__("os").system("touch {mark}")', f'open("{mark}", "w")', f"exec('open({mark!r}, 1)')")
