@@ -151,9 +151,9 @@ def main(args):
         out = open_run(args, "data", identity, problems, stack)
         kept, rejected = (records.Journal(out / f"{name}.jsonl") for name in ("records", "rejected"))
         attempts = lambda: itertools.chain(kept, rejected)
-        progress, counts = cascade.Progress(teachers), Counter(kept=0)
+        progress = cascade.Progress(teachers)
         still_open = lambda: {p.id for p in asked if progress.due(p.id)}
-        spent = recall(problems, attempts(), progress, prices)
+        spent, counts = recall(problems, attempts(), progress, prices)
         backends = start(teachers, args, stack)
         bar = tqdm(total=len(asked), initial=len(asked) - len(still_open()), unit="problem", mininterval=1)
 
@@ -265,16 +265,18 @@ def by_problem(problems: list, *names: str):
     return lambda row: (place.get(row["id"], len(place)), row["id"], *(row[name] for name in names))
 
 
-def recall(problems: list, rows, progress, prices: dict) -> float:
-    """Fill progress from the attempts on disk; returns the dollars they cost. Failed requests don't count."""
-    question, spent = {p.id: p.question for p in problems}, 0.0
+def recall(problems: list, rows, progress, prices: dict) -> tuple[float, Counter]:
+    """Fill progress from the attempts on disk, except those that failed over HTTP; returns (dollars spent,
+    attempts by cause)."""
+    question, spent, counts = {p.id: p.question for p in problems}, 0.0, Counter(kept=0)
     for row in rows:
         if question.get(row["id"], row["question"]) != row["question"]:
             raise BadInput(f"problem {row['id']!r} has another text in the records; choose another --out")
         spent += records.cost(row, prices)
+        counts[row["cause"] or "kept"] += 1
         if row["cause"] != "HTTP error":
             progress.note(row)
-    return spent
+    return spent, counts
 
 
 @contextlib.contextmanager

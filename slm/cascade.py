@@ -138,7 +138,8 @@ class Job:
             tokens, words = EFFORTS[self.effort]
             messages = [{"role": "system", "content": self.prompt(effort=words, tokens=str(tokens))},
                         {"role": "user", "content": self.problem.question}]
-        return Request(messages, Sampling(self.teacher.max_tokens, self.temperature, seed=self.sample_seed))
+        return Request(messages, Sampling(self.teacher.max_tokens, self.temperature, seed=self.sample_seed,
+                                          stop_at_box=not self.effort))
 
     def record(self, reply: Reply, seconds: float) -> dict:
         """The row of this attempt; its `cause` is None when it is kept."""
