@@ -400,6 +400,7 @@ TINY = {"max_tokens": 320, "limit": 200,
 
 
 def main(args: argparse.Namespace) -> None:
+    from slm import report
     from slm.problems import fingerprint, load_all, refuse_long
     names, problems = chosen(args.workflow), load_all(args.data, args.split, args.limit)
     from slm.run import RunDir, new_path  # with torch, once the small mistakes are out
@@ -433,7 +434,8 @@ def main(args: argparse.Namespace) -> None:
                 print(transcript(episodes[i], problems[i].question, records[i]))
     write_json(run.path / "table.json", results)
     print(table(results, len(problems)))
-    print(f"every prompt, reply and code run: {run.path / 'episodes.jsonl'}")
+    print(f"every prompt, reply and code run: {run.path / 'episodes.jsonl'}; some to read: "
+          f"{report.write(run.path)}")
 
 
 def finished(log: Path) -> list[Episode]:

@@ -276,7 +276,7 @@ def one_step(model, batch, trained, optimizer, lr, args) -> dict:
 
 def finish(model, tokenizer, out, args):
     """Write the result under its final name, and say what to do with it."""
-    from slm import checkpoint, lora, run
+    from slm import checkpoint, lora, report, run
     result = out / ("model" if args.full else "adapter")
     run.unshard(model)
     if run.rank() == 0 and args.full:
@@ -287,7 +287,7 @@ def finish(model, tokenizer, out, args):
     if run.rank() == 0:
         last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
         print(f"loss {last['loss']:.4f} after {last['step']} steps, peak memory "
-              f"{run.peak_memory(model):.1f} GB; the result is {result}")
+              f"{run.peak_memory(model):.1f} GB; the result is {result}; curves: {report.write(out)}")
         print(f"next: python eval.py --model {result}")
         print("  or: python train_grpo.py " + (f"--model {result}" if args.full else
                                                f"--model {args.model} --adapter {result}"))

@@ -337,6 +337,7 @@ def test_the_script_compares_workflows_and_keeps_every_episode(tmp_path):
     rows = [json.loads(line) for line in (out / "episodes.jsonl").open()]
     assert [row["workflow"] for row in rows] == [name for name in names for _ in range(2)]
     assert set(json.loads((out / "table.json").read_text())) == set(names)
+    assert (out / "report.html").is_file()
     assert json.loads((out / "settings.json").read_text())["settings"]["limit"] == 2
 
 

@@ -96,6 +96,7 @@ def test_the_loss_falls_and_the_adapter_loads(small, data, tmp_path, capsys):
     rows = train(small, data, tmp_path / "run", "--epochs", "6")
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert "<<" in (said := capsys.readouterr().out) and "predicted peak" in said and "next: python" in said
+    assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "metrics.png").is_file()
     model, _ = checkpoint.load(tmp_path / "run" / "adapter")
     assert model.lora.active == "default"
 
