@@ -192,8 +192,7 @@ def be_the_zygote(plan: dict, commands: socket.socket, proc: int | None) -> None
 def warm_up() -> None:
     """Load what model code imports, with threads' locks for multiprocessing: its own need /dev/shm, and a run
     has no other process. Then keep the garbage collector off it: its marks would unshare pages."""
-    for name in ("numpy.random", "sympy", "fractions", "decimal", "statistics", "datetime", "itertools",
-                 "functools", "cmath", "random", "dataclasses", "typing", "heapq", "bisect", "copy"):
+    for name in "numpy.random", "sympy", "statistics", "datetime", "cmath", "dataclasses", "typing", "copy":
         with contextlib.suppress(ImportError):
             __import__(name)
     with contextlib.suppress(ImportError):
@@ -487,12 +486,14 @@ def verdict(run: Run, code: int, cpu: float) -> dict:
 
 
 def folder_size(folder: str) -> int:
-    """Bytes on disk, where a file takes at least so many that SCRATCH_FILES of them reach SCRATCH_BYTES."""
-    least = layer.SCRATCH_BYTES // layer.SCRATCH_FILES
-    try:
-        return sum(max(least, e.stat(follow_symlinks=False).st_blocks * 512) for e in os.scandir(folder))
-    except OSError:
-        return 0
+    """Bytes on disk, and for every name so many that SCRATCH_FILES of them reach SCRATCH_BYTES."""
+    total = 0
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            total += layer.SCRATCH_BYTES // layer.SCRATCH_FILES
+            with contextlib.suppress(OSError):  # gone by now, perhaps to hide the others
+                total += entry.stat(follow_symlinks=False).st_blocks * 512
+    return total
 
 
 # ---- start -----------------------------------------------------------------------------------------------

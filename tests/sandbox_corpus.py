@@ -36,6 +36,8 @@ ATTACKS = {
     "map a file": "import mmap; print('BREACH', mmap.mmap(os.open(OUTSIDE + '/secret', 0), 0, prot=1)[:9])",
     "read the kernel log device": "print('BREACH', os.open('/dev/kmsg', os.O_RDONLY | os.O_NONBLOCK))",
     "read the machine's identity": "print('BREACH', open('/proc/version').read())",
+    "send a file": "os.sendfile(1, os.open(OUTSIDE + '/secret', 0), 0, 100); print('BREACH')",
+    "make an unnamed file": "print('BREACH', os.open(OUTSIDE, os.O_TMPFILE | os.O_RDWR))",
     "write a file": "open(OUTSIDE + '/written', 'w').write('x'); print('BREACH')",
     "write to /tmp and come back": "open(SHARED, 'w').write('x'); print('BREACH') if VISIBLE else None",
     "overwrite a file": "open(OUTSIDE + '/secret', 'a').write('x'); print('BREACH')",
@@ -164,6 +166,11 @@ ATTACKS = {
         print('BREACH' if libc.name_to_handle_at(-100, b'/', h, ctypes.byref(m), 0) == 0 else '')""",
     "timers that signal": """
         t = ctypes.c_void_p(); print('BREACH' if libc.timer_create(0, 0, ctypes.byref(t)) == 0 else '')""",
+    "calls of the 32-bit kernel": """
+        import mmap
+        code = mmap.mmap(-1, 4096, prot=7); code.write(bytes.fromhex('b814000000cd80c3'))  # getpid by int 0x80
+        pid = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()
+        print('BREACH' if pid > 0 else '')""",
     # limits
     "take memory": "b = bytearray(1200 << 20); print('BREACH')",
     "take memory by numpy": "import numpy; b = numpy.empty(1 << 29); print('BREACH')",
