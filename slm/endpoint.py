@@ -291,7 +291,7 @@ def read(raw: bytes) -> Reply:
     try:
         data = json.loads(raw)
         choice = data["choices"][0]
-        message, usage = choice["message"], data.get("usage") or {}
+        message, usage = choice["message"], data.get("usage")
         text = _clean(message.get("content") or "")
         thinking = _clean(message.get("reasoning_content") or message.get("reasoning") or "") or None
     except IndexError:
@@ -301,9 +301,9 @@ def read(raw: bytes) -> Reply:
     finish = "length" if choice.get("finish_reason") == "length" else "stop"
     if choice.get("finish_reason") == "content_filter" or message.get("refusal"):
         finish = "refused"
-    tokens_in, tokens_out = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-    # xAI counts hidden thinking in the total only, and bills it
-    tokens_out = max(tokens_out, (usage.get("total_tokens") or 0) - tokens_in)
+    count = lambda name: n if isinstance(usage, dict) and isinstance(n := usage.get(name), int) else 0
+    tokens_in = count("prompt_tokens")  # xAI counts hidden thinking, which it bills, in the total only
+    tokens_out = max(count("completion_tokens"), count("total_tokens") - tokens_in)
     return Reply(text, finish=finish, thinking=thinking, tokens_in=tokens_in,
                  tokens_out=tokens_out or (len(text) + len(thinking or "")) // 4)
 

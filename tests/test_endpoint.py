@@ -246,6 +246,13 @@ def test_tokens_of_hidden_thinking_are_counted_as_they_are_billed():
     assert tokens(prompt_tokens=10, completion_tokens=5) == 5
 
 
+@pytest.mark.parametrize("usage", [None, [1], "7", {}, {"prompt_tokens": "7", "completion_tokens": None}])
+def test_a_paid_answer_with_strange_usage_is_an_answer(usage):
+    with scripted(lambda *_: (200, chat("four" * 4)[1] | {"usage": usage})) as (url, _):
+        reply, = collect(quick(url), ask())
+    assert (reply.text, reply.tokens_in, reply.tokens_out) == ("four" * 4, 0, 4)
+
+
 def test_a_server_that_dribbles_is_cut_off_in_time():
     class Slow(BaseHTTPRequestHandler):
         def do_POST(self):
