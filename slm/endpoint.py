@@ -191,6 +191,8 @@ class Endpoint:
                     self.counts[error] += 1
                 if error == "no connection" and attempt == 2 and not self.counts["ok"]:
                     break  # nobody has ever answered there
+            except Exception as e:  # of a library, or our own: it costs this request, not the worker
+                return self._note(Reply("", finish="error", error=type(e).__name__))
         return self._note(Reply("", finish="error", error=f"{error}, {attempt + 1} times"))
 
     def _note(self, reply: Reply, refused: bool = False) -> Reply | None:
@@ -231,8 +233,6 @@ class Endpoint:
         except requests.ConnectionError as e:
             reset = any(word in str(e) for word in ("reset", "aborted", "Disconnected", "timed out"))
             raise _Again("connection reset" if reset else "no connection") from None
-        except requests.RequestException as e:
-            raise _Refused(type(e).__name__) from None
         if response.status_code != 200:
             self._complain(response, raw)
         return read(raw)

@@ -172,6 +172,13 @@ def test_one_bad_reply_is_an_error_reply_with_its_cause():
     assert good.error is None and len(rest) == 8 and len(seen) == 10  # a refusal is not tried again
 
 
+def test_a_mistake_of_ours_costs_one_request_and_no_worker(monkeypatch):
+    monkeypatch.setattr(endpoint, "read", lambda raw: 1 / 0 if b"bad" in raw else read(raw))
+    with scripted(lambda n, body, _: chat(body["messages"][0]["content"])) as (url, _):
+        replies = collect(quick(url, workers=1), ask("good"), ask("bad"), ask("good"))
+    assert [r.error for r in replies] == [None, "ZeroDivisionError", None]
+
+
 def test_a_long_series_of_refusals_after_success_is_not_a_dead_server():
     answer = lambda n, body, _: (400, b"no") if n else chat()
     with scripted(answer) as (url, _):
