@@ -43,6 +43,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     p.add_argument("--peer-dtype", choices=("float32", "bfloat16"), nargs="+", help="default: the same")
     p.add_argument("--gguf", help="the model as GGUF for llama.cpp (batch 1; needs llama-cpp-python)")
+    p.add_argument("--adapter", type=cli.positive, help="measure ours with a LoRA adapter of this rank too")
     p.add_argument("--peers", nargs="*", default=["transformers"],
                    choices=("transformers", "transformers-continuous", "llama.cpp"))
     p.add_argument("--seconds", type=cli.positive, default=600, help="a contender is stopped after this long")
@@ -99,14 +100,16 @@ def peak(device) -> float:
 
 # ---- the contenders: each returns a dict with tokens, seconds, replies -----------------------------------
 
-def ours(args) -> dict:
+def ours(args, rank: int = 0) -> dict:
     import torch
 
-    from slm import checkpoint
+    from slm import checkpoint, lora
     from slm.episode import Request, Sampling
     from slm.sampler import Sampler
     begin = time.perf_counter()
     model, tokenizer = checkpoint.load(args.model, args.device, getattr(torch, args.dtype))
+    if rank:  # B stays zero, so that it writes what the model without it writes
+        lora.add(model, r=rank)
     sampler = Sampler(model, tokenizer, max_batch=args.batch)
     warm = Sampling(4, 1.0 if args.samples > 1 else 0.0)
     ids = prompts(args, tokenizer)
@@ -229,10 +232,10 @@ def count(items) -> dict:
 
 def contender(args) -> None:
     """In the child: run one contender and print its result as the last line."""
-    name, *more = args.only.split(":")
+    name, *more = (int(x) if x.isdigit() else x for x in args.only.split(":"))
     call = {"ours": ours, "transformers": transformers, "transformers-continuous": transformers_continuous,
             "llama.cpp": llama_cpp}[name]
-    result = call(args, more[0], int(more[1])) if more else call(args)
+    result = call(args, *more)
     print(json.dumps({"peak_gb": peak(args.device), **result}))
 
 
@@ -258,7 +261,7 @@ def measure(name: str, seconds: int) -> dict | None:
 
 
 def main(args) -> None:
-    names = ["ours"]
+    names = ["ours", *([f"ours:{args.adapter}"] if args.adapter else [])]
     for dtype in args.peer_dtype or [args.dtype]:
         names += [f"transformers:{dtype}:{b}" for b in args.peer_batch or [args.batch or 0]
                   if "transformers" in args.peers]
@@ -268,6 +271,9 @@ def main(args) -> None:
     summary = {"model": str(args.model), "device": args.device, "dtype": args.dtype, "prompts": args.prompts,
                "samples": args.samples, "tokens": args.tokens,
                "ours": {k: v for k, v in mine.items() if k != "replies"}}
+    if with_adapter := results.pop(f"ours:{args.adapter}", None):
+        summary["adapter cost"] = round(with_adapter["seconds"] / mine["seconds"] - 1, 3)
+        print(f"with an adapter of rank {args.adapter}: {summary['adapter cost']:+.0%} time")
     for peer in ("transformers", "transformers-continuous", "llama.cpp"):
         found = [r for name, r in results.items() if name.split(":")[0] == peer]
         if found:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slm.model import Config
+from slm.model import Config, one_thread
 
 varlen_attn, VARLEN_GQA = None, False
 if torch.cuda.is_available():  # importing it costs a second or two, and without a GPU it is of no use
@@ -172,5 +172,6 @@ class Decode:
         values.view(-1, v.shape[-1]).index_copy_(0, self.places, v.flatten(0, 1))
         keys, values = (x[:len(q), :, :self.span].flatten(0, 1) for x in (keys, values))  # (B K, L, E)
         queries = q.reshape(len(keys), -1, q.shape[-1])                                   # (B K, H / K, E)
-        scores = torch.baddbmm(self.bias, queries, keys.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-        return torch.bmm(scores.softmax(-1), values).view_as(q)
+        with one_thread(q.is_cpu and len(q) <= 8):
+            scores = torch.baddbmm(self.bias, queries, keys.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+            return torch.bmm(scores.softmax(-1), values).view(q.shape)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from slm import BadInput
 from slm.attention import Packed
 from slm.checkpoint import SafeTensors, atomic_directory, check_tensors, write_safetensors
-from slm.model import Linear, Qwen2
+from slm.model import Linear, Qwen2, one_thread
 from slm.tokenizer import read_json
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -77,11 +77,12 @@ class LoRALinear(Linear):
         return y
 
     def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """y + s B A x, for x (T, in) and y (T, out)."""
+        """y += s B A x, for x (T, in) and y (T, out)."""
         spec, A, B = self.state.specs[name], self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
         if self.training:
             x = F.dropout(x, spec.dropout)
-        return torch.addmm(y, F.linear(x, A), B.t(), alpha=spec.scale)
+        with one_thread(x.is_cpu and len(x) <= 256 and not torch.is_grad_enabled()):
+            return y.addmm_(F.linear(x, A), B.t(), alpha=spec.scale)  # in place: y is of no use without it
 
 
 # ---- adapters on a model -----------------------------------------------------------------------------------

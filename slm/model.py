@@ -22,6 +22,7 @@ sliding windows, rope scaling, attention dropout; `Config.from_hf` refuses the f
 Shapes: T tokens, D hidden size, H query heads, K key/value heads, E head size, V vocabulary.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +104,19 @@ def rope(positions: Tensor, theta: float, size: int, dtype: torch.dtype) -> tupl
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x_i, x_{i+E/2}) of x (T, heads, E) by their angles."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+
+@contextmanager
+def one_thread(when: bool):
+    """Small products on a CPU: to wake another core takes longer (0.1 ms) than to do its share."""
+    threads = torch.get_num_threads()
+    if when:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if when:
+            torch.set_num_threads(threads)
 
 
 class RMSNorm(nn.Module):

@@ -41,6 +41,7 @@ from slm import BadInput, lora
 from slm.attention import Decode, KVCache, Prefill
 from slm.draw import Controls, record
 from slm.episode import Reply, Request, Sampling
+from slm.model import one_thread
 
 PREFILL_TOKENS = 4096  # in one packed pass
 SHARED_TOKENS = 32     # a shorter common prefix is computed rather than copied
@@ -88,7 +89,7 @@ class Sampler:
         cuda, small = self.device.type == "cuda", model.config.hidden <= 256
         if self.device.type == "cpu" and not hasattr(model, "unshard"):  # FSDP keeps its own places
             model.join()
-        self.threads = 1 if small and not cuda else None  # waking another takes longer than its half
+        self.small = small and not cuda
         self.max_batch = max_batch or (256 if cuda or small else 64)
         self.cache = KVCache(model.config, self.device, next(model.parameters()).dtype)
         free = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else 2 << 30
@@ -148,17 +149,14 @@ class Sampler:
         if self.model.training:  # no dropout here; training mode comes back once nothing is pending
             self.model.eval()
             self.training = True
-        before = torch.get_num_threads()
         try:
             with torch.inference_mode():
                 self._admit()
-                torch.set_num_threads(self.threads or before)
                 if self.running:
-                    self._decode()
+                    with one_thread(self.small):
+                        self._decode()
         except RuntimeError as e:
             self._shrink(e)
-        finally:
-            torch.set_num_threads(before)
         self.steps += 1
         done, self.finished = self.finished, []
         if self.training and not self.pending:
