@@ -144,7 +144,7 @@ def main(args):
     if args.what == "verifier":
         return make_verifier(args)
     teachers = who(args)
-    problems, asked, dropped = choose(args)
+    problems, asked, dropped, compared = choose(args)
     prices = {t.name: (t.price_in, t.price_out) for t in teachers}
     identity = {"data": args.data, "seed": args.seed, "teachers": [t.identity for t in teachers]}
     with contextlib.ExitStack() as stack:
@@ -168,7 +168,8 @@ def main(args):
             asking.run()
         for journal in (kept, rejected):
             journal.sort(by_problem(problems, "round", "teacher", "attempt"))
-        report(out, problems, dropped, still_open(), attempts(), prices)
+        summary = records.summarize(problems, dropped, still_open(), attempts(), prices)
+        report(out, summary | {"compared with": compared})
     print(f"records: {out}/records.jsonl")
     if asking.why:
         print(f"ended early: {asking.why}; {len(still_open()):,} problems are open, the same command goes on")
@@ -221,9 +222,9 @@ def own_model(args):
     return Sampler(*checkpoint.load(args.model, device, dtype))
 
 
-def choose(args) -> tuple[list, list, dict[str, dict]]:
-    """(problems, those to ask about, those dropped: id -> overlap with a test set). The tiny world's splits
-    share their wording, so there only whole questions count."""
+def choose(args) -> tuple[list, list, dict[str, dict], list[str]]:
+    """(problems, those to ask about, those dropped: id -> overlap with a test set, the names of these sets).
+    The tiny world's splits share their wording, so there only whole questions count."""
     tiny = all(name.startswith("tiny") for name in args.data)
     problems = load_all(args.data, "train", args.limit or (400 if args.data == ["tiny"] else None))
     tests = {}
@@ -235,7 +236,7 @@ def choose(args) -> tuple[list, list, dict[str, dict]]:
     find = records.Leaks(tests, None if tiny else 13).find
     dropped = {p.id: leak for p in problems if (leak := find(p.question))}
     print(f"{len(problems):,} problems; dropped for an overlap with {', '.join(tests)}: {len(dropped):,}")
-    return problems, [p for p in problems if p.id not in dropped], dropped
+    return problems, [p for p in problems if p.id not in dropped], dropped, list(tests)
 
 
 def open_run(args, kind: str, identity: dict, problems: list, stack) -> Path:
@@ -295,10 +296,9 @@ def stopping(asking):
             signal.signal(s, handler)
 
 
-def report(out: Path, problems, dropped, still_open, attempts, prices) -> None:
+def report(out: Path, summary: dict) -> None:
     """summary.json, report.html and the main figures on screen."""
     from slm.report import write
-    summary = records.summarize(problems, dropped, still_open, attempts, prices)
     write_json(out / "summary.json", summary)
     for title in ("source", "round", "teacher", "effort"):
         print_table(summary[title], title)
@@ -334,7 +334,7 @@ def make_verifier(args) -> None:
     """Sample --samples solutions of each problem, every second one in Python, grade them, and write records
     in which right and wrong are balanced; a tenth of the problems is held out."""
     from slm.sandbox import Sandbox
-    problems, asked, _ = choose(args)
+    problems, asked, *_ = choose(args)
     known = {p.id: p for p in asked}
     identity = {"data": args.data, "seed": args.seed, "model": args.model, "samples": args.samples}
     with contextlib.ExitStack() as stack:

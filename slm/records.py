@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -31,23 +31,18 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = path
-        self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._repair()
 
     def _repair(self) -> None:
-        end = os.lseek(self.file, 0, os.SEEK_END)
-        start, tail = end, b""
-        while start > 0 and b"\n" not in tail:
-            start = max(0, start - 65536)
-            tail = os.pread(self.file, end - start, start)
-        torn = tail[tail.rfind(b"\n") + 1:]
-        if not torn:
-            return
-        try:
-            json.loads(torn)
-            os.write(self.file, b"\n")
-        except ValueError:
-            os.ftruncate(self.file, end - len(torn))
+        with self.path.open("rb") as f:
+            last = b"".join(deque(f, maxlen=1))
+        if last and not last.endswith(b"\n"):
+            try:
+                json.loads(last)
+                os.write(self.file, b"\n")
+            except ValueError:
+                os.ftruncate(self.file, self.path.stat().st_size - len(last))
 
     def append(self, row: dict) -> None:
         line = json.dumps(row, ensure_ascii=False).encode() + b"\n"

@@ -487,6 +487,7 @@ def test_overlapping_problems_are_named_and_never_asked(setup, monkeypatch):
         kept, rejected, summary = setup(server.url)
     assert "p3" not in {row["id"] for row in kept + rejected}
     assert summary["overlaps"] == {"p3": {"set": "set", "kind": "exact", "text": "Which number is 3?"}}
+    assert summary["compared with"] == ["set"]
     assert summary["source"]["all"]["overlapping"] == 1 and summary["source"]["all"]["asked"] == 29
     assert "Which number is 3?" in Path("out/report.html").read_text()
 
