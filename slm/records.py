@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from slm import BadInput
+from slm.files import as_lines
 from slm.grader import boxes, grade
 
 CAUSES = ("HTTP error", "refused", "truncated", "too long", "no think", "no steps", "no box", "several boxes",
@@ -45,7 +46,7 @@ class Journal:
                 os.ftruncate(self.file, self.path.stat().st_size - len(last))
 
     def append(self, row: dict) -> None:
-        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        line = as_lines([row])
         while line:  # a signal or a nearly full disk can cut a write short
             line = line[os.write(self.file, line):]
 

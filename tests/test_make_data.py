@@ -279,6 +279,12 @@ def test_a_torn_last_line_is_repaired_wherever_it_is_torn(tmp_path):
     assert list(records.Journal(path)) == [] and path.read_bytes() == b""
 
 
+def test_half_a_surrogate_in_a_servers_words_is_written(tmp_path):
+    journal = records.Journal(tmp_path / "j.jsonl")
+    journal.append({"reason": "HTTP 400 half \ud83d pair"})
+    assert list(journal) == [{"reason": "HTTP 400 half ? pair"}]
+
+
 def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "j.jsonl"
     path.write_text('{"a": 1}\n{"a": \n{"a": 2}\n')
