@@ -287,6 +287,8 @@ class Evaluator:
         return exp(mul(Fraction(1, n), log(value, self.pi)), self.pi)
 
     def function(self, name: str, args: tuple) -> Value:
+        if not args:
+            raise Unreadable("of nothing")
         self.work(20)
         if name not in ("root", "abs", "floor", "ceil"):
             self.transcendental()

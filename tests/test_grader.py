@@ -176,7 +176,7 @@ HOSTILE = {
     "boxed list": r"\boxed{1} and " * 80_000, "zero": r"\boxed{\frac10}", "0^0": r"\boxed{0^0}",
     "nan": r"\boxed{NaN}", "e": r"\boxed{1e999999999}", "nul": "\\boxed{\0}",
     "repeating": r"\boxed{0.\overline{" + "7" * 1400 + "}}", "base": r"\boxed{" + "9" * 1400 + "_{36}}",
-    "tan": r"\boxed{\tan 90^\circ}",
+    "tan": r"\boxed{\tan 90^\circ}", "of nothing": r"\boxed{\max\{\}+\gcd()}", "f of nothing": r"\boxed{f()}",
 }
 GOLDS = [
     "5", r"\frac{\pi}{2}", "x^2+1", "(1,2)", r"\sqrt{2}+\sqrt{3}", r"(-\infty,3)", r"\text{east}", r"50\%",
@@ -249,7 +249,7 @@ PIECES = [
     r"\end{pmatrix}", r"\pm", r"\le", r"\left(", r"\right]", r"\{", r"\}", "{", "}", "(", ")", "[", "]",
     "^", "_", "&", r"\\", ",", "=", "<", "|", "!", "%", "$", r"\$", "°", "½", "√", "1", "23", "4.5", "x",
     "ab", "cm", "or", " ", "e", "i", "-", "+", "*", "/", ":", ".", "sin", "log", r"\circ", "answer is",
-    "####", "not", "half", "T", "'", "9^9^9", "77!",
+    "####", "not", "half", "T", "'", "9^9^9", "77!", r"\cap", r"\gcd", r"\max", r"\pmod", r"\binom", "e^{e^",
 ]
 LATEX = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
 
