@@ -65,6 +65,7 @@ class LoRALinear(Linear):
         self.weight, self.bias, self.state = base.weight, base.bias, state
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.backups: dict[str, Tensor] = {}  # the weight before each merge
+        self.cast: dict[str, tuple] = {}      # see `factors`
 
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
         """y = W x with the adapters applied that are active, each to its tokens."""
@@ -78,11 +79,21 @@ class LoRALinear(Linear):
 
     def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """y += s B A x, for x (T, in) and y (T, out)."""
-        spec, A, B = self.state.specs[name], self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
+        spec, (A, B) = self.state.specs[name], self.factors(name, x.dtype)
         if self.training:
             x = F.dropout(x, spec.dropout)
         with one_thread(x.is_cpu and len(x) <= 256 and not torch.is_grad_enabled()):
             return y.addmm_(F.linear(x, A), B.t(), alpha=spec.scale)  # in place: y is of no use without it
+
+    def factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B in the activations' dtype. Without gradients a cast is kept until the parameters change."""
+        A, B = self.lora_A[name], self.lora_B[name]
+        if torch.is_grad_enabled() or A.dtype == dtype:
+            return A.to(dtype), B.to(dtype)
+        state = dtype, A.data_ptr(), A._version, B.data_ptr(), B._version
+        if self.cast.get(name, (None,))[0] != state:
+            self.cast[name] = state, A.to(dtype), B.to(dtype)
+        return self.cast[name][1:]
 
 
 # ---- adapters on a model -----------------------------------------------------------------------------------
@@ -181,6 +192,7 @@ def remove(model: Qwen2, name: str = "default") -> None:
     state = _state(model)
     for layer in _layers(model, name):
         layer.backups.pop(name, None)
+        layer.cast.pop(name, None)
         del layer.lora_A[name], layer.lora_B[name]
     del state.specs[name]
     state.merged = [other for other in state.merged if other != name]

@@ -119,6 +119,16 @@ def test_every_sequence_of_a_batch_can_have_its_own_adapter(random_model):
     assert (alone[0] - logits(model, sequences[0])).abs().max() > 1e-3  # "checker" is active again
 
 
+def test_a_cast_that_is_kept_follows_the_parameters(random_model):
+    model, twin = (trained(random_model(dtype=torch.bfloat16)) for _ in range(2))
+    before = logits(model, IDS)
+    for each in (model, twin):  # the twin has kept nothing yet
+        with torch.no_grad():
+            for p in lora.parameters(each):
+                p.mul_(1.5)  # in place, as an optimizer does
+    assert torch.equal(logits(model, IDS), logits(twin, IDS)) and not torch.equal(logits(model, IDS), before)
+
+
 def test_an_adapter_gets_gradients_from_its_own_rows_only(random_model):
     model = trained(trained(random_model(), "a"), "b", seed=2)
     attend = Packed([8, 8])
