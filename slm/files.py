@@ -39,6 +39,8 @@ def read_rows(path: Path) -> list[tuple[int, dict]]:
     for line, content in texts:
         try:
             value = json.loads(content)
+            if "\\u" in content:  # half a surrogate becomes a question mark
+                value = json.loads(as_lines([value]))
         except (ValueError, RecursionError) as e:
             raise BadInput(f"{path} line {line}: not valid JSON ({e}): {content[:60]!r}") from None
         rows += enumerate(value, 1) if isinstance(value, list) and len(texts) == 1 else [(line, value)]

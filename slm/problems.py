@@ -9,6 +9,7 @@ Imports no torch.
 """
 
 import hashlib
+import math
 import os
 import sys
 from collections import Counter
@@ -183,7 +184,8 @@ def _gold(row: dict, source: str, where: str) -> str:
     if key is None:
         raise BadInput(f"{where}: no gold answer; expected one named answer or gold, found {_fields(row)}")
     value = row[key]
-    if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
+    strange = isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))
+    if strange or not isinstance(value, (str, int, float, type(None))):
         raise BadInput(f"{where}: field {key!r} is {str(value)[:40]!r}; expected a text or a number")
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() else repr(value)

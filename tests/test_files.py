@@ -26,6 +26,11 @@ def test_rows_are_read_from_lines_and_from_a_list(tmp_path, text):
     assert files.read_rows(Path("/dev/null")) == []
 
 
+def test_half_a_surrogate_becomes_a_question_mark(tmp_path):
+    (tmp_path / "a.jsonl").write_text(r'{"q": "a\ud800b \ud83e\udd8a"}')
+    assert files.read_rows(tmp_path / "a.jsonl") == [(1, {"q": "a?b \U0001f98a"})]
+
+
 def test_a_torn_line_of_a_log_is_left_out(tmp_path):
     (tmp_path / "x").write_bytes(files.as_lines([{"a": "\ud800"}, {"a": 2}]) + b'{"a": 3')
     assert list(files.readable_rows(tmp_path / "x")) == [{"a": "?"}, {"a": 2}]

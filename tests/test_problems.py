@@ -111,6 +111,7 @@ GOOD = {"question": "q", "answer": 1}
     ([{"question": "  ", "answer": 1}], "line 1: no question"),
     ([{"question": "q", "answer": "  "}], "line 1: the gold answer is empty"),
     ([{"question": "q", "answer": None}], "line 1: the gold answer is empty"),
+    ([GOOD, '{"question": "q", "answer": NaN}'], "line 2: field 'answer' is 'nan'; expected a"),
     ([{"question": "q", "answer": [1, 2]}], "line 1: field 'answer' is '[1, 2]'; expected a"),
     ([], "no problems in it"), (["", "  "], "no problems in it"), (["["], "not valid JSON"),
     (["[" * 100_000], "not valid JSON"), ([GOOD, '{"a":' * 50_000], "line 2: not valid JSON")])
