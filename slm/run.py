@@ -30,6 +30,7 @@ from tqdm import tqdm
 from slm import BadInput
 from slm.cli import is_small
 from slm.files import as_lines, read_json, write_json
+from slm.records import lock
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -79,8 +80,9 @@ def _cpu_dtype(model: str | None):
 # ---- the run directory -----------------------------------------------------------------------------------
 
 class RunDir:
-    """One run's folder. A new run refuses a folder that holds one; resume=True refuses different settings or
-    data, cuts what was logged after the checkpoint (torn last lines too) and loads the newest checkpoint."""
+    """One run's folder, claimed by its process. A new run refuses a folder that holds one; resume=True
+    refuses different settings or data, cuts what was logged after the checkpoint (torn last lines too) and
+    loads the newest checkpoint."""
 
     FREE = frozenset({"out", "resume", "save_every"})  # what may differ between a run and its continuation
 
@@ -94,8 +96,10 @@ class RunDir:
             self._compare(old, settings, data)
         elif old and any(log.stat().st_size for log in self.path.glob("*.jsonl")):
             raise BadInput(f"{self.path} holds a run already: continue it with --resume, or change --out")
-        elif log:
+        if log:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.path)
+        if log and not resume:
             write_json(self.path / "settings.json", {
                 "settings": settings, "data": data, "command": " ".join(sys.argv), "versions": versions(),
                 "started": time.strftime("%Y-%m-%d %H:%M:%S")})

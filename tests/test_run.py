@@ -34,6 +34,15 @@ def test_resuming_with_other_settings_or_data_is_refused(tmp_path, settings, dat
         run.RunDir(tmp_path, settings, data, resume=True)
 
 
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
+    first = run.RunDir(tmp_path, {})
+    for resume in (False, True):
+        with pytest.raises(BadInput, match="in use by another process"):
+            run.RunDir(tmp_path, {}, resume=resume)
+    del first
+    run.RunDir(tmp_path, {}, resume=True)
+
+
 def test_resuming_nothing_is_refused(tmp_path):
     with pytest.raises(BadInput, match="no run"):
         run.RunDir(tmp_path / "none", {}, resume=True)
