@@ -16,6 +16,7 @@ so a stopped run goes on with --resume. In float32 an answer does not depend on 
 import argparse
 import contextlib
 import hashlib
+import shlex
 import shutil
 import time
 from collections import Counter, defaultdict
@@ -75,7 +76,7 @@ def evaluate(args: argparse.Namespace) -> None:
             print(line(name, results[name]) if len(results) > 1 else HEAD + "\n" + line(name, results[name]))
     write_json(run.path / "summary.json", {"model": args.model, "workflow": args.workflow, "data": results})
     print(f"answers, settings and a page to read: {report.write(run.path)}\n"
-          f"compare with another run: python eval.py --compare {args.out} OTHER")
+          f"compare with another run: python eval.py --compare {shlex.quote(args.out)} OTHER")
 
 
 def answer(name, items, rows, workflow, backend, adapters, sandbox, args, file) -> list[dict]:
@@ -295,6 +296,7 @@ def options() -> argparse.ArgumentParser:
     g.add_argument("--batch", type=cli.positive, help="replies decoded at once (default 64, on a GPU 256)")
     cli.run_options(p, "runs/eval-<model>")
     g = p.add_argument_group("saved runs, instead of scoring")
+    g = g.add_mutually_exclusive_group()
     g.add_argument("--compare", nargs="+", metavar="RUN", help="a table of runs on the same problems")
     g.add_argument("--regrade", metavar="RUN", help="grade the saved answers again, print what changes")
     return p

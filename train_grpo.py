@@ -20,6 +20,7 @@ What to watch: reward and solve rate rise, entropy falls slowly, kl grows slowly
 value is near 0 by construction.
 """
 
+import shlex
 import time
 from dataclasses import dataclass
 from itertools import pairwise
@@ -79,7 +80,7 @@ def options():
     g.add_argument("--kl-kind", choices=("k1", "k2", "k3"), default="k3", help="its estimator (default k3)")
     g.add_argument("--updates", type=cli.positive, default=1, help="optimizer steps a batch (default 1)")
     g = p.add_argument_group("optimization")
-    g.add_argument("--lr", type=cli.number(0), help=f"learning rate ({both('lr')})")
+    g.add_argument("--lr", type=cli.number(0, 10), help=f"learning rate ({both('lr')})")
     g.add_argument("--steps", type=lambda text: cli.positive(text, 0),
                    help=f"batches in all, 0: as the epochs give ({both('steps')})")
     g.add_argument("--epochs", type=cli.positive, help=f"({both('epochs')})")
@@ -230,10 +231,12 @@ def main(args):
     import torch
 
     import agents
-    from slm import problems, run
+    from slm import checkpoint, problems, run
     cli.resolve(args, PAPER, TINY)
     algorithm = ALGORITHMS[args.algorithm]
     args.quiet = cli.is_small(args.model)
+    for folder in () if args.resume else filter(None, (args.model, args.adapter)):
+        checkpoint.resolve(folder)  # a misspelt one must not claim the run directory
     workflow = agents.workflow(args.workflow)
     agents.refuse_roles("--roles", args.roles or ())
     if args.samples == 1 and algorithm.advantage not in ("batch", "none"):
@@ -431,7 +434,7 @@ def finish(model, out, args):
         report.write(out)
         print(f"peak memory {run.peak_memory(model):.1f} GB; the result is {out / 'adapter'}")
         print(f"curves and samples: {out / 'report.html'}")
-        print(f"next: python eval.py --model {out / 'adapter'}")
+        print(f"next: python eval.py --model {shlex.quote(str(out / 'adapter'))}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import json
 import math
 import random
 import re
+import shlex
 import time
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def options():
     adapter_options(g)
     g.add_argument("--dropout", type=cli.number(0, 0.99), help=f"on the adapter's input ({both('dropout')})")
     g = p.add_argument_group("optimization")
-    g.add_argument("--lr", type=cli.number(0),
+    g.add_argument("--lr", type=cli.number(0, 10),
                    help="learning rate (default LoRA 1e-4, full 5e-5; tiny 1e-2, 1e-3)")
     g.add_argument("--batch", type=cli.positive, help=f"sequences a step ({both('batch')})")
     g.add_argument("--epochs", type=cli.positive, help=f"({both('epochs')})")
@@ -288,6 +289,7 @@ def finish(model, tokenizer, out, args):
         last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
         print(f"loss {last['loss']:.4f} after {last['step']} steps, peak memory "
               f"{run.peak_memory(model):.1f} GB; the result is {result}; curves: {report.write(out)}")
+        result = shlex.quote(str(result))
         print(f"next: python eval.py --model {result}")
         print("  or: python train_grpo.py " + (f"--model {result}" if args.full else
                                                f"--model {args.model} --adapter {result}"))

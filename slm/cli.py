@@ -40,7 +40,8 @@ def run_options(p: argparse.ArgumentParser, folder: str):
     g = p.add_argument_group("run")
     g.add_argument("--out", help=f"run directory (default {folder})")
     g.add_argument("--resume", action="store_true", help="go on with the stopped run in --out")
-    g.add_argument("--seed", type=int, default=0, help="of all that is drawn (default 0)")
+    g.add_argument("--seed", type=lambda text: positive(text, 0), default=0,
+                   help="of all that is drawn (default 0)")
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     return g
@@ -114,8 +115,8 @@ def _say(sentence) -> int:
 
 
 def positive(text: str, least: int = 1) -> int:
-    """argparse type: a whole number of 1 or more."""
-    if not text.isdecimal() or int(text) < least:
+    """argparse type: a whole number of 1 or more that 63 bits can hold."""
+    if not text.isdecimal() or not least <= int(text) < 2 ** 63:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
     return int(text)
 

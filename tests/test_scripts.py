@@ -91,9 +91,11 @@ def test_unknown_and_abbreviated_options_and_bad_values_are_refused(call, script
 
 
 @pytest.mark.parametrize("script, cases", [
-    ("train_sft.py", "--lr nan|--lr -1|--alpha nan|--warmup 2|--clip 0|--weight-decay -1|--dropout 2"),
+    ("train_sft.py", "--lr nan|--lr -1|--alpha nan|--warmup 2|--clip 0|--weight-decay -1|--dropout 2"
+     "|--lr 1e300|--seed -1|--seed 99999999999999999999"),
     ("train_grpo.py", "--lr inf|--kl -1|--temperature nan|--no-box nan|--steps -1|--roles nobody"),
-    ("agents.py", "--split foo"), ("eval.py", "--temperature -1|--temperature nan|--split foo")])
+    ("agents.py", "--split foo"),
+    ("eval.py", "--seed 99999999999999999999|--temperature -1|--temperature nan|--split foo")])
 def test_numbers_and_names_that_make_no_sense_are_refused(call, tmp_path, script, cases):
     data = rows(tmp_path / "good.jsonl", GOOD)
     for case in cases.split("|"):
@@ -152,6 +154,11 @@ def test_a_directory_that_is_no_usable_model_is_named(call, broken, tmp_path, sc
     for kind, said in (("empty", "empty.*config.json"), ("cut", "model.safetensors"),
                        ("other", "gpt_neox|GPTNeoX"), ("garbled", "config.json"), ("mute", "tokenizer.json")):
         refused(call(script, *WITH_MODEL[script], "--model", broken(kind), "--data", data), said)
+
+
+def test_a_misspelt_adapter_does_not_claim_the_run_directory(call, tmp_path):
+    refused(call("train_grpo.py", "--adapter", "runs/none/adapter"), "runs/none/adapter")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
