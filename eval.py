@@ -298,7 +298,7 @@ def options() -> argparse.ArgumentParser:
     g = p.add_argument_group("saved runs, instead of scoring")
     g = g.add_mutually_exclusive_group()
     g.add_argument("--compare", nargs="+", metavar="RUN", help="a table of runs on the same problems")
-    g.add_argument("--regrade", metavar="RUN", help="grade the saved answers again, print what changes")
+    g.add_argument("--regrade", metavar="RUN", help="grade saved answers again; prints and saves changes")
     return p
 
 

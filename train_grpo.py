@@ -426,12 +426,16 @@ def line(step: int, episode, score: Scored) -> dict:
 def finish(model, out, args):
     """Write the adapter under its final name with a report, and say what to do with it."""
     from slm import lora, report, run
+    from slm.files import readable_rows
     run.unshard(model)
     if run.rank() == 0:
         lora.save(model, out / "adapter", base=args.base)
     run.barrier()
     if run.rank() == 0:
         report.write(out)
+        if all("skipped" in row for row in readable_rows(out / "metrics.jsonl")):
+            print("nothing was learned: in no step did the samples of a problem differ in reward, or the "
+                  "--roles never spoke; episodes.jsonl shows what was said")
         print(f"peak memory {run.peak_memory(model):.1f} GB; the result is {out / 'adapter'}")
         print(f"curves and samples: {out / 'report.html'}")
         print(f"next: python eval.py --model {shlex.quote(str(out / 'adapter'))}")

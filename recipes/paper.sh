@@ -1,34 +1,42 @@
 #!/usr/bin/env bash
 # The report's pipeline on Qwen2.5-Math-1.5B: 19,473 problems, SFT, GRPO, agents, evaluation. One GPU of 40 GB or
 # more. Stage 1 needs the teachers' keys in the environment, as recipes/report.toml names them; stages 2 to 5
-# need the hub (or local directories in the place of the names).
+# need the hub (or local directories in the place of the names). Started again after a stop, it goes on.
 #
 #   bash recipes/paper.sh                 everything, in runs/paper
-#   MODEL=path/to/model bash recipes/paper.sh
+#   MODEL=path/to/model BUDGET=20 bash recipes/paper.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${PYTHON:-}" ]; then PYTHON=python3; [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; fi
 MODEL=${MODEL:-Qwen/Qwen2.5-Math-1.5B}
 RUNS=${RUNS:-runs/paper}
-TEST="--data gsm8k,math500 --limit 500 --max-tokens 2048"
+TEST=(--data gsm8k,math500 --limit 500 --max-tokens 2048)
 
-# 1. Data: round 1 asks one teacher for everything, round 2 another for what is left.
-$PYTHON make_data.py --data gsm8k,math --cascade recipes/report.toml --out $RUNS/data
+# stage FOLDER SCRIPT OPTIONS: left out when its page is there, continued when only its settings are
+stage() {
+  local out="$RUNS/$1" resume=""; shift
+  if [ -e "$out/report.html" ]; then return; fi
+  if [ -e "$out/settings.json" ]; then resume=--resume; fi
+  "$PYTHON" "$@" --out "$out" $resume
+}
+
+# 1. Data: round 1 asks one teacher for everything, round 2 another for what is left. It goes on by itself.
+"$PYTHON" make_data.py --data gsm8k,math --cascade recipes/report.toml --budget "${BUDGET:-50}" --out "$RUNS/data"
 
 # 2. SFT, LoRA and full: batch 128, 2 epochs, cosine, 1e-4 and 5e-5 are the defaults.
-$PYTHON train_sft.py --model $MODEL --data $RUNS/data/records.jsonl --lora --out $RUNS/sft-lora
-$PYTHON train_sft.py --model $MODEL --data $RUNS/data/records.jsonl --full --out $RUNS/sft-full
+stage sft-lora train_sft.py --model "$MODEL" --data "$RUNS/data/records.jsonl" --lora
+stage sft-full train_sft.py --model "$MODEL" --data "$RUNS/data/records.jsonl" --full
 
 # 3. GRPO from the LoRA adapter: K = 2, batch 16, KL 0.05, 5e-6 are the defaults.
-$PYTHON train_grpo.py --model $MODEL --adapter $RUNS/sft-lora/adapter --data gsm8k --out $RUNS/grpo
+stage grpo train_grpo.py --model "$MODEL" --adapter "$RUNS/sft-lora/adapter" --data gsm8k
 
 # 5. Evaluation: every stage, the same problems, the same greedy decoding.
-$PYTHON eval.py --model $MODEL $TEST --out $RUNS/eval-base
-$PYTHON eval.py --model $RUNS/sft-lora/adapter $TEST --out $RUNS/eval-lora
-$PYTHON eval.py --model $RUNS/sft-full/model $TEST --out $RUNS/eval-full
-$PYTHON eval.py --model $RUNS/grpo/adapter $TEST --out $RUNS/eval-grpo
+stage eval-base eval.py --model "$MODEL" "${TEST[@]}"
+stage eval-lora eval.py --model "$RUNS/sft-lora/adapter" "${TEST[@]}"
+stage eval-full eval.py --model "$RUNS/sft-full/model" "${TEST[@]}"
+stage eval-grpo eval.py --model "$RUNS/grpo/adapter" "${TEST[@]}"
 
 # 4. Agents: all workflows beside a single pass.
-$PYTHON agents.py --model $RUNS/grpo/adapter --data gsm8k --limit 500 --workflow all --out $RUNS/agents
+stage agents agents.py --model "$RUNS/grpo/adapter" --data gsm8k --limit 500 --workflow all
 
-$PYTHON eval.py --compare $RUNS/eval-base $RUNS/eval-lora $RUNS/eval-full $RUNS/eval-grpo
+"$PYTHON" eval.py --compare "$RUNS"/eval-{base,lora,full,grpo}

@@ -96,6 +96,14 @@ def test_every_workflow_can_be_trained(small, tmp_path, monkeypatch, name):
     assert row["learned_tokens"] > 0 and row["dlogp_max"] < 1e-4 and row["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("rewards, learns", [((-1.0, -1.0), False), ((1.0, -1.0), True)])
+def test_a_run_that_learned_nothing_says_so(small, tmp_path, monkeypatch, capsys, rewards, learns):
+    turn = itertools.cycle(rewards)
+    monkeypatch.setattr(train_grpo, "judge", lambda *_: (next(turn), "turns"))
+    train(small, tmp_path / "run", "--batch", "1", "--samples", "2", "--kl", "0", steps=1)
+    assert ("nothing was learned" not in capsys.readouterr().out) == learns
+
+
 # ---- rewards and credit ----------------------------------------------------------------------------------
 
 def episode(response="", error=None, ids=(3, 4)):
