@@ -30,7 +30,7 @@ from slm.episode import (
     run_episodes,
     user,
 )
-from slm.files import as_lines, readable_rows, write_json, write_whole
+from slm.files import keep_rows, write_json
 from slm.grader import equal, extract
 
 OTHER = {"temperature": 0.7, "top_p": 0.9}                # a later attempt must be able to differ
@@ -440,8 +440,7 @@ def main(args: argparse.Namespace) -> None:
 
 def finished(log: Path) -> list[Episode]:
     """The episodes of a stopped run. What was torn or failed is taken out of the file, to be run again."""
-    rows = [row for row in readable_rows(log) if not any(turn["error"] for turn in row["turns"])]
-    write_whole(log, as_lines(rows))
+    rows = keep_rows(log, lambda row: not any(turn["error"] for turn in row["turns"]))
     return [Episode.from_json(row) for row in rows]
 
 

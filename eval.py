@@ -24,7 +24,7 @@ from pathlib import Path
 
 import agents
 from slm import BadInput, cli, stats
-from slm.files import as_lines, read_json, read_rows, readable_rows, write_json, write_whole
+from slm.files import as_lines, keep_rows, read_json, read_rows, write_json, write_whole
 
 PAPER = {"max_tokens": 2048, "limit": 500}
 TINY = {"max_tokens": 320}
@@ -65,8 +65,7 @@ def evaluate(args: argparse.Namespace) -> None:
     answers = run.path / "answers.jsonl"
     done, results = [], {}
     if args.resume:  # what was torn or failed is asked again
-        done = [row for row in readable_rows(answers) if row["finish"] != "error"]
-        write_whole(answers, as_lines(done))
+        done = keep_rows(answers, lambda row: row["finish"] != "error")
     with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox, answers.open("ab") as file:
         for name, items in sets.items():
             rows = [row for row in done if row["data"] == name]

@@ -32,7 +32,7 @@ import agents
 from slm import BadInput, cascade, cli, prompts, records
 from slm.endpoint import Endpoint
 from slm.episode import Job, Sampling, run_episodes, seed_of, user
-from slm.files import as_lines, read_json, write_json, write_whole
+from slm.files import as_lines, lock, read_json, write_json, write_whole
 from slm.grader import grade
 from slm.problems import fingerprint, load, load_all
 
@@ -244,7 +244,7 @@ def open_run(args, kind: str, identity: dict, problems: list, stack) -> Path:
     name = lambda path: path.parent.name if path.stem in ("train", "test") else path.stem
     out = Path(args.out or f"runs/{kind}-{'-'.join(name(Path(data)) for data in args.data)}")
     out.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(contextlib.closing(records.lock(out)))
+    stack.enter_context(contextlib.closing(lock(out)))
     path = out / "settings.json"
     if path.exists() and any(rows.stat().st_size for rows in out.glob("*.jsonl")):
         old = read_json(path).get("settings", {})

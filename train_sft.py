@@ -14,7 +14,6 @@ A batch is --batch sequences; it is packed without padding and cut into micro-ba
 Losses are sums, divided by the batch's number of trained tokens: the cut does not change the gradient.
 """
 
-import json
 import math
 import random
 import re
@@ -278,6 +277,7 @@ def one_step(model, batch, trained, optimizer, lr, args) -> dict:
 def finish(model, tokenizer, out, args):
     """Write the result under its final name, and say what to do with it."""
     from slm import checkpoint, lora, report, run
+    from slm.files import readable_rows
     result = out / ("model" if args.full else "adapter")
     run.unshard(model)
     if run.rank() == 0 and args.full:
@@ -286,7 +286,7 @@ def finish(model, tokenizer, out, args):
         lora.save(model, result, base=args.model)
     run.barrier()
     if run.rank() == 0:
-        last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+        *_, last = readable_rows(out / "metrics.jsonl")
         print(f"loss {last['loss']:.4f} after {last['step']} steps, peak memory "
               f"{run.peak_memory(model):.1f} GB; the result is {result}; curves: {report.write(out)}")
         result = shlex.quote(str(result))

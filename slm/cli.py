@@ -36,7 +36,7 @@ class Names(argparse.Action):
 
 
 def run_options(p: argparse.ArgumentParser, folder: str):
-    """The group of options that every script ends with."""
+    """The group of options that every script but make_data.py ends with."""
     g = p.add_argument_group("run")
     g.add_argument("--out", help=f"run directory (default {folder})")
     g.add_argument("--resume", action="store_true", help="go on with the stopped run in --out")

@@ -1,8 +1,10 @@
-"""JSON on disk: every bad line is named, and a file appears whole or not at all. Imports nothing heavy."""
+"""JSON on disk: every bad line is named, a file appears whole or not at all, a folder has one writer. Imports
+nothing heavy."""
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from slm import BadInput
@@ -63,6 +65,13 @@ def readable_rows(path: Path) -> Iterator[dict]:
                     yield row
 
 
+def keep_rows(path: Path, good: Callable[[dict], bool]) -> list[dict]:
+    """The readable rows of a log that are good. What was torn and the others are taken out of the file."""
+    rows = [row for row in readable_rows(path) if good(row)]
+    write_whole(path, as_lines(rows))
+    return rows
+
+
 def as_lines(rows: Iterable[dict]) -> bytes:
     """JSON lines. Half a surrogate, as in a server's text, becomes a question mark."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(errors="replace")
@@ -82,6 +91,16 @@ def write_whole(path: Path, content: bytes) -> None:
 def write_json(path: Path, value) -> None:
     """Write a value for people to read, in one step."""
     write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="replace"))
+
+
+def lock(folder: Path):
+    """Claim a folder for this process; the claim ends with the process. Keep the returned file open."""
+    file = (folder / "lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise BadInput(f"{folder}: in use by another process; wait or choose another --out") from None
+    return file
 
 
 def fingerprint(value) -> str:

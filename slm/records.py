@@ -5,7 +5,6 @@ Files of a make_data.py run: records.jsonl (kept), rejected.jsonl (every other a
 settings.json, summary.json and report.html. Imports no torch.
 """
 
-import fcntl
 import json
 import os
 import re
@@ -75,16 +74,6 @@ class Journal:
         os.replace(part, self.path)
         os.close(self.file)
         self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-
-
-def lock(folder: Path):
-    """Claim a folder for this process; the claim ends with the process. Keep the returned file open."""
-    file = (folder / "lock").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise BadInput(f"{folder}: in use by another process; wait or choose another --out") from None
-    return file
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------

@@ -29,8 +29,7 @@ from tqdm import tqdm
 
 from slm import BadInput
 from slm.cli import is_small
-from slm.files import as_lines, read_json, write_json
-from slm.records import lock
+from slm.files import as_lines, lock, read_json, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
