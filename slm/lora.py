@@ -67,31 +67,41 @@ class LoRALinear(Linear):
         self.backups: dict[str, Tensor] = {}  # the weight before each merge
         self.cast: dict[str, tuple] = {}      # see `factors`
 
-    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
-        """y = W x with the adapters applied that are active, each to its tokens."""
+    def adapt(self, x: Tensor, y: Tensor, layers: list[Linear]) -> Tensor:
+        """y, the outputs of these layers side by side, plus what the active adapters add to each token."""
         active = self.state.active
         if isinstance(active, str):
-            return self.add(active, x, y) if active in self.lora_A else y
+            return self.add(active, x, y, layers)
         for name, tokens in (active or {}).items():
-            if name in self.lora_A:
-                y = y.index_copy(0, tokens, self.add(name, x[tokens], y[tokens]))
+            y = y.index_copy(0, tokens, self.add(name, x[tokens], y[tokens], layers))
         return y
 
-    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+    def add(self, name: str, x: Tensor, y: Tensor, layers: list[Linear]) -> Tensor:
         """y += s B A x, for x (T, in) and y (T, out)."""
-        spec, (A, B) = self.state.specs[name], self.factors(name, x.dtype)
+        A, B = self.factors(name, x.dtype, layers)
+        if A is None:
+            return y
+        spec = self.state.specs[name]
         if self.training:
             x = F.dropout(x, spec.dropout)
         with one_thread(x.is_cpu and len(x) <= 256 and not torch.is_grad_enabled()):
             return y.addmm_(F.linear(x, A), B.t(), alpha=spec.scale)  # in place: y is of no use without it
 
-    def factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B in the activations' dtype. Without gradients a cast is kept until the parameters change."""
-        A, B = self.lora_A[name], self.lora_B[name]
-        if torch.is_grad_enabled() or A.dtype == dtype:
-            return A.to(dtype), B.to(dtype)
-        state = dtype, A.data_ptr(), A._version, B.data_ptr(), B._version
+    def factors(self, name: str, dtype: torch.dtype, layers: list[Linear]) -> tuple:
+        """A (R, in) and B (out, R) of these layers side by side, in the activations' dtype: the As below each
+        other, the Bs along the diagonal; (None, None) where the adapter changes none of them. Without
+        gradients they are kept until the parameters change."""
+        pairs = [(layer.lora_A[name], layer.lora_B[name]) if isinstance(layer, LoRALinear)
+                 and name in layer.lora_A else None for layer in layers]
+        if len(layers) == 1 and pairs[0] and (torch.is_grad_enabled() or pairs[0][0].dtype == dtype):
+            return pairs[0][0].to(dtype), pairs[0][1].to(dtype)
+        if not any(pairs):
+            return None, None
+        state = dtype, *[(p.data_ptr(), p._version) for pair in pairs if pair for p in pair]
         if self.cast.get(name, (None,))[0] != state:
+            A = torch.cat([pair[0] for pair in pairs if pair])
+            B = torch.block_diag(*[pair[1] if pair else A.new_zeros(layer.out_features, 0)
+                                   for pair, layer in zip(pairs, layers)])
             self.cast[name] = state, A.to(dtype), B.to(dtype)
         return self.cast[name][1:]
 

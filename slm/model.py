@@ -130,20 +130,11 @@ class RMSNorm(nn.Module):
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return self.adapt(x, product(x, self.weight, self.bias))
+        return self.adapt(x, F.linear(x, self.weight, self.bias), [self])
 
-    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
-        """What adapters make of the layer's output; see lora.py."""
+    def adapt(self, x: Tensor, y: Tensor, layers: list["Linear"]) -> Tensor:
+        """What adapters make of y, the outputs of these layers side by side; see lora.py."""
         return y
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W' + bias. On a CPU a bfloat16 product repacks its second factor at each call. Where that is a good
-    part of the work, for some dozens of rows, (W x')' is faster: x is the smaller one."""
-    if x.is_cpu and x.dtype == torch.bfloat16 and 16 < len(x) <= 256 and not torch.is_grad_enabled():
-        x = x.t()
-        return (torch.mm(weight, x) if bias is None else torch.addmm(bias[:, None], weight, x)).t()
-    return F.linear(x, weight, bias)
 
 
 class Joint(nn.Module):
@@ -151,11 +142,16 @@ class Joint(nn.Module):
     weights side by side in memory."""
     joint: tuple[Tensor, Tensor | None] | None = None
 
-    def products(self, x: Tensor, *layers: Linear) -> list[Tensor]:
+    def products(self, x: Tensor, *groups: list[Linear]) -> list[Tensor]:
+        """x (T, in) -> for each group the outputs of its layers side by side, (T, out)."""
+        layers = [layer for group in groups for layer in group]
         if torch.is_grad_enabled() or not self.joined(*layers):
-            return [layer(x) for layer in layers]
-        parts = product(x, *self.joint).split([layer.out_features for layer in layers], -1)
-        return [layer.adapt(x, y) for layer, y in zip(layers, parts)]
+            outputs = [[layer(x) for layer in group] for group in groups]
+            return [torch.cat(ys, -1) if len(ys) > 1 else ys[0] for ys in outputs]
+        y = F.linear(x, *self.joint)
+        adapted = next((layer for layer in layers if type(layer) is not Linear), layers[0])
+        y = adapted.adapt(x, y, layers)
+        return y.split([sum(layer.out_features for layer in group) for group in groups], -1)
 
     def joined(self, *layers: Linear) -> bool:
         """False again where the model was moved or given other parameters."""
@@ -187,9 +183,11 @@ class Attention(Joint):
         self.o_proj = Linear(c.heads * c.head_size, c.hidden, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        q, k, v = (y.unflatten(-1, (-1, self.head_size))
-                   for y in self.products(x, self.q_proj, self.k_proj, self.v_proj))
-        return self.o_proj(attend(self.index, rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(-2))
+        turned, v = (y.unflatten(-1, (-1, self.head_size)) for y in
+                     self.products(x, [self.q_proj, self.k_proj], [self.v_proj]))
+        heads = turned.shape[1] - v.shape[1]
+        turned = rotate(turned, cos, sin)
+        return self.o_proj(attend(self.index, turned[:, :heads], turned[:, heads:], v).flatten(-2))
 
 
 class MLP(Joint):
@@ -200,7 +198,7 @@ class MLP(Joint):
         self.down_proj = Linear(c.intermediate, c.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.products(x, self.gate_proj, self.up_proj)
+        gate, up = self.products(x, [self.gate_proj], [self.up_proj])
         return self.down_proj(F.silu(gate) * up)
 
 
