@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slm.model import Config, one_thread
+from slm.model import Config
 
 varlen_attn, VARLEN_GQA = None, False
 if torch.cuda.is_available():  # importing it costs a second or two, and without a GPU it is of no use
@@ -84,6 +84,7 @@ class KVCache:
 
     def __init__(self, config: Config, device="cpu", dtype=torch.float32):
         self.layers, self.heads, self.size = config.layers, config.kv_heads, config.head_size
+        self.groups = config.heads // config.kv_heads
         self.device, self.dtype, self.spare = torch.device(device), dtype, int("cuda" in str(device))
         self.token_bytes = 2 * config.layers * config.kv_heads * config.head_size * dtype.itemsize
         self.clear()
@@ -150,28 +151,41 @@ class Prefill:
 
 
 class Decode:
-    """One new token for each of the first B slots. positions (B,): where it goes; it sees 0 .. position.
-    The query heads that share a key head are the rows of one product: keys and values are read once, where
-    they lie. longest: above every position, for callers that know it without asking the device."""
+    """New tokens of the first slots, counts[i] of slot i, one behind the other. positions (T,): where to;
+    a token sees 0 .. position of its slot. The query heads that share a key head, and the tokens of a slot,
+    are rows of one product: keys and values are read once, where they lie. longest: above every position, for
+    callers that know it without asking the device."""
 
-    def __init__(self, cache: KVCache, positions: Tensor, longest: int):
-        self.cache = cache
+    def __init__(self, cache: KVCache, positions: Tensor, counts: list[int], longest: int):
+        self.cache, device, most = cache, cache.device, max(counts)
+        self.shape = len(counts), most, cache.heads, cache.groups, cache.size
         self.span = min(-(-longest // 64) * 64, cache.length)
-        if cache.device.type == "cpu" and cache.length < 2 * self.span:
+        if device.type == "cpu" and cache.length < 2 * self.span:
             self.span = cache.length  # bfloat16 products copy what they don't read whole
-        rows = torch.arange(len(positions) * cache.heads, device=cache.device)
-        self.places = rows * (cache.length + cache.spare) + positions.repeat_interleave(cache.heads)
-        unseen = torch.arange(self.span, device=cache.device) > positions[:, None]
-        bias = torch.zeros(unseen.shape, dtype=cache.dtype, device=cache.device)
-        bias = bias.masked_fill_(unseen, -torch.inf)
-        self.bias = bias.repeat_interleave(cache.heads, 0)[:, None]  # (B K, 1, L)
+        slots, heads = torch.arange(len(counts), device=device), torch.arange(cache.heads, device=device)
+        self.padding, seen = None, positions
+        if most > 1:  # slots with fewer tokens than others repeat their last one
+            count, nth = torch.tensor(counts, device=device)[:, None], torch.arange(most, device=device)
+            self.padding = (count.cumsum(0) - count + nth.minimum(count - 1)).flatten()
+            self.real = (nth < count).flatten().nonzero().squeeze(1)
+            slots, seen = slots.repeat_interleave(count.squeeze(1)), positions[self.padding]
+        slots = slots[:, None] * cache.heads + heads
+        self.places = (slots * (cache.length + cache.spare) + positions[:, None]).flatten()
+        unseen = torch.arange(self.span, device=device) > seen[:, None]
+        bias = torch.zeros(unseen.shape, dtype=cache.dtype, device=device).masked_fill_(unseen, -torch.inf)
+        bias = bias.view(len(counts), 1, most, 1, self.span).expand(-1, cache.heads, -1, cache.groups, -1)
+        self.bias = bias.reshape(-1, most * cache.groups, self.span)  # (B K, n H / K, L)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.k[layer], self.cache.v[layer]
         keys.view(-1, k.shape[-1]).index_copy_(0, self.places, k.flatten(0, 1))
         values.view(-1, v.shape[-1]).index_copy_(0, self.places, v.flatten(0, 1))
-        keys, values = (x[:len(q), :, :self.span].flatten(0, 1) for x in (keys, values))  # (B K, L, E)
-        queries = q.reshape(len(keys), -1, q.shape[-1])                                   # (B K, H / K, E)
-        with one_thread(q.is_cpu and len(q) <= 8):
-            scores = torch.baddbmm(self.bias, queries, keys.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-            return torch.bmm(scores.softmax(-1), values).view(q.shape)
+        slots, most, heads, groups, size = self.shape
+        keys, values = (x[:slots, :, :self.span].flatten(0, 1) for x in (keys, values))  # (B K, L, E)
+        if self.padding is not None:
+            q = q[self.padding]
+        q = q.reshape(slots, most, heads, groups, size).transpose(1, 2).reshape(slots * heads, -1, size)
+        scores = torch.baddbmm(self.bias, q, keys.transpose(1, 2), alpha=size ** -0.5)
+        out = torch.bmm(scores.softmax(-1), values)                                        # (B K, n H / K, E)
+        out = out.view(slots, heads, most, groups, size).transpose(1, 2).reshape(-1, heads * groups, size)
+        return out if self.padding is None else out[self.real]

@@ -20,9 +20,11 @@ When rows outgrow the cache, the newest goes back to the waiting line with what 
 prefilled again later: slower, never stuck. Random numbers are a hash of (seed, prompt, place in the reply),
 so a reply does not depend on what else is in the batch. In bfloat16 that holds up to rounding: matrix
 products of other shapes round differently (every RL run measures and shows it). The weights are the
-trainer's own tensors, taken as they are at each step.
+trainer's own tensors, taken as they are at each step. A few rows on a CPU are decoded several tokens a step
+where drafts of them come true (draft.py); replies stay the same.
 
-Not covered: beam search, speculative decoding, more than one device (a vLLM server through endpoint.py is).
+Not covered: beam search, a second model that drafts, more than one device (a vLLM server through endpoint.py
+is).
 """
 
 import math
@@ -32,6 +34,7 @@ import warnings
 import zlib
 from array import array
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -39,12 +42,15 @@ from tqdm import tqdm
 
 from slm import BadInput, lora
 from slm.attention import Decode, KVCache, Prefill
+from slm.draft import Drafts
 from slm.draw import Controls, record
 from slm.episode import Reply, Request, Sampling
 from slm.model import one_thread
 
-PREFILL_TOKENS = 4096  # in one packed pass
-SHARED_TOKENS = 32     # a shorter common prefix is computed rather than copied
+PREFILL_TOKENS = 512, 4096  # in one packed pass, on a CPU (its own caches hold no more) and on a GPU
+SHARED_TOKENS = 16     # a shorter common prefix is computed rather than copied
+DRAFT_ROWS = 8         # with more rows a step computes enough already
+FIXED = 60             # tokens that cost as much as a step of few rows on a CPU costs anyway
 BURST = 8              # decode rounds between two looks at what was drawn, on a GPU
 SPAN = 128             # recorded rounds attend over a multiple of this
 ROWS = [1, 2, 4, *range(8, 64, 8), *range(64, 4097, 32)]  # and have one of these numbers of rows
@@ -73,9 +79,11 @@ class Row:
         if self.sampling.stop_at_box:
             self.watch.add("}")
 
-    def state(self) -> tuple:
-        """What slm.draw needs: last token, its position, key, tokens drawn so far, settings."""
-        return self.tokens[-1], len(self.tokens) - 1, self.key, len(self.logprobs), self.sampling
+    def states(self, draft: list[int] = ()) -> list[tuple]:
+        """What slm.draw needs of the last token and of those drafted behind it: token, position, key, tokens
+        drawn so far, settings."""
+        return [(token, len(self.tokens) - 1 + i, self.key, len(self.logprobs) + i, self.sampling)
+                for i, token in enumerate((self.tokens[-1], *draft))]
 
 
 class Sampler:
@@ -99,8 +107,9 @@ class Sampler:
         self.running = 0
         self.finished: list[Row] = []
         self.controls: Controls | None = None  # of the running rows; None after any change among them
-        self.prefill_tokens = PREFILL_TOKENS
+        self.prefill_tokens = PREFILL_TOKENS[cuda]
         self.burst = BURST if cuda else 1
+        self.drafts = None if cuda else Drafts(FIXED)
         self.recorder = record if cuda else None
         self.recorded = {}                     # (rows, span, ...) -> recorded round, see _replay
         self.steps = self.tickets = self.tokens = 0
@@ -344,45 +353,76 @@ class Sampler:
                 self.cache.copy(self.slots.index(row), copies, len(row.tokens))
         rows = pack + [twin for twin, _ in twins]
         hidden = torch.stack([last[row] for row in [*pack, *(original for _, original in twins)]])
-        controls = Controls([row.state() for row in rows], self.device)
-        self._accept(rows, [controls.draw(self.model.logits(hidden))])
+        controls = Controls([state for row in rows for state in row.states()], self.device)
+        ids, logprobs = controls.draw(self.model.logits(hidden))
+        if self.drafts:
+            for row in pack:
+                self.drafts.learn(row.tokens, 0)
+        self._accept(rows, [[x] for x in zip(ids.tolist(), logprobs.tolist())])
         self._leave()
 
     def _decode(self) -> None:
-        """One more token for every running row; on a GPU several, since asking for each would idle it."""
+        """One more token for every running row, or several: on a GPU, since asking for each would idle it; on
+        a CPU where drafts come true."""
         rows = self.slots[:self.running]
         count = min(self.burst, *(row.limit - len(row.logprobs) for row in rows))
         while not self._fit(len(rows), (longest := max(len(row.tokens) for row in rows) + count - 1)):
             self._requeue(rows.pop())
             self.running -= 1
             self.slots[self.running] = None
-        adapters = [(row.adapter, 1) for row in rows]
-        recorded = self.recorder and len({row.adapter for row in rows}) == 1
-        if self.controls is None:
-            padded = next((n for n in ROWS if recorded and len(rows) <= n <= self.cache.slots), 0)
-            self.controls = Controls([row.state() for row in rows], self.device, padded,
-                                     self.cache.length * self.cache.spare)
-        draws = []
-        for _ in range(count):
-            if recorded and not self.controls.cut:
-                draws.append(self._replay(adapters[0][0], longest))
-            else:
-                draws.append(self._round(self.controls, longest, adapters))
-        self._accept(rows, draws)
+        few = self.drafts and len(rows) <= DRAFT_ROWS
+        if few and any(drafts := [self._draft(row) for row in rows]):
+            self._check(rows, drafts)
+        else:
+            self._rounds(rows, count, longest)
         self._leave()
 
-    def _round(self, c: Controls, longest: int, adapters) -> tuple[torch.Tensor, torch.Tensor]:
-        """Feed the rows' last tokens and draw the next ones: ids (B,), log-probs (B,). No host involved."""
-        hidden = self._forward(c.last, c.position, Decode(self.cache, c.position, longest), adapters)
-        return c.draw(self.model.logits(hidden))
+    def _draft(self, row: Row) -> list[int]:
+        room = min(row.limit - len(row.logprobs) - 1, self.cache.length - len(row.tokens))
+        return self.drafts.guess(row.tokens, self.running, room)
+
+    def _check(self, rows: list[Row], drafts: list[list[int]]) -> None:
+        """Draw after every row's last token and after each of its draft; the first draws that agree with the
+        draft count, and the one after them."""
+        c = Controls([s for row, draft in zip(rows, drafts) for s in row.states(draft)], self.device)
+        self.controls = None
+        ids, logprobs = self._round(c, [(row.adapter, 1 + len(draft)) for row, draft in zip(rows, drafts)],
+                                    max(len(row.tokens) + len(draft) for row, draft in zip(rows, drafts)))
+        drawn, written = zip(ids.tolist(), logprobs.tolist()), []
+        for draft in drafts:
+            new = [next(drawn) for _ in range(1 + len(draft))]
+            agree = next((i for i, token in enumerate(draft) if token != new[i][0]), len(draft))
+            self.drafts.counted += agree
+            written.append(new[:agree + 1])
+        self._accept(rows, written)
+
+    def _rounds(self, rows: list[Row], count: int, longest: int) -> None:
+        """`count` times one token for each row."""
+        adapters = [(row.adapter, 1) for row in rows]
+        cut = any(row.sampling.temperature and (row.sampling.top_k or row.sampling.top_p < 1) for row in rows)
+        recorded = self.recorder and not cut and len(set(adapters)) == 1
+        if self.controls is None:
+            padded = next((n for n in ROWS if recorded and len(rows) <= n <= self.cache.slots), 0)
+            self.controls = Controls([s for row in rows for s in row.states()], self.device, padded,
+                                     self.cache.length * self.cache.spare)
+        draws = [self._replay(adapters[0][0], longest) if recorded else
+                 self._round(self.controls, adapters, longest) for _ in range(count)]
+        self._accept(rows, zip(*(zip(ids.tolist(), logprobs.tolist()) for ids, logprobs in draws)))
+
+    def _round(self, c: Controls, adapters: list[tuple[str | None, int]], longest: int):
+        """Compute the controls' tokens, of each row with its adapter as many as it says, and draw the ones
+        after them: ids (T,), log-probs (T,). No host involved."""
+        attend = Decode(self.cache, c.position, [n for _, n in adapters], longest)
+        return c.draw(self.model.logits(self._forward(c.last, c.position, attend, adapters)))
 
     def _replay(self, adapter: str | None, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The same by replaying a recorded round of this many rows and this span, recorded when first met."""
         c = self.controls
         span = min(-(-longest // SPAN) * SPAN, self.cache.length)
-        key = len(c.last), span, c.sampled, adapter
+        key = len(c.last), span, c.sampled, c.greedy_rows, adapter
         if key not in self.recorded:
-            self.recorded[key] = c, self.recorder(lambda: self._round(c, span, [(adapter, len(c.last))]), c)
+            rows = [(adapter, 1)] * len(c.last)
+            self.recorded[key] = c, self.recorder(lambda: self._round(c, rows, span), c)
         own, (graph, ids, logprobs) = self.recorded[key]
         if own is not c:
             own.take(c)
@@ -395,12 +435,13 @@ class Sampler:
         with lora.use(self.model, adapters):
             return self.model(ids, positions, attend)
 
-    def _accept(self, rows: list[Row], draws: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Append what was drawn, one (ids, logprobs) a step, and see who is done."""
-        for ids, logprobs in draws:
-            for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist()):
+    def _accept(self, rows: list[Row], written: Iterable[Iterable[tuple[int, float]]]) -> None:
+        """Append to each row the tokens and log-probs that were drawn for it, as far as it goes on."""
+        for row, new in zip(rows, written):
+            start = len(row.tokens)
+            for token, logprob in new:
                 if row.finish:
-                    continue
+                    break
                 if logprob != logprob:
                     raise FloatingPointError(
                         f"request {row.ticket}, sample {row.sample}: the logits are NaN at token "
@@ -413,6 +454,8 @@ class Sampler:
                               self._stopped(row, token) if row.watch else None)
                 if row.finish is None and len(row.logprobs) == row.limit:
                     row.finish = "length"
+            if self.drafts:
+                self.drafts.learn(row.tokens, start)
 
     def _stopped(self, row: Row, token: int) -> str | None:
         """"box" or "stop_string" if this token completed one. The reply is decoded only when the token's
@@ -455,7 +498,7 @@ class Sampler:
         before, self.weights = self.weights, [(p.data_ptr(), p._version) for p in self.model.parameters()]
         if self.weights != before:
             self.slots = [None] * len(self.slots)
-            self.recorded = {}
+            self.recorded, self.drafts = {}, self.drafts and Drafts(FIXED)
 
 
 def _boxed(text: str) -> bool:

@@ -174,6 +174,39 @@ def test_bfloat16_stays_near_the_training_forward():
 
 
 @pytest.mark.parametrize("options", COMPANY)
+def test_drafts_change_no_reply_and_save_steps(options, monkeypatch):
+    model, requests = build(seed=7), some_requests(16, seed=3, temperatures=(0.0, 0.5, 1.0))
+    requests += some_requests(4, seed=9, temperatures=(1.0,), top_k=7, top_p=0.9)
+    for request in requests:
+        request.sampling = replace(request.sampling, max_tokens=50)
+    plain = Sampler(model, Letters(), **options)
+    plain.drafts = None
+    expected = plain.generate(requests, progress=False)
+    monkeypatch.setattr(module, "DRAFT_ROWS", 99)
+    monkeypatch.setattr(module, "FIXED", 1e9)  # whatever is guessed is tried
+    sampler = Sampler(model, Letters(), **options)
+    replies = sampler.generate(requests, progress=False)
+    assert ids_of(replies) == ids_of(expected)
+    for got, want in zip(chain(*replies), chain(*expected)):
+        assert got.logprobs == pytest.approx(want.logprobs, abs=2e-5) and got.finish == want.finish
+    assert sampler.drafts.counted > 20 and sampler.steps < plain.steps + (not options)
+    assert sampler.tokens == plain.tokens
+
+
+def test_a_reply_that_ends_inside_a_draft_ends_there():
+    """The script repeats itself, so it is drafted; what a draft holds behind the end is not part of it."""
+    lines = "ab ab ab ab ab ab ab ab"
+    for text, sampling, finish in (
+            (lines + "\0" + lines, {}, "stop"), (lines * 3, {"max_tokens": 20}, "length"),
+            (lines[:-1] + "$ ab ab", {"stop": ("$",)}, "stop_string")):
+        sampler = Sampler(Script("?" + text), Letters())
+        reply = sampler.generate([Request(ids=[63], sampling=Sampling(**sampling))], progress=False)[0][0]
+        shown = {"stop": lines, "length": (lines * 3)[:20], "stop_string": lines[:-1]}[finish]
+        assert (reply.finish, reply.text) == (finish, shown)
+        assert sampler.steps < len(reply.ids) == len(reply.logprobs) == sampler.tokens
+
+
+@pytest.mark.parametrize("options", COMPANY)
 def test_recorded_rounds_and_bursts_change_nothing(options):
     """The way of a GPU, with a stand-in for its graphs: rows that fill up a batch, several rounds at once."""
     def record(run, controls):
@@ -193,7 +226,7 @@ def test_recorded_rounds_and_bursts_change_nothing(options):
     requests += some_requests(4, seed=9, temperatures=(1.0,), top_k=7)
     expected = run(model, requests)
     sampler = Sampler(model, Letters(), **options)
-    sampler.recorder, sampler.burst, sampler.cache.spare = record, 4, 1
+    sampler.recorder, sampler.burst, sampler.cache.spare, sampler.drafts = record, 4, 1, None
     sampler.cache.clear()
     for _ in range(2):  # the second time from kept prefixes
         replies = sampler.generate(requests, progress=False)
@@ -363,7 +396,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch):
 
     class Greedy(module.Decode):
         def __call__(self, layer, q, k, v):
-            if layer == 1 and len(q) > 4:
+            if layer == 1 and self.shape[0] > 4:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().__call__(layer, q, k, v)
 

@@ -1,0 +1,65 @@
+"""Guesses of what a row will write next, looked up in what was written before.
+
+A decoding step reads all the weights, however few tokens it computes. So beside its last token a row can have
+a *draft* of the next ones computed in the same step. A token is drawn at each of these places as always (same
+logits, same random number), and draws count up to the first that differs from the draft. Replies are what
+they would be without: a draft only saves steps. This is speculative decoding (Leviathan et al. 2023,
+arXiv:2211.17192); since random numbers belong to places in the reply, there is nothing to correct for.
+
+The guess is the token that came last time after the same few tokens, in any prompt or reply (prompt lookup,
+Saxena 2023): small models repeat the question, themselves and each other. How often that comes true is
+counted for each length of context and for how many times in a row it was right, and a draft ends where its
+chance is no longer worth the computation.
+
+Not covered: drafts by a second model or by extra heads.
+"""
+
+CONTEXTS = 4, 3, 2, 1  # tokens of context, longest first
+SURE = 3               # times right in a row; more count as this many
+LONGEST = 8            # tokens of a draft
+ENTRIES = 1 << 20      # contexts remembered; then it starts anew
+
+
+class Drafts:
+    """fixed: the part of a step's cost that does not grow with its tokens, in tokens."""
+
+    def __init__(self, fixed: float):
+        self.fixed = fixed
+        self.followers: dict[tuple, tuple] = {}  # context -> (the token after it, times right in a row)
+        self.came_true = {(n, sure): [1, 2] for n in CONTEXTS for sure in range(SURE + 1)}  # [true, all]
+        self.expected = self.counted = 1.0       # of all tokens in drafts: how many should have and have
+
+    def learn(self, tokens: list[int], start: int) -> None:
+        """tokens[start:] are new: remember what came after what, and count which guesses were right."""
+        if len(self.followers) > ENTRIES:
+            self.followers.clear()
+        for i in range(max(start, 1), len(tokens)):
+            known = False
+            for n in CONTEXTS:
+                context = tuple(tokens[i - n:i]) if n <= i else ()
+                guess, sure = self.followers.get(context, (None, 0))
+                if guess is not None and not known:  # the one that a draft would have used
+                    count, known = self.came_true[n, sure], True
+                    count[0] += guess == tokens[i]
+                    count[1] += 1
+                if context:
+                    self.followers[context] = tokens[i], min(sure + 1, SURE) if guess == tokens[i] else 0
+
+    def guess(self, tokens: list[int], rows: int, most: int) -> list[int]:
+        """At most `most` tokens that may follow. Of a step that costs fixed + rows, a token that comes true
+        saves the share of one row, (fixed + rows) / rows, and costs 1: it must come true with a chance of
+        rows / (fixed + rows)."""
+        context, draft, chance = tuple(tokens[-CONTEXTS[0]:]), [], self.counted / self.expected
+        while len(draft) < min(most, LONGEST):
+            n = next((n for n in CONTEXTS if context[-n:] in self.followers), None)
+            if n is None:
+                break
+            guess, sure = self.followers[context[-n:]]
+            true, guesses = self.came_true[n, sure]
+            chance *= true / guesses
+            if chance * (self.fixed + rows) < rows:
+                break
+            self.expected += chance
+            draft.append(guess)
+            context = (*context[1 - CONTEXTS[0]:], guess)
+        return draft
