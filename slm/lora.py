@@ -2,7 +2,7 @@
 
 Hu et al. 2021, arXiv:2106.09685, eq. 3. A is drawn as in a linear layer and B starts at zero, so a new
 adapter changes nothing. With rslora s = alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732). A and B are
-kept in float32 and computed with in the model's dtype.
+kept in float32 and computed with in the model's dtype (B in float32 where a few tokens are sampled: faster).
 
 Several adapters live on one base model, each under a name. One is active (`add` and `load` activate
 theirs); `off` and `use` change that for a while, and `use` can give every sequence of a batch its own. Only
@@ -25,9 +25,10 @@ from slm import BadInput
 from slm.attention import Packed
 from slm.checkpoint import SafeTensors, atomic_directory, check_tensors, write_safetensors
 from slm.files import read_json
-from slm.model import Linear, Qwen2, one_thread
+from slm.model import Joint, Linear, Qwen2, by_columns, one_thread, product
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SMALL = 2 ** 18  # multiplications: a smaller product is faster in float32, bfloat16 has a fixed cost of 13 us
 
 
 @dataclass
@@ -48,12 +49,15 @@ class Spec:
 
 class State:
     """What all layers of a model share: its adapters, which are merged (in order), and which is applied now.
-    active: None, a name for all tokens, or {name: indices of its tokens}."""
+    active: None, a name for all tokens, or {name: indices of its tokens}.
+    stamps: inside `use` without gradients, one for each adapter in use; see `_stamp`."""
 
     def __init__(self):
         self.specs: dict[str, Spec] = {}
         self.merged: list[str] = []
         self.active: str | dict[str, Tensor] | None = None
+        self.stamps: dict[str, list] = {}
+        self.last: dict[str, tuple[list, list]] = {}  # by adapter: its parameters and its last stamp
 
 
 class LoRALinear(Linear):
@@ -65,7 +69,21 @@ class LoRALinear(Linear):
         self.weight, self.bias, self.state = base.weight, base.bias, state
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.backups: dict[str, Tensor] = {}  # the weight before each merge
-        self.cast: dict[str, tuple] = {}      # see `factors`
+        self.cast: dict[tuple, tuple] = {}    # see `factors`
+
+    @property
+    def room(self) -> int:
+        return max(map(len, self.lora_A.values()), default=0)
+
+    def together(self, x: Tensor, joint: Joint, layers: list[Linear]) -> Tensor:
+        """With one adapter in use to sample, A x comes out of the product with W; only B is left to do."""
+        active = self.state.active
+        stamp = self.state.stamps.get(active) if isinstance(active, str) and not self.training else None
+        if stamp is None:
+            return self.adapt(x, product(x, *joint.base), layers)
+        if joint.low is None or joint.low.stamp is not stamp:
+            joint.low = Low(joint, *side_by_side(layers, active), self.state.specs[active].scale, stamp)
+        return joint.low(x)
 
     def adapt(self, x: Tensor, y: Tensor, layers: list[Linear]) -> Tensor:
         """y, the outputs of these layers side by side, plus what the active adapters add to each token."""
@@ -79,7 +97,7 @@ class LoRALinear(Linear):
     def add(self, name: str, x: Tensor, y: Tensor, layers: list[Linear]) -> Tensor:
         """y += s B A x, for x (T, in) and y (T, out)."""
         A, B = self.factors(name, x.dtype, layers)
-        if A is None:
+        if not len(A):
             return y
         spec = self.state.specs[name]
         if self.training:
@@ -87,23 +105,44 @@ class LoRALinear(Linear):
         with one_thread(x.is_cpu and len(x) <= 256 and not torch.is_grad_enabled()):
             return y.addmm_(F.linear(x, A), B.t(), alpha=spec.scale)  # in place: y is of no use without it
 
-    def factors(self, name: str, dtype: torch.dtype, layers: list[Linear]) -> tuple:
-        """A (R, in) and B (out, R) of these layers side by side, in the activations' dtype: the As below each
-        other, the Bs along the diagonal; (None, None) where the adapter changes none of them. Without
-        gradients they are kept until the parameters change."""
-        pairs = [(layer.lora_A[name], layer.lora_B[name]) if isinstance(layer, LoRALinear)
-                 and name in layer.lora_A else None for layer in layers]
-        if len(layers) == 1 and pairs[0] and (torch.is_grad_enabled() or pairs[0][0].dtype == dtype):
-            return pairs[0][0].to(dtype), pairs[0][1].to(dtype)
-        if not any(pairs):
-            return None, None
-        state = dtype, *[(p.data_ptr(), p._version) for pair in pairs if pair for p in pair]
-        if self.cast.get(name, (None,))[0] != state:
-            A = torch.cat([pair[0] for pair in pairs if pair])
-            B = torch.block_diag(*[pair[1] if pair else A.new_zeros(layer.out_features, 0)
-                                   for pair, layer in zip(pairs, layers)])
-            self.cast[name] = state, A.to(dtype), B.to(dtype)
-        return self.cast[name][1:]
+    def factors(self, name: str, dtype: torch.dtype, layers: list[Linear]) -> tuple[Tensor, Tensor]:
+        """Their A and B in the activations' dtype, kept as long as the stamp stays the same."""
+        stamp, key = self.state.stamps.get(name), (name, dtype, len(layers))
+        if stamp is not None and key in self.cast and self.cast[key][0] is stamp:
+            return self.cast[key][1:]
+        A, B = (x.to(dtype) for x in side_by_side(layers, name))
+        if stamp is not None:
+            self.cast[key] = stamp, A, B
+        return A, B
+
+
+def side_by_side(layers: list[Linear], name: str) -> tuple[Tensor, Tensor]:
+    """One adapter for layers side by side, A (R, in) and B (out, R): the As below each other, the Bs along
+    the diagonal. R is 0 where it changes none of them."""
+    pairs = [(layer.lora_A[name], layer.lora_B[name]) if name in getattr(layer, "lora_A", ()) else
+             (layer.weight.new_zeros(0, layer.in_features), layer.weight.new_zeros(layer.out_features, 0))
+             for layer in layers]
+    return pairs[0] if len(pairs) == 1 else (torch.cat([A for A, _ in pairs]),
+                                             torch.block_diag(*[B for _, B in pairs]))
+
+
+class Low:
+    """One adapter on joint layers, as it is sampled with: A lies behind W, so W x and A x are one product."""
+
+    def __init__(self, joint: Joint, A: Tensor, B: Tensor, scale: float, stamp: list):
+        self.stamp, self.sizes = stamp, [joint.size, len(A)]
+        self.wide = joint.rows(joint.size + len(A))
+        self.wide[0][joint.size:] = A
+        self.exact = (B.t() * scale).contiguous()
+        self.B = (B * scale).to(joint.weight.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y, h = product(x, *self.wide).split_with_sizes(self.sizes, -1)
+        if len(x) * self.B.numel() < SMALL:
+            return y.add_(h.float() @ self.exact)
+        if by_columns(x):
+            return y.t().addmm_(self.B, h.t()).t()
+        return y.addmm_(h, self.B.t())
 
 
 # ---- adapters on a model -----------------------------------------------------------------------------------
@@ -128,6 +167,8 @@ def add(model: Qwen2, r: int = 16, alpha: float = 32, targets: list[str] | str =
         layer.lora_B[name] = nn.Parameter(torch.zeros(layer.out_features, r, **like))
         nn.init.kaiming_uniform_(layer.lora_A[name], a=math.sqrt(5))
     state.specs[name], state.active = spec, name
+    if model.joined:
+        model.join()  # with room for A
 
 
 def names(model: Qwen2) -> list[str]:
@@ -144,23 +185,27 @@ def parameters(model: Qwen2, name: str = "default") -> list[nn.Parameter]:
 @contextmanager
 def use(model: Qwen2, active: str | list[tuple[str | None, int]] | None):
     """Apply another adapter inside the block: a name, None, or rows [(name or None, tokens)], one after the
-    other over the packed tokens, so that every sequence of a batch has its own."""
+    other over the packed tokens, so that every sequence of a batch has its own. Without gradients, what is
+    made of the adapters' parameters is kept, and whether they changed is looked at here, once a block."""
     state = _state(model)
     wanted = {name for name, _ in active} if isinstance(active, list) else {active}
     for name in wanted - {None, *names(model)}:
         raise BadInput(f"adapter {name!r}: not on this model or merged into it; there are {names(model)}")
     if len(wanted) == 1:
-        active = wanted.pop()
+        active, = wanted
     elif isinstance(active, list):
         of_token = [name for name, count in active for _ in range(count)]
         device = model.model.embed_tokens.weight.device
         active = {name: torch.tensor([i for i, other in enumerate(of_token) if other == name], device=device)
                   for name in wanted - {None}}
-    before, state.active = state.active, active
+    before = state.active, state.stamps
+    state.active, state.stamps = active, {}
+    if not torch.is_grad_enabled() and not hasattr(model, "unshard"):  # FSDP gathers without a new version
+        state.stamps = {name: _stamp(model, name) for name in wanted - {None}}
     try:
         yield
     finally:
-        state.active = before
+        state.active, state.stamps = before
 
 
 def off(model: Qwen2):
@@ -202,9 +247,10 @@ def remove(model: Qwen2, name: str = "default") -> None:
     state = _state(model)
     for layer in _layers(model, name):
         layer.backups.pop(name, None)
-        layer.cast.pop(name, None)
+        layer.cast.clear()
         del layer.lora_A[name], layer.lora_B[name]
     del state.specs[name]
+    state.last.pop(name, None)
     state.merged = [other for other in state.merged if other != name]
     state.active = None if state.active == name else state.active
 
@@ -213,6 +259,17 @@ def _state(model: Qwen2) -> State:
     if not hasattr(model, "lora"):
         model.lora = State()
     return model.lora
+
+
+def _stamp(model: Qwen2, name: str) -> list:
+    """Addresses and versions of an adapter's parameters: the same object as long as they stay the same, so
+    that who keeps something made of them sees at a glance whether it still holds."""
+    state = model.lora
+    watched, stamp = state.last.get(name) or (parameters(model, name), None)
+    now = [(p.data_ptr(), p._version) for p in watched]
+    if now != stamp:
+        state.last[name] = watched, now
+    return state.last[name][1]
 
 
 def _layers(model: Qwen2, name: str) -> list[LoRALinear]:

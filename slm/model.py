@@ -141,6 +141,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Linear(nn.Linear):
+    """joint: what this layer and those behind it in memory are, if any. room: how many rows of A its adapters
+    need there."""
+    joint: "Joint | None" = None
+    room = 0
+
     def forward(self, x: Tensor) -> Tensor:
         return self.adapt(x, product(x, self.weight, self.bias), [self])
 
@@ -148,44 +153,60 @@ class Linear(nn.Linear):
         """What adapters make of y, the outputs of these layers side by side; see lora.py."""
         return y
 
-
-class Joint(nn.Module):
-    """Linear layers of one input. Without gradients they are one product, once `Qwen2.join` has put their
-    weights side by side in memory."""
-    joint: tuple[Tensor, Tensor | None] | None = None
-
-    def products(self, x: Tensor, *groups: list[Linear]) -> list[Tensor]:
-        """x (T, in) -> for each group the outputs of its layers side by side, (T, out)."""
-        layers = [layer for group in groups for layer in group]
-        if torch.is_grad_enabled() or not self.joined(*layers):
-            outputs = [[layer(x) for layer in group] for group in groups]
-            return [torch.cat(ys, -1) if len(ys) > 1 else ys[0] for ys in outputs]
-        y = product(x, *self.joint)
-        adapted = next((layer for layer in layers if type(layer) is not Linear), layers[0])
-        y = adapted.adapt(x, y, layers)
-        return y.split([sum(layer.out_features for layer in group) for group in groups], -1)
-
-    def joined(self, *layers: Linear) -> bool:
-        """False again where the model was moved or given other parameters."""
-        at = 0 if self.joint is None else self.joint[0].data_ptr()
-        for layer in layers if at else ():
-            at = layer.weight.data_ptr() == at and at + layer.weight.nbytes
-        return bool(at)
-
-    def join(self, *layers: Linear) -> None:
-        """Values stay the same, and so do the parameters: only where they lie changes."""
-        if self.joined(*layers):
-            return
-        self.joint = ()
-        for name in ("weight", "bias"):
-            old = [getattr(layer, name) for layer in layers]
-            new = None if old[0] is None else torch.cat([p.data for p in old])
-            self.joint += (new,)
-            for p, part in zip(old, () if new is None else new.split([len(p) for p in old])):
-                p.data = part
+    def together(self, x: Tensor, joint: "Joint", layers: list["Linear"]) -> Tensor:
+        """The outputs of these joint layers side by side, adapters included."""
+        return product(x, *joint.base)
 
 
-class Attention(Joint):
+class Joint:
+    """The weights of layers with one input, side by side in memory: without gradients they are one product.
+    Behind them there is room for the A of an adapter, so that A x comes with it at next to no cost. Values
+    stay the same, and so do the parameters: only where they lie changes."""
+
+    def __init__(self, layers: list[Linear]):
+        self.size = sum(layer.out_features for layer in layers)
+        self.room = sum(layer.room for layer in layers)
+        self.weight = self.place([layer.weight for layer in layers])
+        self.bias = None if layers[0].bias is None else self.place([layer.bias for layer in layers])
+        self.base = self.rows(self.size)  # without the room: the bits of a product may depend on its shape
+        self.low = None                   # lora.py's
+
+    def place(self, parameters: list[nn.Parameter]) -> Tensor:
+        old = [p.data for p in parameters]
+        new = torch.cat([*old, old[0].new_zeros(self.room, *old[0].shape[1:])])
+        for p, part in zip(parameters, new.split([*map(len, old), self.room])):
+            p.data = part
+        return new
+
+    def rows(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """The first rows of weight and bias."""
+        return self.weight[:count], None if self.bias is None else self.bias[:count]
+
+    def holds(self, layers: list[Linear]) -> bool:
+        """False where the model was moved or given other parameters."""
+        at = self.weight.data_ptr()
+        for layer in layers:
+            weight = layer.weight
+            if weight.data_ptr() != at:
+                return False
+            at += weight.nbytes
+        return True
+
+
+def products(x: Tensor, *groups: list[Linear]) -> list[Tensor]:
+    """x (T, in) -> for each group the outputs of its layers side by side, (T, out). Without gradients it is
+    one product for all, once `Qwen2.join` has put their weights side by side."""
+    layers = [layer for group in groups for layer in group]
+    joint = layers[0].joint
+    if torch.is_grad_enabled() or joint is None or not joint.holds(layers):
+        outputs = [[layer(x) for layer in group] for group in groups]
+        return [torch.cat(ys, -1) if len(ys) > 1 else ys[0] for ys in outputs]
+    adapted = next((layer for layer in layers if type(layer) is not Linear), layers[0])
+    y = adapted.together(x, joint, layers)
+    return y.split_with_sizes([sum(layer.out_features for layer in group) for group in groups], -1)
+
+
+class Attention(nn.Module):
     def __init__(self, c: Config, index: int):
         super().__init__()
         self.index, self.head_size = index, c.head_size
@@ -196,13 +217,14 @@ class Attention(Joint):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
         turned, v = (y.unflatten(-1, (-1, self.head_size)) for y in
-                     self.products(x, [self.q_proj, self.k_proj], [self.v_proj]))
+                     products(x, [self.q_proj, self.k_proj], [self.v_proj]))
         heads = turned.shape[1] - v.shape[1]
         turned = rotate(turned, cos, sin)
-        return self.o_proj(attend(self.index, turned[:, :heads], turned[:, heads:], v).flatten(-2))
+        seen = attend(self.index, turned[:, :heads], turned[:, heads:], v)
+        return products(seen.flatten(-2), [self.o_proj])[0]
 
 
-class MLP(Joint):
+class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.gate_proj = Linear(c.hidden, c.intermediate, bias=False)
@@ -210,8 +232,8 @@ class MLP(Joint):
         self.down_proj = Linear(c.intermediate, c.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.products(x, [self.gate_proj], [self.up_proj])
-        return self.down_proj(F.silu(gate) * up)
+        gate, up = products(x, [self.gate_proj], [self.up_proj])
+        return products(F.silu(gate) * up, [self.down_proj])[0]
 
 
 class Layer(nn.Module):
@@ -232,7 +254,7 @@ class Qwen2(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.recompute = config, False
+        self.config, self.recompute, self.joined = config, False, False
         # nn.Embedding's own normal_ would import PyTorch's compiler on the meta device: 1.4 s at every start
         embeddings = torch.empty(config.vocab, config.hidden).uniform_(-0.1, 0.1)
         self.model = nn.ModuleDict({
@@ -258,10 +280,14 @@ class Qwen2(nn.Module):
 
     def join(self) -> None:
         """Put weights that multiply the same input side by side in memory: faster to sample from on a CPU."""
+        self.joined = True
         for layer in self.model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            attention.join(attention.q_proj, attention.k_proj, attention.v_proj)
-            mlp.join(mlp.gate_proj, mlp.up_proj)
+            a, mlp = layer.self_attn, layer.mlp
+            for layers in ([a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [mlp.gate_proj, mlp.up_proj],
+                           [mlp.down_proj]):
+                joint = layers[0].joint
+                if not joint or not joint.holds(layers) or joint.room < sum(layer.room for layer in layers):
+                    layers[0].joint = Joint(layers)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, D) -> (N, V) in the model's dtype."""
