@@ -1,13 +1,14 @@
 """Sampling speed: ours, transformers and, where installed, llama.cpp, on the same prompts.
 
-    export OMP_WAIT_POLICY=PASSIVE SLM_DATA=...
+    export SLM_DATA=...
     python bench/sampler.py                                                       # tiny, 64 sequences
     python bench/sampler.py --model DIR --data gsm8k --prompts 48 --tokens 192
     python bench/sampler.py --model DIR --data gsm8k --prompts 8 --samples 8
     python bench/sampler.py --model DIR --data gsm8k --prompts 4 --batch 1
     python bench/sampler.py --device cuda --model Qwen/Qwen2.5-1.5B --data gsm8k --prompts 256
 
-Each contender runs in a process of its own, so that its peak memory is its own. Same prompt ids, same stop
+Each contender runs in a process of its own, so that its peak memory is its own, and with
+OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait slow down what else runs. Same prompt ids, same stop
 ids, answers of their natural lengths; greedy, or temperature 1 where --samples is above 1. transformers gets
 left-padded batches of each size in --peer-batch, and its best one counts. Time is from the first prompt to
 the last reply, the models loaded and warm.
@@ -129,7 +130,7 @@ def ours(args, rank: int = 0) -> dict:
     flops = 2 * tokens * sum(p.numel() for p in model.parameters())
     decode = seconds - prefill[0]
     return {"tokens": tokens, "seconds": seconds, "prefill_seconds": prefill[0], "decode_steps": rounds,
-            "rows_a_step": tokens / rounds, "floor_share": moved / bandwidth(args.device) / decode,
+            "tokens_a_step": tokens / rounds, "floor_share": moved / bandwidth(args.device) / decode,
             "matrix_share": flops / matrix_rate(args.device, getattr(torch, args.dtype)) / decode,
             "startup_seconds": ready, "finish": count(r.finish for r in replies),
             "replies": [r.ids for r in replies], "peak_gb": memory}
@@ -242,7 +243,8 @@ def contender(args) -> None:
 def measure(name: str, seconds: int) -> dict | None:
     try:
         done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", name], text=True,
-                              capture_output=True, timeout=seconds)
+                              capture_output=True, timeout=seconds,
+                              env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
     except subprocess.TimeoutExpired:
         print(f"{name}: stopped after {seconds} s")
         return None
@@ -256,7 +258,7 @@ def measure(name: str, seconds: int) -> dict | None:
           f"peak {r['peak_gb']:.2f} GB)", flush=True)
     if "floor_share" in r:
         print(f"{'':34} decode: {r['floor_share']:.0%} of the bandwidth floor, {r['matrix_share']:.0%} of "
-              f"the matrix rate, {r['rows_a_step']:.1f} rows a step")
+              f"the matrix rate, {r['tokens_a_step']:.1f} tokens a step")
     return result
 
 
