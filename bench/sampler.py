@@ -8,10 +8,10 @@
     python bench/sampler.py --device cuda --model Qwen/Qwen2.5-1.5B --data gsm8k --prompts 256
 
 Each contender runs in a process of its own, so that its peak memory is its own, and with
-OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait slow down what else runs. Same prompt ids, same stop
-ids, answers of their natural lengths; greedy, or temperature 1 where --samples is above 1. transformers gets
-left-padded batches of each size in --peer-batch, and its best one counts. Time is from the first prompt to
-the last reply, the models loaded and warm.
+OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait slow down what else runs. Same prompt ids, same
+stop ids, answers of their natural lengths; greedy, or temperature 1 where --samples is above 1. transformers
+gets left-padded batches of each size in --peer-batch, and its best one counts. Time is from the first prompt
+to the last reply, the models loaded and warm.
 
 The floor is what memory allows: the weights once a step and the live cache of every row, over the bandwidth
 of a large copy measured afterwards. The last line is JSON.

@@ -15,16 +15,15 @@ Not covered: drafts by a second model or by extra heads.
 """
 
 CONTEXTS = 4, 3, 2, 1  # tokens of context, longest first
+ROWS = 8               # with more rows, a step computes enough without drafts
+FIXED = 60             # tokens that cost as much as the part of a step that does not grow with them
 SURE = 3               # times right in a row; more count as this many
 LONGEST = 8            # tokens of a draft
 ENTRIES = 1 << 20      # contexts remembered; then it starts anew
 
 
 class Drafts:
-    """fixed: the part of a step's cost that does not grow with its tokens, in tokens."""
-
-    def __init__(self, fixed: float):
-        self.fixed = fixed
+    def __init__(self):
         self.followers: dict[tuple, tuple] = {}  # context -> (the token after it, times right in a row)
         self.came_true = {(n, sure): [1, 2] for n in CONTEXTS for sure in range(SURE + 1)}  # [true, all]
         self.expected = self.counted = 1.0       # of all tokens in drafts: how many should have and have
@@ -46,9 +45,10 @@ class Drafts:
                     self.followers[context] = tokens[i], min(sure + 1, SURE) if guess == tokens[i] else 0
 
     def guess(self, tokens: list[int], rows: int, most: int) -> list[int]:
-        """At most `most` tokens that may follow. Of a step that costs fixed + rows, a token that comes true
-        saves the share of one row, (fixed + rows) / rows, and costs 1: it must come true with a chance of
-        rows / (fixed + rows)."""
+        """At most `most` tokens that may follow. A token that comes true saves a row's share of a step,
+        (FIXED + rows) / rows, and each costs 1: it must come true with a chance of rows / (FIXED + rows)."""
+        if rows > ROWS:
+            return []
         context, draft, chance = tuple(tokens[-CONTEXTS[0]:]), [], self.counted / self.expected
         while len(draft) < min(most, LONGEST):
             n = next((n for n in CONTEXTS if context[-n:] in self.followers), None)
@@ -57,9 +57,21 @@ class Drafts:
             guess, sure = self.followers[context[-n:]]
             true, guesses = self.came_true[n, sure]
             chance *= true / guesses
-            if chance * (self.fixed + rows) < rows:
+            if chance * (FIXED + rows) < rows:
                 break
             self.expected += chance
             draft.append(guess)
             context = (*context[1 - CONTEXTS[0]:], guess)
         return draft
+
+    def kept(self, drafts: list[list[int]], drawn: list[tuple[int, float]]) -> list[list[tuple[int, float]]]:
+        """drawn: (token, log-prob) after each row's last token and after each token of its draft, row after
+        row. Returns those of each row that count: while they agree with the draft, and the first that does
+        not, which was drawn after nothing but what is kept."""
+        out, start = [], 0
+        for draft in drafts:
+            new, start = drawn[start:start + len(draft) + 1], start + len(draft) + 1
+            agree = next((i for i, token in enumerate(draft) if token != new[i][0]), len(draft))
+            self.counted += agree
+            out.append(new[:agree + 1])
+        return out

@@ -23,8 +23,7 @@ products of other shapes round differently (every RL run measures and shows it).
 trainer's own tensors, taken as they are at each step. A few rows on a CPU are decoded several tokens a step
 where drafts of them come true (draft.py); replies stay the same.
 
-Not covered: beam search, a second model that drafts, more than one device (a vLLM server through endpoint.py
-is).
+Not covered: beam search, a second model that drafts, more than one device (endpoint.py and vLLM do that).
 """
 
 import math
@@ -49,8 +48,6 @@ from slm.model import one_thread
 
 PREFILL_TOKENS = 512, 4096  # in one packed pass, on a CPU (its own caches hold no more) and on a GPU
 SHARED_TOKENS = 16     # a shorter common prefix is computed rather than copied
-DRAFT_ROWS = 8         # with more rows a step computes enough already
-FIXED = 60             # tokens that cost as much as a step of few rows on a CPU costs anyway
 BURST = 8              # decode rounds between two looks at what was drawn, on a GPU
 SPAN = 128             # recorded rounds attend over a multiple of this
 ROWS = [1, 2, 4, *range(8, 64, 8), *range(64, 4097, 32)]  # and have one of these numbers of rows
@@ -109,7 +106,7 @@ class Sampler:
         self.controls: Controls | None = None  # of the running rows; None after any change among them
         self.prefill_tokens = PREFILL_TOKENS[cuda]
         self.burst = BURST if cuda else 1
-        self.drafts = None if cuda else Drafts(FIXED)
+        self.drafts = None if cuda else Drafts()
         self.recorder = record if cuda else None
         self.recorded = {}                     # (rows, span, ...) -> recorded round, see _replay
         self.steps = self.tickets = self.tokens = 0
@@ -370,11 +367,8 @@ class Sampler:
             self._requeue(rows.pop())
             self.running -= 1
             self.slots[self.running] = None
-        few = self.drafts and len(rows) <= DRAFT_ROWS
-        if few and any(drafts := [self._draft(row) for row in rows]):
-            self._check(rows, drafts)
-        else:
-            self._rounds(rows, count, longest)
+        drafts = [self._draft(row) for row in rows] if self.drafts else []
+        self._check(rows, drafts) if any(drafts) else self._rounds(rows, count, longest)
         self._leave()
 
     def _draft(self, row: Row) -> list[int]:
@@ -382,19 +376,12 @@ class Sampler:
         return self.drafts.guess(row.tokens, self.running, room)
 
     def _check(self, rows: list[Row], drafts: list[list[int]]) -> None:
-        """Draw after every row's last token and after each of its draft; the first draws that agree with the
-        draft count, and the one after them."""
+        """Draw after every row's last token and after each token of its draft, and keep what counts."""
         c = Controls([s for row, draft in zip(rows, drafts) for s in row.states(draft)], self.device)
         self.controls = None
         ids, logprobs = self._round(c, [(row.adapter, 1 + len(draft)) for row, draft in zip(rows, drafts)],
                                     max(len(row.tokens) + len(draft) for row, draft in zip(rows, drafts)))
-        drawn, written = zip(ids.tolist(), logprobs.tolist()), []
-        for draft in drafts:
-            new = [next(drawn) for _ in range(1 + len(draft))]
-            agree = next((i for i, token in enumerate(draft) if token != new[i][0]), len(draft))
-            self.drafts.counted += agree
-            written.append(new[:agree + 1])
-        self._accept(rows, written)
+        self._accept(rows, self.drafts.kept(drafts, list(zip(ids.tolist(), logprobs.tolist()))))
 
     def _rounds(self, rows: list[Row], count: int, longest: int) -> None:
         """`count` times one token for each row."""
@@ -498,7 +485,7 @@ class Sampler:
         before, self.weights = self.weights, [(p.data_ptr(), p._version) for p in self.model.parameters()]
         if self.weights != before:
             self.slots = [None] * len(self.slots)
-            self.recorded, self.drafts = {}, self.drafts and Drafts(FIXED)
+            self.recorded, self.drafts = {}, self.drafts and Drafts()
 
 
 def _boxed(text: str) -> bool:

@@ -10,7 +10,7 @@ from itertools import chain
 import pytest
 import torch
 
-from slm import BadInput, lora
+from slm import BadInput, draft, lora
 from slm import sampler as module
 from slm.attention import Packed
 from slm.draw import categorical, uniform
@@ -182,8 +182,8 @@ def test_drafts_change_no_reply_and_save_steps(options, monkeypatch):
     plain = Sampler(model, Letters(), **options)
     plain.drafts = None
     expected = plain.generate(requests, progress=False)
-    monkeypatch.setattr(module, "DRAFT_ROWS", 99)
-    monkeypatch.setattr(module, "FIXED", 1e9)  # whatever is guessed is tried
+    monkeypatch.setattr(draft, "ROWS", 99)
+    monkeypatch.setattr(draft, "FIXED", 1e9)  # whatever is guessed is tried
     sampler = Sampler(model, Letters(), **options)
     replies = sampler.generate(requests, progress=False)
     assert ids_of(replies) == ids_of(expected)
