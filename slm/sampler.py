@@ -182,7 +182,7 @@ class Sampler:
         """Drop all that is cached; what is running is prefilled again."""
         for row in reversed(self.slots[:self.running]):
             self._requeue(row)
-        self.slots, self.running, self.recorded = [], 0, {}
+        self.slots, self.running, self.recorded, self.drafts = [], 0, {}, self.drafts and Drafts()
         self.cache.clear()
 
     def generate(self, requests: list[Request], progress: bool = True) -> list[list[Reply]]:
