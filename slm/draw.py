@@ -66,7 +66,9 @@ class Controls:
 
 def blocks(x: torch.Tensor, fill: float, width: int = 64) -> torch.Tensor:
     """x (B, V) -> (B, ceil(V / width), width), filled up at the end."""
-    return F.pad(x, (0, -x.shape[1] % width), value=fill).view(len(x), -1, width)
+    if missing := -x.shape[1] % width:  # padding by nothing would copy
+        x = F.pad(x, (0, missing), value=fill)
+    return x.view(len(x), -1, width)
 
 
 def first_largest(x: torch.Tensor) -> torch.Tensor:
