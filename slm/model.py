@@ -184,12 +184,13 @@ class Joint:
 
     def holds(self, layers: list[Linear]) -> bool:
         """False where the model was moved or given other parameters."""
-        at = self.weight.data_ptr()
+        at, bias_at = self.weight.data_ptr(), 0 if self.bias is None else self.bias.data_ptr()
         for layer in layers:
-            weight = layer.weight
-            if weight.data_ptr() != at:
+            weight, bias = layer.weight, layer.bias
+            if weight.data_ptr() != at or bias is not None and bias.data_ptr() != bias_at:
                 return False
             at += weight.nbytes
+            bias_at += 0 if bias is None else bias.nbytes
         return True
 
 

@@ -148,6 +148,15 @@ def test_a_joined_model_that_moves_is_still_right(random_model):
         assert (logits(model.double(), ids) - before).abs().max() < 1e-4
 
 
+def test_another_bias_is_seen_by_a_joined_model(random_model):
+    model, ids = random_model(), torch.arange(40)
+    model.join()
+    model.model.layers[0].self_attn.k_proj.bias = torch.nn.Parameter(torch.full((16,), 3.0))
+    with_gradients = logits(model, ids).detach()
+    with torch.no_grad():
+        assert torch.allclose(logits(model, ids), with_gradients, atol=1e-5)
+
+
 def test_config_round_trip():
     for tied, bias in ((True, True), (False, False)):
         config = Config(97, 32, 64, 2, 4, 2, 8, positions=77, rope_theta=123.0, tied=tied, bias=bias)
