@@ -187,7 +187,7 @@ class Joint:
         at, bias_at = self.weight.data_ptr(), 0 if self.bias is None else self.bias.data_ptr()
         for layer in layers:
             weight, bias = layer.weight, layer.bias
-            if weight.data_ptr() != at or bias is not None and bias.data_ptr() != bias_at:
+            if weight.data_ptr() != at or (bias is not None and bias.data_ptr() != bias_at):
                 return False
             at += weight.nbytes
             bias_at += 0 if bias is None else bias.nbytes
