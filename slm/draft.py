@@ -35,14 +35,15 @@ class Drafts:
         for i in range(max(start, 1), len(tokens)):
             known = False
             for n in CONTEXTS:
-                context = tuple(tokens[i - n:i]) if n <= i else ()
+                if n > i:
+                    continue
+                context = tuple(tokens[i - n:i])
                 guess, sure = self.followers.get(context, (None, 0))
                 if guess is not None and not known:  # the one that a draft would have used
                     count, known = self.came_true[n, sure], True
                     count[0] += guess == tokens[i]
                     count[1] += 1
-                if context:
-                    self.followers[context] = tokens[i], min(sure + 1, SURE) if guess == tokens[i] else 0
+                self.followers[context] = tokens[i], min(sure + 1, SURE) if guess == tokens[i] else 0
 
     def guess(self, tokens: list[int], rows: int, most: int) -> list[int]:
         """At most `most` tokens that may follow. A token that comes true saves a row's share of a step,
