@@ -5,11 +5,12 @@
     python bench/sampler.py --model DIR --data gsm8k --prompts 48 --tokens 192
     python bench/sampler.py --model DIR --data gsm8k --prompts 8 --samples 8
     python bench/sampler.py --model DIR --data gsm8k --prompts 4 --batch 1
-    python bench/sampler.py --device cuda --model Qwen/Qwen2.5-1.5B --data gsm8k --prompts 256
+    python bench/sampler.py --device cuda --model DIR --data gsm8k --prompts 256 --lengths gold --tokens 512
 
 Each contender runs in a process of its own, so that its peak memory is its own, and with
 OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait slow down what else runs. Same prompt ids, same
-stop ids, answers of their natural lengths; greedy, or temperature 1 where --samples is above 1. transformers
+stop ids, answers of their natural lengths; greedy, or temperature 1 where --samples is above 1. With --lengths
+gold (for random weights, which never stop) an answer is as long as the problem's own solution. transformers
 gets left-padded batches of each size in --peer-batch, and its best one counts. Time is from the first prompt
 to the last reply, the models loaded and warm.
 
@@ -38,6 +39,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--prompts", type=cli.positive, default=64)
     p.add_argument("--samples", type=cli.positive, default=1, help="samples of each prompt")
     p.add_argument("--tokens", type=cli.positive, default=192, help="new tokens at most")
+    p.add_argument("--lengths", choices=("natural", "gold"), default="natural", help="where answers end")
     p.add_argument("--batch", type=cli.positive, help="rows of our batch; default: the sampler's own")
     p.add_argument("--peer-batch", type=int, nargs="+", help="of transformers; default: all at once")
     p.add_argument("--device", default="cuda" if os.path.exists("/dev/nvidia0") else "cpu")
@@ -53,11 +55,14 @@ def arguments() -> argparse.Namespace:
     return p.parse_args()
 
 
-def prompts(args, tokenizer) -> list[list[int]]:
+def prompts(args, tokenizer) -> tuple[list[list[int]], list[int]]:
+    """The ids of each prompt, and how many tokens its answer may have."""
     from slm import problems
     from slm.prompts import SOLVER
     found = problems.load(args.data, "test", args.prompts)
-    return [tokenizer.chat([{"role": "user", "content": SOLVER(question=p.question)}]) for p in found]
+    return ([tokenizer.chat([{"role": "user", "content": SOLVER(question=p.question)}]) for p in found],
+            [min(args.tokens, len(tokenizer.encode(p.solution)) if args.lengths == "gold" else args.tokens)
+             for p in found])
 
 
 def bandwidth(device, size: int = 1 << 28) -> float:
@@ -114,14 +119,15 @@ def ours(args, rank: int = 0) -> dict:
         lora.add(model, r=rank)
     sampler = Sampler(model, tokenizer, max_batch=args.batch)
     warm = Sampling(4, 1.0 if args.samples > 1 else 0.0)
-    ids = prompts(args, tokenizer)
+    ids, limits = prompts(args, tokenizer)
     sampler.generate([Request(ids=x, sampling=warm, n=args.samples) for x in ids[:4]], progress=False)
     sampler.forget()
     ready = time.perf_counter() - begin
-    sampling = Sampling(args.tokens, 1.0 if args.samples > 1 else 0.0)
+    requests = [Request(ids=x, sampling=Sampling(n, warm.temperature), n=args.samples)
+                for x, n in zip(ids, limits)]
     prefill, steps = timed(sampler, "_prefill", args.device), sampler.steps
     start = clock(args.device)
-    replies = sampler.generate([Request(ids=x, sampling=sampling, n=args.samples) for x in ids], False)
+    replies = sampler.generate(requests, progress=False)
     seconds, memory = clock(args.device) - start, peak(args.device)
     replies = [reply for group in replies for reply in group]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -160,7 +166,7 @@ def transformers(args, dtype: str, batch: int) -> dict:
     folder = checkpoint.resolve(args.model)
     tokenizer = Tokenizer.load(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(args.device).eval()
-    stops, ids, replies = sorted(tokenizer.stop_ids), prompts(args, tokenizer), []
+    stops, (ids, limits), replies = sorted(tokenizer.stop_ids), prompts(args, tokenizer), []
     batch = max(1, (batch or len(ids) * args.samples) // args.samples)
 
     def generate(some, tokens):
@@ -177,7 +183,8 @@ def transformers(args, dtype: str, batch: int) -> dict:
     generate(ids[:4], 4)
     start = clock(args.device)
     for i in range(0, len(ids), batch):
-        replies += [cut(row, stops) for row in generate(ids[i:i + batch], args.tokens)]
+        rows = generate(ids[i:i + batch], max(limits[i:i + batch]))
+        replies += [cut(row[:limits[i + j // args.samples]], stops) for j, row in enumerate(rows)]
     seconds = clock(args.device) - start
     return {"tokens": sum(map(len, replies)), "seconds": seconds, "replies": replies}
 
@@ -192,16 +199,23 @@ def transformers_continuous(args) -> dict:
     tokenizer = Tokenizer.load(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype))
     model = model.to(args.device).eval()
-    ids = [x for x in prompts(args, tokenizer) for _ in range(args.samples)]
-    stops = sorted(tokenizer.stop_ids)
+    work = [pair for pair in zip(*prompts(args, tokenizer)) for _ in range(args.samples)]
+    stops, replies = sorted(tokenizer.stop_ids), {}
     config = GenerationConfig(max_new_tokens=args.tokens, eos_token_id=stops, pad_token_id=stops[0],
                               do_sample=args.samples > 1, temperature=1.0, top_k=0)
-    model.generate_batch(inputs=ids[:4], generation_config=config)
-    start = clock(args.device)
-    out = model.generate_batch(inputs=ids, generation_config=config)
-    seconds = clock(args.device) - start
-    replies = [cut(list(x.generated_tokens), stops) for x in out.values()]
-    return {"tokens": sum(map(len, replies)), "seconds": seconds, "replies": []}
+    model.generate_batch(inputs=[ids for ids, _ in work[:4]], generation_config=config)
+    with model.continuous_batching_context_manager(generation_config=config) as manager:
+        start = clock(args.device)
+        order = [manager.add_request(ids, max_new_tokens=limit) for ids, limit in work]
+        while len(replies) < len(work):
+            result = manager.get_result(timeout=60)
+            if result is None:
+                raise RuntimeError(f"nothing came for a minute after {len(replies)} replies")
+            if result.is_finished():
+                replies[result.request_id] = cut(list(result.generated_tokens), stops)
+        seconds = clock(args.device) - start
+    return {"tokens": sum(map(len, replies.values())), "seconds": seconds,
+            "replies": [replies[request] for request in order]}
 
 
 def llama_cpp(args) -> dict:
@@ -211,8 +225,9 @@ def llama_cpp(args) -> dict:
     from slm.tokenizer import Tokenizer
     tokenizer = Tokenizer.load(checkpoint.resolve(args.model))
     model = Llama(args.gguf, n_ctx=2048, n_threads=os.cpu_count(), verbose=False)
+    ids, _ = prompts(args, tokenizer)
     replies, start = [], None
-    for x in [prompts(args, tokenizer)[0][:8], *prompts(args, tokenizer)]:
+    for x in [ids[0][:8], *ids]:
         reply = []
         for token in model.generate(x, temp=0.0, reset=True):
             reply.append(token)
