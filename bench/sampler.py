@@ -9,10 +9,10 @@
 
 Each contender runs in a process of its own, so that its peak memory is its own, and with
 OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait slow down what else runs. Same prompt ids, same
-stop ids, answers of their natural lengths; greedy, or temperature 1 where --samples is above 1. With --lengths
-gold (for random weights, which never stop) an answer is as long as the problem's own solution. transformers
-gets left-padded batches of each size in --peer-batch, and its best one counts. Time is from the first prompt
-to the last reply, the models loaded and warm.
+stop ids, answers of their natural lengths; greedy, or temperature 1 where --samples is above 1. With
+--lengths gold (for random weights, which never stop) an answer is as long as the problem's own solution.
+transformers gets left-padded batches of each size in --peer-batch, and its best one counts. Time is from the
+first prompt to the last reply, the models loaded and warm: on a GPU ours has answered as many others before.
 
 The floor is what memory allows: the weights once a step and the live cache of every row, over the bandwidth
 of a large copy measured afterwards. The last line is JSON.
@@ -25,6 +25,7 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -55,11 +56,11 @@ def arguments() -> argparse.Namespace:
     return p.parse_args()
 
 
-def prompts(args, tokenizer) -> tuple[list[list[int]], list[int]]:
+def prompts(args, tokenizer, skip: int = 0) -> tuple[list[list[int]], list[int]]:
     """The ids of each prompt, and how many tokens its answer may have."""
     from slm import problems
     from slm.prompts import SOLVER
-    found = problems.load(args.data, "test", args.prompts)
+    found = problems.load(args.data, "test", skip + args.prompts)[skip:]
     return ([tokenizer.chat([{"role": "user", "content": SOLVER(question=p.question)}]) for p in found],
             [min(args.tokens, len(tokenizer.encode(p.solution)) if args.lengths == "gold" else args.tokens)
              for p in found])
@@ -118,43 +119,64 @@ def ours(args, rank: int = 0) -> dict:
     if rank:  # B stays zero, so that it writes what the model without it writes
         lora.add(model, r=rank)
     sampler = Sampler(model, tokenizer, max_batch=args.batch)
-    warm = Sampling(4, 1.0 if args.samples > 1 else 0.0)
-    ids, limits = prompts(args, tokenizer)
-    sampler.generate([Request(ids=x, sampling=warm, n=args.samples) for x in ids[:4]], progress=False)
-    sampler.forget()
+    temperature = 1.0 if args.samples > 1 else 0.0
+
+    def requests(skip=0):
+        return [Request(ids=x, sampling=Sampling(n, temperature), n=args.samples)
+                for x, n in zip(*prompts(args, tokenizer, skip))]
+
+    cuda, first = args.device.startswith("cuda"), None
+    others = requests(args.prompts if cuda else 0)
+    sampler.generate([replace(r, sampling=Sampling(4, temperature)) for r in others[:4]], progress=False)
     ready = time.perf_counter() - begin
-    requests = [Request(ids=x, sampling=Sampling(n, warm.temperature), n=args.samples)
-                for x, n in zip(ids, limits)]
-    prefill, steps = timed(sampler, "_prefill", args.device), sampler.steps
-    start = clock(args.device)
-    replies = sampler.generate(requests, progress=False)
-    seconds, memory = clock(args.device) - start, peak(args.device)
-    replies = [reply for group in replies for reply in group]
+    if cuda:  # all sizes of a batch get recorded
+        start = clock(args.device)
+        sampler.generate(others, progress=False)
+        first = clock(args.device) - start
+    else:
+        sampler.forget()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    live = sum(len(r.prompt_ids) * len(r.ids) + len(r.ids) ** 2 // 2 for r in replies)
-    rounds, tokens = sampler.steps - steps, sum(len(r.ids) for r in replies)
-    fastest = bandwidth(args.device), matrix_rate(args.device, getattr(torch, args.dtype))
-    moved = rounds * weights + live * sampler.cache.token_bytes
+    steps = watched(sampler, weights, args.device)
+    work = requests()
+    start = clock(args.device)
+    replies = [reply for group in sampler.generate(work, progress=False) for reply in group]
+    seconds, memory = clock(args.device) - start, peak(args.device)
+    tokens, rounds = sum(len(r.ids) for r in replies), sum(s["rounds"] for s in steps)
+    gb_s, flop_s = bandwidth(args.device, 1 << 32 if cuda else 1 << 28), matrix_rate(
+        args.device, getattr(torch, args.dtype), 8192 if cuda else 2048)
+    full = [s for s in steps if s["rows"] >= 0.75 * max(s["rows"] for s in steps)]
+    share = lambda some: sum(s["bytes"] for s in some) / gb_s / sum(s["seconds"] for s in some)
+    decode = sum(s["seconds"] for s in steps)
     flops = 2 * tokens * sum(p.numel() for p in model.parameters())
-    decode = seconds - prefill[0]
-    return {"tokens": tokens, "seconds": seconds, "prefill_seconds": prefill[0], "decode_steps": rounds,
-            "tokens_a_step": tokens / rounds, "floor_share": moved / fastest[0] / decode,
-            "matrix_share": flops / fastest[1] / decode,
-            "gb_s": fastest[0] / 1e9, "gflop_s": fastest[1] / 1e9,
-            "startup_seconds": ready, "finish": count(r.finish for r in replies),
+    return {"tokens": tokens, "seconds": seconds, "decode_seconds": decode, "decode_steps": rounds,
+            "tokens_a_step": tokens / rounds, "floor_share": share(steps), "floor_share_full": share(full),
+            "matrix_share": flops / flop_s / decode, "gb_s": gb_s / 1e9, "gflop_s": flop_s / 1e9,
+            "startup_seconds": ready, "first_seconds": first, "finish": count(r.finish for r in replies),
             "replies": [r.ids for r in replies], "peak_gb": memory}
 
 
-def timed(thing, name: str, device) -> list[float]:
-    """Make thing.name add its seconds to the list returned."""
-    total, inner = [0.0], getattr(thing, name)
+def watched(sampler, weights: int, device) -> list[dict]:
+    """For each of the sampler's decoding steps from now on: its seconds, rows, rounds of one token a row (or
+    of several, where they are guessed), and the bytes that these must read: weights and live cache."""
+    steps, decode, rounds = [], sampler._decode, [0]
+    round_ = "_recorded_round" if sampler.recorded else "_round"
+    inner = getattr(sampler, round_)
 
-    def wrapper(*args):
-        start = clock(device)
-        inner(*args)
-        total[0] += clock(device) - start
-    setattr(thing, name, wrapper)
-    return total
+    def one_round(*args):
+        rounds[0] += 1
+        return inner(*args)
+
+    def step():
+        rows, before, start = sampler.slots[:sampler.running], rounds[0], clock(device)
+        held = sum(len(row.tokens) for row in rows)
+        decode()
+        n = rounds[0] - before
+        live = n * held + len(rows) * n * n // 2
+        steps.append({"seconds": clock(device) - start, "rows": len(rows), "rounds": n,
+                      "bytes": n * weights + live * sampler.cache.token_bytes})
+    setattr(sampler, round_, one_round)
+    sampler._decode = step
+    return steps
 
 
 def transformers(args, dtype: str, batch: int) -> dict:
@@ -201,9 +223,11 @@ def transformers_continuous(args) -> dict:
     model = model.to(args.device).eval()
     work = [pair for pair in zip(*prompts(args, tokenizer)) for _ in range(args.samples)]
     stops, replies = sorted(tokenizer.stop_ids), {}
-    config = GenerationConfig(max_new_tokens=args.tokens, eos_token_id=stops, pad_token_id=stops[0],
-                              do_sample=args.samples > 1, temperature=1.0, top_k=0)
-    model.generate_batch(inputs=[ids for ids, _ in work[:4]], generation_config=config)
+    config = {"eos_token_id": stops, "pad_token_id": stops[0], "do_sample": args.samples > 1,
+              "temperature": 1.0, "top_k": 0}
+    model.generate_batch(inputs=[ids for ids, _ in work[:4]],
+                         generation_config=GenerationConfig(max_new_tokens=4, **config))
+    config = GenerationConfig(max_new_tokens=args.tokens, **config)
     with model.continuous_batching_context_manager(generation_config=config) as manager:
         start = clock(args.device)
         order = [manager.add_request(ids, max_new_tokens=limit) for ids, limit in work]
@@ -275,7 +299,8 @@ def measure(name: str, seconds: int) -> dict | None:
     print(f"{name:34} {r['rate']:9.1f} tok/s  ({r['tokens']:,} tokens in {r['seconds']:.1f} s, "
           f"peak {r['peak_gb']:.2f} GB)", flush=True)
     if "floor_share" in r:
-        print(f"{'':34} decode: {r['floor_share']:.0%} of the bandwidth floor, {r['matrix_share']:.0%} of "
+        print(f"{'':34} decode: {r['floor_share']:.0%} of the bandwidth floor ({r['floor_share_full']:.0%} "
+              f"while the batch is three quarters full or more), {r['matrix_share']:.0%} of "
               f"the matrix rate, {r['tokens_a_step']:.1f} tokens a step "
               f"({r['gb_s']:.0f} GB/s, {r['gflop_s']:.0f} GFLOP/s)")
     return result

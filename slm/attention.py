@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slm.gpu import HALF, fused
 from slm.model import Config
 
 varlen_attn, VARLEN_GQA = None, False
@@ -46,7 +47,7 @@ class Packed:
         self.bounds = ends.to(device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if varlen_attn and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        if varlen_attn and q.is_cuda and q.dtype in HALF:
             return self.flash(q, k, v)
         return torch.cat([_causal(*one) for one in zip(*(x.split(self.lengths) for x in (q, k, v)))])
 
@@ -76,7 +77,7 @@ def _ranges(lengths: list[int]) -> Tensor:
 # ---- with a KV cache (sampler.py) --------------------------------------------------------------------------
 
 class KVCache:
-    """Keys and values of `slots` sequences of up to `length` tokens: per layer k and v (slots, K, length, E).
+    """Keys and values of `slots` sequences of up to `length` tokens, kv (2, layers, slots, K, length, E).
 
     What nothing was written to is zero, never NaN: it is multiplied by attention weights of 0. spare: columns
     behind `length`, where rows that only fill up a recorded batch may write.
@@ -86,37 +87,45 @@ class KVCache:
         self.layers, self.heads, self.size = config.layers, config.kv_heads, config.head_size
         self.groups = config.heads // config.kv_heads
         self.device, self.dtype, self.spare = torch.device(device), dtype, int("cuda" in str(device))
+        self.flash = self.spare and dtype in HALF
         self.token_bytes = 2 * config.layers * config.kv_heads * config.head_size * dtype.itemsize
         self.clear()
 
     def clear(self) -> None:
         """Give all memory back."""
         self.slots = self.length = 0
-        self.k, self.v = [self._zeros()] * self.layers, [self._zeros()] * self.layers
+        self.kv = self._zeros()
 
     def _zeros(self) -> Tensor:
-        shape = self.slots, self.heads, self.length + self.spare, self.size
+        shape = 2, self.layers, self.slots, self.heads, self.length + self.spare, self.size
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def resize(self, slots: int, length: int) -> None:
-        """Change the capacity, one layer after the other; what fits into the new one is kept."""
-        s, n = min(self.slots, slots), min(self.length, length)
+        """Change the capacity; what fits into the new one is kept."""
+        s, n, old = min(self.slots, slots), min(self.length, length), self.kv
         self.slots, self.length = slots, length
-        for tensors in (self.k, self.v):
-            for layer, old in enumerate(tensors):
-                tensors[layer] = self._zeros()
-                tensors[layer][:s, :, :n] = old[:s, :, :n]
+        self.kv = self._zeros()
+        self.kv[:, :, :s, :, :n] = old[:, :, :s, :, :n]
 
     def copy(self, source: int, targets: list[int], n: int) -> None:
         """Copy the first n tokens of a slot to other slots."""
-        for x in self.k + self.v:
-            for target in targets:
-                x[target, :, :n] = x[source, :, :n]
+        for target in targets:
+            self.kv[:, :, target, :, :n] = self.kv[:, :, source, :, :n]
 
     def move(self, sources: list[int], targets: list[int], n: int) -> None:
         """Put the first n tokens of each source slot into its target, all at once."""
-        for x in self.k + self.v:
-            x[targets, :, :n] = x[sources, :, :n]
+        sources, targets = (torch.tensor(x, device=self.device) for x in (sources, targets))
+        part = self.kv[:, :, :, :, :n]
+        part.index_copy_(2, targets, part.index_select(2, sources))
+
+    def attend(self, layer: int, q: Tensor, bounds: Tensor, starts: Tensor, seen: Tensor, most: int):
+        """Flash attention of q (N, H / K, E) over the cache of a layer. Each key head of a slot is a sequence
+        of its own: its queries begin at bounds (S + 1,), its keys at starts (S + 1,), counted in tokens of
+        one head from the beginning of the layer; the last query sees the first `seen` (S,) of them, each one
+        before it one less. All int32. most: queries of a sequence, at most."""
+        keys, values = (x.view(-1, 1, self.size) for x in self.kv[:, layer])
+        return torch.ops.aten._flash_attention_forward(
+            q, keys, values, bounds, starts, most, self.length, 0.0, True, False, seqused_k=seen)[0]
 
 
 class Prefill:
@@ -124,20 +133,31 @@ class Prefill:
     A token sees what its slot holds and, of the new ones, those up to itself."""
 
     def __init__(self, cache: KVCache, segments: list[tuple[int, int, int]]):
-        self.cache, self.segments = cache, segments
-        lengths = [n for _, _, n in segments]
-        packed = Packed(lengths, cache.device)
-        starts, slots = torch.tensor([s[1] for s in segments]), torch.tensor([s[0] for s in segments])
-        repeat = lambda x: x.repeat_interleave(torch.tensor(lengths)).to(cache.device)
+        self.cache, self.segments, device = cache, segments, cache.device
+        slots, starts, lengths = torch.tensor(segments).unbind(1)
+        self.packed = packed = Packed(lengths.tolist(), device)
+        repeat = lambda x: x.repeat_interleave(lengths).to(device)
         self.positions, self.rows = packed.positions + repeat(starts), repeat(slots)
-        self.packed = None if starts.any() else packed
-        self.seen = [torch.ones(n, start + n, dtype=torch.bool, device=cache.device).tril(start)
-                     for _, start, n in segments] if starts.any() else []
+        if cache.flash:  # sequences: every slot's first key head, every slot's second one, ...
+            head, last = torch.arange(cache.heads)[:, None], torch.tensor([cache.heads * int(lengths.sum())])
+            bounds = head * int(lengths.sum()) + lengths.cumsum(0) - lengths
+            places = (slots * cache.heads + head) * (cache.length + cache.spare)
+            seen = (starts + lengths).repeat(cache.heads, 1)
+            self.flash = [x.int().to(device) for x in (torch.cat((bounds.flatten(), last)),
+                                                       torch.cat((places.flatten(), last)), seen.flatten())]
+        elif starts.any():
+            self.packed = None
+            self.seen = [torch.ones(n, start + n, dtype=torch.bool, device=device).tril(start)
+                         for _, start, n in segments]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.cache.k[layer], self.cache.v[layer]
+        keys, values = self.cache.kv[:, layer]
         keys[self.rows, :, self.positions] = k
         values[self.rows, :, self.positions] = v
+        if self.cache.flash:
+            by_head = q.unflatten(1, (self.cache.heads, -1)).transpose(0, 1)     # (K, T, H / K, E)
+            out = self.cache.attend(layer, by_head.flatten(0, 1), *self.flash, self.packed.longest)
+            return out.view(by_head.shape).transpose(0, 1).flatten(1, 2)
         if self.packed:
             return self.packed(layer, q, k, v)
         out = []
@@ -150,18 +170,24 @@ class Prefill:
         return torch.cat(out)
 
 
+@fused
+def write(k: Tensor, v: Tensor, places: Tensor, keys: Tensor, values: Tensor) -> None:
+    """k, v (T, K, E) to rows `places` (T, K) of keys and values (slots K length, E)."""
+    keys.index_copy_(0, places.flatten(), k.flatten(0, 1))
+    values.index_copy_(0, places.flatten(), v.flatten(0, 1))
+
+
 class Decode:
     """New tokens of the first slots, counts[i] of slot i, one behind the other. positions (T,): where to;
-    a token sees 0 .. position of its slot. The query heads that share a key head, and the tokens of a slot,
-    are rows of one product: keys and values are read once, where they lie. longest: above every position, for
-    callers that know it without asking the device."""
+    a token sees 0 .. position of its slot. longest: above every position, for callers that know it without
+    asking the device.
+
+    Without flash attention, the query heads that share a key head, and the tokens of a slot, are rows of one
+    product: keys and values are read once, where they lie."""
 
     def __init__(self, cache: KVCache, positions: Tensor, counts: list[int], longest: int):
-        self.cache, device, most = cache, cache.device, max(counts)
+        self.cache, device, most, length = cache, cache.device, max(counts), cache.length + cache.spare
         self.shape = len(counts), most, cache.heads, cache.groups, cache.size
-        self.span = min(-(-longest // 64) * 64, cache.length)
-        if device.type == "cpu" and cache.length < 2 * self.span:
-            self.span = cache.length  # bfloat16 products copy what they don't read whole
         slots, heads = torch.arange(len(counts), device=device), torch.arange(cache.heads, device=device)
         self.padding, seen = None, positions
         if most > 1:  # slots with fewer tokens than others repeat their last one
@@ -169,18 +195,27 @@ class Decode:
             self.padding = (count.cumsum(0) - count + nth.minimum(count - 1)).flatten()
             self.real = (nth < count).flatten().nonzero().squeeze(1)
             slots, seen = slots.repeat_interleave(count.squeeze(1)), positions[self.padding]
-        slots = slots[:, None] * cache.heads + heads
-        self.places = (slots * (cache.length + cache.spare) + positions[:, None]).flatten()
+        self.places = (slots[:, None] * cache.heads + heads) * length + positions[:, None]
+        self.flash = None
+        if cache.flash and most == 1:  # a row that only fills up a batch lies outside, and sees one key
+            rows = torch.arange(len(counts) * cache.heads + 1, dtype=torch.int32, device=device)
+            seen = torch.where(positions < cache.length, positions + 1, 1).int()
+            self.flash = rows, rows * length, seen[:, None].repeat(1, cache.heads).flatten(), 1
+            return
+        self.span = min(-(-longest // 64) * 64, cache.length)
+        if device.type == "cpu" and cache.length < 2 * self.span:
+            self.span = cache.length  # bfloat16 products copy what they don't read whole
         unseen = torch.arange(self.span, device=device) > seen[:, None]
         bias = torch.zeros(unseen.shape, dtype=cache.dtype, device=device).masked_fill_(unseen, -torch.inf)
         bias = bias.view(len(counts), 1, most, 1, self.span).expand(-1, cache.heads, -1, cache.groups, -1)
         self.bias = bias.reshape(-1, most * cache.groups, self.span)  # (B K, n H / K, L)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.cache.k[layer], self.cache.v[layer]
-        keys.view(-1, k.shape[-1]).index_copy_(0, self.places, k.flatten(0, 1))
-        values.view(-1, v.shape[-1]).index_copy_(0, self.places, v.flatten(0, 1))
+        keys, values = self.cache.kv[:, layer]
         slots, most, heads, groups, size = self.shape
+        write(k, v, self.places, keys.view(-1, size), values.view(-1, size))
+        if self.flash:
+            return self.cache.attend(layer, q.reshape(-1, groups, size), *self.flash).view(q.shape)
         keys, values = (x[:slots, :, :self.span].flatten(0, 1) for x in (keys, values))  # (B K, L, E)
         if self.padding is not None:
             q = q[self.padding]

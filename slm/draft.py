@@ -65,14 +65,15 @@ class Drafts:
             context = (*context[1 - CONTEXTS[0]:], guess)
         return draft
 
-    def kept(self, drafts: list[list[int]], drawn: list[tuple[int, float]]) -> list[list[tuple[int, float]]]:
-        """drawn: (token, log-prob) after each row's last token and after each token of its draft, row after
-        row. Returns those of each row that count: while they agree with the draft, and the first that does
-        not, which was drawn after nothing but what is kept."""
+    def kept(self, drafts: list[list[int]], drawn: list[int]) -> list[slice]:
+        """drawn: the tokens after each row's last one and after each token of its draft, row after row.
+        Returns where those of each row that count are: while they agree with the draft, and the first that
+        does not, which was drawn after nothing but what is kept."""
         out, start = [], 0
         for draft in drafts:
-            new, start = drawn[start:start + len(draft) + 1], start + len(draft) + 1
-            agree = next((i for i, token in enumerate(draft) if token != new[i][0]), len(draft))
+            new = drawn[start:start + len(draft) + 1]
+            agree = next((i for i, token in enumerate(draft) if token != new[i]), len(draft))
             self.counted += agree
-            out.append(new[:agree + 1])
+            out.append(slice(start, start + agree + 1))
+            start += len(draft) + 1
         return out

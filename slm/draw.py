@@ -6,12 +6,10 @@ needs no generator on any device. Drawing inverts the cumulative sum at one such
 would need one for each entry of the vocabulary.)
 """
 
-import copy
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 
+from slm.gpu import fused
 from slm.losses import warp
 
 
@@ -19,7 +17,7 @@ class Controls:
     """What rows (B,) need to draw their next tokens, on the device; draw() moves it on to the token after.
 
     rows: (last token, its position, key, tokens drawn so far, Sampling) of each. size: rows are added up to
-    here that draw greedily at position `outside` and are ignored.
+    here that draw at position `outside` and are ignored.
     """
 
     def __init__(self, rows: list[tuple], device, size: int = 0, outside: int = 0):
@@ -29,10 +27,10 @@ class Controls:
                                                           device=device)
         self.last, self.position = tensor(last, 0, torch.int64), tensor(position, outside, torch.int64)
         self.key, self.place = tensor(key, 0, torch.int64), tensor(place, 0, torch.int64)
-        self.greedy = tensor([x.temperature == 0 for x in s], True, torch.bool)
+        self.sampled, self.greedy_rows = any(x.temperature for x in s), not all(x.temperature for x in s)
+        self.greedy = tensor([x.temperature == 0 for x in s], not self.sampled, torch.bool)
         self.temperature = tensor([x.temperature or 1.0 for x in s], 1.0, torch.float32)
-        self.sampled, self.outside, self.count = any(x.temperature for x in s), outside, len(rows)
-        self.greedy_rows = blank > 0 or not all(x.temperature for x in s)
+        self.outside, self.count = outside, len(rows)
         # Greedy is not a distribution: its log-probs are those at temperature 1, nothing cut.
         self.top_k, self.top_p = 0, 1.0
         if any(x.top_k and x.temperature for x in s):
@@ -48,20 +46,35 @@ class Controls:
 
     def draw(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """logits (B, V) -> ids (B,), log-probs (B,) float32 under the distribution drawn from."""
-        logits = logits.float()
-        ids = first_largest(logits) if self.greedy_rows else None
-        if self.sampled:
-            logits = warp(logits, self.temperature, self.top_k, self.top_p)
-        p = logits.softmax(-1)
-        if self.sampled:
-            drawn = categorical(p, uniform(self.key, self.place))
-            ids = torch.where(self.greedy, ids, drawn) if self.greedy_rows else drawn
+        temperature = self.temperature if self.sampled else None
+        if torch.is_tensor(self.top_k) or torch.is_tensor(self.top_p):
+            logits = warp(logits.float(), self.temperature, self.top_k, self.top_p)
+            temperature = None
+        ids, logprobs = choose(logits, temperature, self.greedy if self.greedy_rows else None,
+                               self.key if self.sampled else None, self.place)
         self.last.copy_(ids)
         self.position.add_(1)
         if self.outside:
             self.position.clamp_(max=self.outside)
         self.place.add_(1)
-        return ids, p.gather(1, ids[:, None]).squeeze(1).log()
+        return ids, logprobs
+
+
+@fused
+def choose(logits, temperature, greedy, key, place):
+    """logits (B, V) -> ids, log-probs (B,). Rows draw at random unless there is no key; those where `greedy`
+    is set take the most likely token."""
+    logits = logits.float()
+    best = first_largest(logits) if greedy is not None else None
+    if temperature is not None:
+        logits = warp(logits, temperature)
+    p = logits.softmax(-1)
+    ids = best
+    if key is not None:
+        ids = categorical(p, uniform(key, place))
+        if greedy is not None:
+            ids = torch.where(greedy, best, ids)
+    return ids, p.gather(1, ids[:, None]).squeeze(1).log()
 
 
 def blocks(x: torch.Tensor, fill: float, width: int = 64) -> torch.Tensor:
@@ -110,24 +123,3 @@ def _invert(mass: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, tor
     before = (sums - mass).gather(1, index).squeeze(1)
     return index.squeeze(1), (target - before).clamp_(min=0)
 
-
-def record(run, controls: Controls):
-    """Run on CUDA, after a warm-up, into a graph that replays it with one launch: (graph, *results). The
-    controls are put back to where they were; what is written to the cache meanwhile is written again."""
-    before = copy.deepcopy(controls)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool()):
-        results = run()
-    controls.take(before)
-    return graph, *results
-
-
-@cache
-def _pool():
-    """One for all recordings: they run one after the other, and their results are copied at once."""
-    return torch.cuda.graph_pool_handle()

@@ -75,15 +75,12 @@ class LoRALinear(Linear):
     def room(self) -> int:
         return max(map(len, self.lora_A.values()), default=0)
 
-    def together(self, x: Tensor, joint: Joint, layers: list[Linear]) -> Tensor:
+    def together(self, x: Tensor, joint: Joint) -> Tensor:
         """With one adapter in use to sample, A x comes out of the product with W; only B is left to do."""
         active = self.state.active
-        stamp = self.state.stamps.get(active) if isinstance(active, str) and not self.training else None
-        if stamp is None:
-            return self.adapt(x, product(x, *joint.base), layers)
-        if joint.low is None or joint.low.stamp is not stamp:
-            joint.low = Low(joint, *side_by_side(layers, active), self.state.specs[active].scale, stamp)
-        return joint.low(x)
+        if isinstance(active, str) and active in self.state.stamps and joint.low and not self.training:
+            return joint.low(x)
+        return self.adapt(x, product(x, *joint.base), joint.layers)
 
     def adapt(self, x: Tensor, y: Tensor, layers: list[Linear]) -> Tensor:
         """y, the outputs of these layers side by side, plus what the active adapters add to each token."""
@@ -105,15 +102,16 @@ class LoRALinear(Linear):
         with one_thread(x.is_cpu and len(x) <= 256 and not torch.is_grad_enabled()):
             return y.addmm_(F.linear(x, A), B.t(), alpha=spec.scale)  # in place: y is of no use without it
 
-    def factors(self, name: str, dtype: torch.dtype, layers: list[Linear]) -> tuple[Tensor, Tensor]:
+    def factors(self, name: str, dtype: torch.dtype, layers: list[Linear]) -> list[Tensor]:
         """Their A and B in the activations' dtype, kept as long as the stamp stays the same."""
         stamp, key = self.state.stamps.get(name), (name, dtype, len(layers))
-        if stamp is not None and key in self.cast and self.cast[key][0] is stamp:
-            return self.cast[key][1:]
-        A, B = (x.to(dtype) for x in side_by_side(layers, name))
+        kept, *factors = self.cast.get(key, [None])
+        if stamp is not None and kept is stamp:
+            return factors
+        new = [x.to(dtype) for x in side_by_side(layers, name)]
         if stamp is not None:
-            self.cast[key] = stamp, A, B
-        return A, B
+            self.cast[key] = stamp, *new
+        return new
 
 
 def side_by_side(layers: list[Linear], name: str) -> tuple[Tensor, Tensor]:
@@ -127,18 +125,24 @@ def side_by_side(layers: list[Linear], name: str) -> tuple[Tensor, Tensor]:
 
 
 class Low:
-    """One adapter on joint layers, as it is sampled with: A lies behind W, so W x and A x are one product."""
+    """One adapter on joint layers, as it is sampled with: A lies behind W, so W x and A x are one product.
+    Another adapter takes the same place, which recorded rounds know."""
 
-    def __init__(self, joint: Joint, A: Tensor, B: Tensor, scale: float, stamp: list):
-        self.stamp, self.sizes = stamp, [joint.size, len(A)]
-        self.wide = joint.rows(joint.size + len(A))
-        self.wide[0][joint.size:] = A
+    def __init__(self, joint: Joint):
+        self.joint, self.stamp = joint, None
+        with torch.inference_mode(False):  # it is written to inside and outside of that mode
+            self.room = joint.weight.new_zeros(joint.size, joint.room)
+
+    def lay(self, A: Tensor, B: Tensor, scale: float, stamp: list) -> None:
+        self.stamp, self.sizes = stamp, [self.joint.size, len(A)]
+        self.wide = self.joint.rows(self.joint.size + len(A))
+        self.wide[0][self.joint.size:] = A
+        self.B = self.room[:, :len(A)].copy_(B * scale)
         self.exact = (B.t() * scale).contiguous()
-        self.B = (B * scale).to(joint.weight.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         y, h = product(x, *self.wide).split_with_sizes(self.sizes, -1)
-        if len(x) * self.B.numel() < SMALL:
+        if x.is_cpu and len(x) * self.B.numel() < SMALL:
             return y.add_(h.float() @ self.exact)
         if by_columns(x):
             return y.t().addmm_(self.B, h.t()).t()
@@ -167,7 +171,7 @@ def add(model: Qwen2, r: int = 16, alpha: float = 32, targets: list[str] | str =
         layer.lora_B[name] = nn.Parameter(torch.zeros(layer.out_features, r, **like))
         nn.init.kaiming_uniform_(layer.lora_A[name], a=math.sqrt(5))
     state.specs[name], state.active = spec, name
-    if model.joined:
+    if model.joints:
         model.join()  # with room for A
 
 
@@ -202,6 +206,8 @@ def use(model: Qwen2, active: str | list[tuple[str | None, int]] | None):
     state.active, state.stamps = active, {}
     if not torch.is_grad_enabled() and not hasattr(model, "unshard"):  # FSDP gathers without a new version
         state.stamps = {name: _stamp(model, name) for name in wanted - {None}}
+        if isinstance(active, str):
+            _lay(model, active, state.stamps[active])
     try:
         yield
     finally:
@@ -270,6 +276,14 @@ def _stamp(model: Qwen2, name: str) -> list:
     if now != stamp:
         state.last[name] = watched, now
     return state.last[name][1]
+
+
+def _lay(model: Qwen2, name: str, stamp: list) -> None:
+    """Put an adapter behind the weights that lie side by side, unless it is there."""
+    for joint in filter(lambda joint: joint.room, model.joints):
+        joint.low = joint.low or Low(joint)
+        if joint.low.stamp is not stamp:
+            joint.low.lay(*side_by_side(joint.layers, name), model.lora.specs[name].scale, stamp)
 
 
 def _layers(model: Qwen2, name: str) -> list[LoRALinear]:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slm import BadInput
+from slm.gpu import fused
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -101,6 +102,7 @@ def rope(positions: Tensor, theta: float, size: int, dtype: torch.dtype) -> tupl
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
+@fused
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x_i, x_{i+E/2}) of x (T, heads, E) by their angles."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
@@ -119,13 +121,26 @@ def one_thread(when: bool):
             torch.set_num_threads(threads)
 
 
+@fused
+def norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + delta, both (T, D), and its RMSNorm."""
+    x = x if delta is None else x + delta
+    return x, weight * F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+@fused
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up"""
+    return F.silu(gate) * up
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+    def forward(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        return norm(x, delta, self.weight, self.eps)
 
 
 def by_columns(x: Tensor) -> bool:
@@ -153,7 +168,7 @@ class Linear(nn.Linear):
         """What adapters make of y, the outputs of these layers side by side; see lora.py."""
         return y
 
-    def together(self, x: Tensor, joint: "Joint", layers: list["Linear"]) -> Tensor:
+    def together(self, x: Tensor, joint: "Joint") -> Tensor:
         """The outputs of these joint layers side by side, adapters included."""
         return product(x, *joint.base)
 
@@ -169,7 +184,7 @@ class Joint:
         self.weight = self.place([layer.weight for layer in layers])
         self.bias = None if layers[0].bias is None else self.place([layer.bias for layer in layers])
         self.base = self.rows(self.size)  # without the room: the bits of a product may depend on its shape
-        self.low = None                   # lora.py's
+        self.layers, self.low = layers, None  # low: lora.py's
 
     def place(self, parameters: list[nn.Parameter]) -> Tensor:
         old = [p.data for p in parameters]
@@ -203,7 +218,7 @@ def products(x: Tensor, *groups: list[Linear]) -> list[Tensor]:
         outputs = [[layer(x) for layer in group] for group in groups]
         return [torch.cat(ys, -1) if len(ys) > 1 else ys[0] for ys in outputs]
     adapted = next((layer for layer in layers if type(layer) is not Linear), layers[0])
-    y = adapted.together(x, joint, layers)
+    y = adapted.together(x, joint)
     return y.split_with_sizes([sum(layer.out_features for layer in group) for group in groups], -1)
 
 
@@ -234,7 +249,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = products(x, [self.gate_proj], [self.up_proj])
-        return products(F.silu(gate) * up, [self.down_proj])[0]
+        return products(gated(gate, up), [self.down_proj])[0]
 
 
 class Layer(nn.Module):
@@ -244,9 +259,12 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(c.hidden, c.norm_eps)
         self.post_attention_layernorm = RMSNorm(c.hidden, c.norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, attend):
+        """x + delta -> the same sum after this layer, again in two parts: the next norm adds them, where it
+        costs nothing."""
+        x, y = self.input_layernorm(x, delta)
+        x, y = self.post_attention_layernorm(x, self.self_attn(y, cos, sin, attend))
+        return x, self.mlp(y)
 
 
 class Qwen2(nn.Module):
@@ -255,7 +273,7 @@ class Qwen2(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.recompute, self.joined = config, False, False
+        self.config, self.recompute, self.joints = config, False, []
         # nn.Embedding's own normal_ would import PyTorch's compiler on the meta device: 1.4 s at every start
         embeddings = torch.empty(config.vocab, config.hidden).uniform_(-0.1, 0.1)
         self.model = nn.ModuleDict({
@@ -272,24 +290,30 @@ class Qwen2(nn.Module):
         if by_columns(x):
             x = x.t().contiguous().t()
         cos, sin = rope(positions, self.config.rope_theta, self.config.head_size, x.dtype)
+        delta = None
         for layer in self.model.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+                x = x if delta is None else x + delta  # one tensor to keep, not two
+                x, delta = checkpoint(layer, x, None, cos, sin, attend, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, attend)
-        return self.model.norm(x)
+                x, delta = layer(x, delta, cos, sin, attend)
+        return self.model.norm(x, delta)[1]
 
     def join(self) -> None:
-        """Put weights that multiply the same input side by side in memory: faster to sample from on a CPU."""
-        self.joined = True
+        """Put weights that multiply the same input side by side in memory: faster to sample from."""
+        groups = [] if self.config.tied else [[self.lm_head]]
         for layer in self.model.layers:
             a, mlp = layer.self_attn, layer.mlp
-            for layers in ([a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [mlp.gate_proj, mlp.up_proj],
-                           [mlp.down_proj]):
-                joint = layers[0].joint
-                if not joint or not joint.holds(layers) or joint.room < sum(layer.room for layer in layers):
-                    layers[0].joint = Joint(layers)
+            groups += [[a.q_proj, a.k_proj, a.v_proj], [a.o_proj],
+                       [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+        for layers in groups:
+            joint = layers[0].joint
+            if not joint or not joint.holds(layers) or joint.room < sum(layer.room for layer in layers):
+                layers[0].joint = Joint(layers)
+        self.joints = [layers[0].joint for layers in groups]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (N, D) -> (N, V) in the model's dtype."""
-        return F.linear(hidden, self.model.embed_tokens.weight) if self.config.tied else self.lm_head(hidden)
+        if self.config.tied:
+            return F.linear(hidden, self.model.embed_tokens.weight)
+        return products(hidden, [self.lm_head])[0]

@@ -27,13 +27,11 @@ Not covered: beam search, a second model that drafts, more than one device (endp
 """
 
 import math
-import re
 import time
 import warnings
 import zlib
 from array import array
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -42,16 +40,17 @@ from tqdm import tqdm
 from slm import BadInput, lora
 from slm.attention import Decode, KVCache, Prefill
 from slm.draft import Drafts
-from slm.draw import Controls, record
+from slm.draw import Controls
+from slm.endings import Endings
 from slm.episode import Reply, Request, Sampling
+from slm.gpu import Recordings
 from slm.model import one_thread
 
-PREFILL_TOKENS = 512, 4096  # in one packed pass, on a CPU (its own caches hold no more) and on a GPU
+PREFILL_TOKENS = 512, 16384  # in one packed pass, on a CPU (its own caches hold no more) and on a GPU
 SHARED_TOKENS = 16     # a shorter common prefix is computed rather than copied
 BURST = 8              # decode rounds between two looks at what was drawn, on a GPU
 SPAN = 128             # recorded rounds attend over a multiple of this
-ROWS = [1, 2, 4, *range(8, 64, 8), *range(64, 4097, 32)]  # and have one of these numbers of rows
-BOX, BRACE = re.compile(r"\\boxed\s*\{"), re.compile(r"\\.|[{}]", re.DOTALL)
+ROWS = [2, 4, 8, 16, *range(32, 4097, 32)]  # and have one of these numbers of rows
 
 
 @dataclass(eq=False)
@@ -71,11 +70,6 @@ class Row:
     filled: bool = False # whether all its tokens but the last have keys and values in its slot
     used: int = 0        # step at which it left
 
-    def __post_init__(self):
-        self.watch = {c for stop in self.sampling.stop for c in (stop[-1], "\ufffd")}
-        if self.sampling.stop_at_box:
-            self.watch.add("}")
-
     def states(self, draft: list[int] = ()) -> list[tuple]:
         """What slm.draw needs of the last token and of those drafted behind it: token, position, key, tokens
         drawn so far, settings."""
@@ -89,10 +83,10 @@ class Sampler:
     by default what 2 GiB hold, or half of a GPU's free memory."""
 
     def __init__(self, model, tokenizer, max_batch: int | None = None, cache_tokens: int | None = None):
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.endings = model, tokenizer, Endings(tokenizer)
         self.device = next(model.parameters()).device
         cuda, small = self.device.type == "cuda", model.config.hidden <= 256
-        if self.device.type == "cpu" and not hasattr(model, "unshard"):  # FSDP keeps its own places
+        if not hasattr(model, "unshard"):  # FSDP keeps its own places
             model.join()
         self.small = small and not cuda
         self.max_batch = max_batch or (256 if cuda or small else 64)
@@ -107,11 +101,9 @@ class Sampler:
         self.prefill_tokens = PREFILL_TOKENS[cuda]
         self.burst = BURST if cuda else 1
         self.drafts = None if cuda else Drafts()
-        self.recorder = record if cuda else None
-        self.recorded = {}                     # (rows, span, ...) -> recorded round, see _replay
+        self.recorded = Recordings() if cuda else None
         self.steps = self.tickets = self.tokens = 0
         self.weights: list = []                # address and version of each, when the cache was computed
-        self.pieces: dict[int, set[str]] = {}  # characters of single tokens
         self.training = False                  # whether to put the model back into training mode
 
     # ---- the protocol --------------------------------------------------------------------------------------
@@ -182,7 +174,7 @@ class Sampler:
         """Drop all that is cached; what is running is prefilled again."""
         for row in reversed(self.slots[:self.running]):
             self._requeue(row)
-        self.slots, self.running, self.recorded, self.drafts = [], 0, {}, self.drafts and Drafts()
+        self.slots, self.running, self.drafts = [], 0, self.drafts and Drafts()
         self.cache.clear()
 
     def generate(self, requests: list[Request], progress: bool = True) -> list[list[Reply]]:
@@ -288,16 +280,18 @@ class Sampler:
         wanted = [up(length), length]
         if length <= cache.length:
             wanted.insert(0, cache.length)
-        elif self.recorder:  # a new size means new recordings
+        elif self.recorded:  # a new size means new recordings
             everyone = [*self.waiting, *self.slots[:self.running]]
             wanted[:0] = [max(row.prompt + row.limit for row in everyone), up(length * 3 // 2)]
         fitting = [n for n in (min(n, most) for n in wanted) if n * slots <= self.cache_tokens]
         if not fitting:
             return False
         wish = min(self.max_batch, self.running + len(self.waiting)) * 3 // 2
+        if self.recorded:  # rows that fill up a batch need slots
+            wish = next((n for n in ROWS if n > wish), wish)
         count = max(slots, min(max(cache.slots, wish), self.cache_tokens // fitting[0]))
         cache.resize(count, fitting[0])
-        self.recorded, self.controls = {}, None  # they know the old addresses
+        self.controls = None
         kept = [r if r and len(r.tokens) <= fitting[0] else None for r in self.slots[:count]]
         self.slots = kept + [None] * (count - len(kept))
         return True
@@ -355,20 +349,20 @@ class Sampler:
         if self.drafts:
             for row in pack:
                 self.drafts.learn(row.tokens, 0)
-        self._accept(rows, [[x] for x in zip(ids.tolist(), logprobs.tolist())])
+        self._accept(rows, ids[:, None].tolist(), logprobs[:, None].tolist())
         self._leave()
 
     def _decode(self) -> None:
         """One more token for every running row, or several: on a GPU, since asking for each would idle it; on
         a CPU where drafts come true."""
         rows = self.slots[:self.running]
-        count = min(self.burst, *(row.limit - len(row.logprobs) for row in rows))
-        while not self._fit(len(rows), (longest := max(len(row.tokens) for row in rows) + count - 1)):
+        reach = lambda: max(min(len(row.tokens) + self.burst - 1, row.prompt + row.limit) for row in rows)
+        while not self._fit(len(rows), longest := reach()):
             self._requeue(rows.pop())
             self.running -= 1
             self.slots[self.running] = None
         drafts = [self._draft(row) for row in rows] if self.drafts else []
-        self._check(rows, drafts) if any(drafts) else self._rounds(rows, count, longest)
+        self._check(rows, drafts) if any(drafts) else self._rounds(rows, longest)
         self._leave()
 
     def _draft(self, row: Row) -> list[int]:
@@ -379,22 +373,28 @@ class Sampler:
         """Draw after every row's last token and after each token of its draft, and keep what counts."""
         c = Controls([s for row, draft in zip(rows, drafts) for s in row.states(draft)], self.device)
         self.controls = None
-        ids, logprobs = self._round(c, [(row.adapter, 1 + len(draft)) for row, draft in zip(rows, drafts)],
-                                    max(len(row.tokens) + len(draft) for row, draft in zip(rows, drafts)))
-        self._accept(rows, self.drafts.kept(drafts, list(zip(ids.tolist(), logprobs.tolist()))))
+        drawn = self._round(c, [(row.adapter, 1 + len(draft)) for row, draft in zip(rows, drafts)],
+                            max(len(row.tokens) + len(draft) for row, draft in zip(rows, drafts)))
+        ids, logprobs = (x.tolist() for x in drawn)
+        kept = self.drafts.kept(drafts, ids)
+        self._accept(rows, [ids[span] for span in kept], [logprobs[span] for span in kept])
 
-    def _rounds(self, rows: list[Row], count: int, longest: int) -> None:
-        """`count` times one token for each row."""
+    def _rounds(self, rows: list[Row], longest: int) -> None:
+        """One token for each row; a burst of them on a GPU. Those behind the end of a reply are dropped."""
         adapters = [(row.adapter, 1) for row in rows]
         cut = any(row.sampling.temperature and (row.sampling.top_k or row.sampling.top_p < 1) for row in rows)
-        recorded = self.recorder and not cut and len(set(adapters)) == 1
+        recorded = self.recorded and not cut and len(set(adapters)) == 1
+        if recorded:
+            self.recorded.at([self.cache.kv.data_ptr(), self.cache.kv.shape,
+                              *(p.data_ptr() for p in self.model.parameters())])
         if self.controls is None:
             padded = next((n for n in ROWS if recorded and len(rows) <= n <= self.cache.slots), 0)
             self.controls = Controls([s for row in rows for s in row.states()], self.device, padded,
                                      self.cache.length * self.cache.spare)
-        draws = [self._replay(adapters[0][0], longest) if recorded else
-                 self._round(self.controls, adapters, longest) for _ in range(count)]
-        self._accept(rows, zip(*(zip(ids.tolist(), logprobs.tolist()) for ids, logprobs in draws)))
+        count = min(self.burst, max(row.limit - len(row.logprobs) for row in rows))
+        once = self._recorded_round if recorded else self._round
+        draws = [once(self.controls, adapters, longest) for _ in range(count)]
+        self._accept(rows, *(torch.stack(x, 1).tolist() for x in zip(*draws)))
 
     def _round(self, c: Controls, adapters: list[tuple[str | None, int]], longest: int):
         """Compute the controls' tokens, of each row with its adapter as many as it says, and draw the ones
@@ -402,65 +402,38 @@ class Sampler:
         attend = Decode(self.cache, c.position, [n for _, n in adapters], longest)
         return c.draw(self.model.logits(self._forward(c.last, c.position, attend, adapters)))
 
-    def _replay(self, adapter: str | None, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same by replaying a recorded round of this many rows and this span, recorded when first met."""
-        c = self.controls
-        span = min(-(-longest // SPAN) * SPAN, self.cache.length)
-        key = len(c.last), span, c.sampled, c.greedy_rows, adapter
-        if key not in self.recorded:
-            rows = [(adapter, 1)] * len(c.last)
-            self.recorded[key] = c, self.recorder(lambda: self._round(c, rows, span), c)
-        own, (graph, ids, logprobs) = self.recorded[key]
-        if own is not c:
-            own.take(c)
-            self.controls = own
-        graph.replay()
-        return ids.clone(), logprobs.clone()
+    def _recorded_round(self, c: Controls, adapters: list[tuple[str | None, int]], longest: int):
+        """The same, recorded once for a number of rows and a span, in one launch."""
+        span = self.cache.length if self.cache.flash else min(-(-longest // SPAN) * SPAN, self.cache.length)
+        key, rows = (len(c.last), span, c.sampled, c.greedy_rows, adapters[0]), adapters[:1] * len(c.last)
+        with lora.use(self.model, adapters[:1]):  # what a recording reads of an adapter must be up to date
+            self.controls, *drawn = self.recorded.replay(key, lambda: self._round(c, rows, span), c)
+        return drawn
 
     def _forward(self, ids, positions, attend, adapters: list[tuple[str | None, int]]) -> torch.Tensor:
         """Hidden states (T, D), each row of the batch with its own adapter."""
         with lora.use(self.model, adapters):
             return self.model(ids, positions, attend)
 
-    def _accept(self, rows: list[Row], written: Iterable[Iterable[tuple[int, float]]]) -> None:
+    def _accept(self, rows: list[Row], ids: list[list[int]], logprobs: list[list[float]]) -> None:
         """Append to each row the tokens and log-probs that were drawn for it, as far as it goes on."""
-        for row, new in zip(rows, written):
-            start = len(row.tokens)
-            for token, logprob in new:
-                if row.finish:
-                    break
-                if logprob != logprob:
-                    raise FloatingPointError(
-                        f"request {row.ticket}, sample {row.sample}: the logits are NaN at token "
-                        f"{len(row.logprobs)} of its reply (step {self.steps} of the sampler)")
-                row.filled = True
-                row.tokens.append(token)
-                row.logprobs.append(logprob)
-                self.tokens += 1
-                row.finish = ("stop" if token in self.tokenizer.stop_ids else
-                              self._stopped(row, token) if row.watch else None)
-                if row.finish is None and len(row.logprobs) == row.limit:
-                    row.finish = "length"
+        for row, new, probs in zip(rows, ids, logprobs):
+            start, row.filled = len(row.tokens), True
+            count, row.finish = self.endings.find(row, new)
+            if math.isnan(sum(probs[:count])):
+                place = len(row.logprobs) + list(map(math.isnan, probs)).index(True)
+                raise FloatingPointError(
+                    f"request {row.ticket}, sample {row.sample}: the logits are NaN at token {place} of its "
+                    f"reply (step {self.steps} of the sampler)")
+            row.tokens += new[:count]
+            row.logprobs += probs[:count]
+            self.tokens += count
             if self.drafts:
                 self.drafts.learn(row.tokens, start)
 
-    def _stopped(self, row: Row, token: int) -> str | None:
-        """"box" or "stop_string" if this token completed one. The reply is decoded only when the token's
-        text could: it holds the last character (or a part of a character, shown as U+FFFD)."""
-        if token not in self.pieces:
-            self.pieces[token] = set(self.tokenizer.decode([token], skip_special=False))
-        if not row.watch & self.pieces[token]:
-            return None
-        text = self.tokenizer.decode(row.tokens[row.prompt:])
-        if any(stop in text for stop in row.sampling.stop):
-            return "stop_string"
-        return "box" if row.sampling.stop_at_box and _boxed(text) else None
-
     def _reply(self, row: Row) -> Reply:
         ids = row.tokens[row.prompt:]
-        text = self.tokenizer.decode(ids)
-        if row.finish == "stop_string":  # as servers do: all ids that were sampled, the text up to the stop
-            text = text[:min(i for i in map(text.find, row.sampling.stop) if i >= 0)]
+        text = self.endings.text(ids, row.finish, row.sampling.stop)
         return Reply(text, ids, row.logprobs, row.finish, row.tokens[:row.prompt], None, row.prompt, len(ids))
 
     def _shrink(self, error: Exception) -> None:
@@ -484,19 +457,7 @@ class Sampler:
             return
         before, self.weights = self.weights, [(p.data_ptr(), p._version) for p in self.model.parameters()]
         if self.weights != before:
-            self.slots = [None] * len(self.slots)
-            self.recorded, self.drafts = {}, self.drafts and Drafts()
-
-
-def _boxed(text: str) -> bool:
-    """Whether a \\boxed{...} is complete, its braces balanced."""
-    for start in BOX.finditer(text):
-        depth = 1
-        for brace in BRACE.findall(text, start.end()):
-            depth += {"{": 1, "}": -1}.get(brace, 0)
-            if depth == 0:
-                return True
-    return False
+            self.slots, self.drafts = [None] * len(self.slots), self.drafts and Drafts()
 
 
 def _common(a: list[int], b: list[int], most: int) -> int:

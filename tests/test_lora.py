@@ -128,7 +128,7 @@ def sample(request, monkeypatch):
     monkeypatch.setattr(lora, "SMALL", 1e9 if request.param == "float32" else 0)
 
     def run(model, rows, ids=IDS):
-        if not model.eval().joined:
+        if not model.eval().joints:
             model.join()
         with torch.inference_mode(), lora.use(model, rows):
             return logits(model, ids).clone()

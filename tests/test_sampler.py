@@ -10,7 +10,7 @@ from itertools import chain
 import pytest
 import torch
 
-from slm import BadInput, draft, lora
+from slm import BadInput, attention, draft, gpu, lora
 from slm import sampler as module
 from slm.attention import Packed
 from slm.draw import categorical, uniform
@@ -71,9 +71,10 @@ def drain(sampler):
 
 def forward_logprobs(model, reply, temperature):
     """The training side's log-probs of a reply's ids."""
-    ids = torch.tensor(reply.prompt_ids + reply.ids)
+    ids = torch.tensor(reply.prompt_ids + reply.ids, device=next(model.parameters()).device)
     with torch.no_grad():
-        hidden = model(ids, torch.arange(len(ids)), Packed([len(ids)]))
+        attend = Packed([len(ids)], ids.device)
+        hidden = model(ids, attend.positions, attend)
         span = slice(len(reply.prompt_ids) - 1, -1)
         return token_logprobs(model, hidden[span], ids[len(reply.prompt_ids):], temperature or 1.0)[0]
 
@@ -206,10 +207,24 @@ def test_a_reply_that_ends_inside_a_draft_ends_there():
         assert sampler.steps < len(reply.ids) == len(reply.logprobs) == sampler.tokens
 
 
+def flash(cache, layer, q, bounds, starts, seen, most):
+    """What KVCache.attend promises, one sequence and query at a time."""
+    keys, values = (x.reshape(-1, cache.size) for x in cache.kv[:, layer])
+    out = torch.full_like(q, torch.nan)
+    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in (bounds, starts, seen))
+    for first, end, start, count in zip(bounds, bounds[1:], starts, seen):
+        assert 1 <= end - first <= most
+        for i in range(first, end):
+            span = slice(start, start + count - (end - 1 - i))
+            out[i] = (q[i] @ keys[span].T * cache.size ** -0.5).softmax(-1) @ values[span]
+    return out
+
+
+@pytest.mark.parametrize("with_flash", [False, True])
 @pytest.mark.parametrize("options", COMPANY)
-def test_recorded_rounds_and_bursts_change_nothing(options):
-    """The way of a GPU, with a stand-in for its graphs: rows that fill up a batch, several rounds at once."""
-    def record(run, controls):
+def test_the_way_of_a_gpu_changes_nothing(options, with_flash, monkeypatch):
+    """With stand-ins for its graphs and its attention: rows that fill up a batch, several rounds at once."""
+    def record(run, controls, others):
         before = copy.deepcopy(controls)
         results = run()  # warm-up and recording leave their traces in the cache
         results = run()
@@ -220,20 +235,23 @@ def test_recorded_rounds_and_bursts_change_nothing(options):
                 for kept, new in zip(results, run()):
                     kept.copy_(new)
         recorded.append(len(controls.last))
-        return Graph(), *results
+        return Graph(), results
 
+    monkeypatch.setattr(gpu, "record", record)
     recorded, model, requests = [], build(seed=6), some_requests(30, seed=8)
     requests += some_requests(4, seed=9, temperatures=(1.0,), top_k=7)
     expected = run(model, requests)
     sampler = Sampler(model, Letters(), **options)
-    sampler.recorder, sampler.burst, sampler.cache.spare, sampler.drafts = record, 4, 1, None
+    sampler.recorded, sampler.burst, sampler.cache.spare, sampler.drafts = gpu.Recordings(), 4, 1, None
+    sampler.cache.flash = with_flash
+    monkeypatch.setattr(attention.KVCache, "attend", flash)
     sampler.cache.clear()
     for _ in range(2):  # the second time from kept prefixes
         replies = sampler.generate(requests, progress=False)
         assert ids_of(replies) == ids_of(expected)
         for got, want in zip(chain(*replies), chain(*expected)):
             assert got.logprobs == pytest.approx(want.logprobs, abs=1e-5) and got.finish == want.finish
-    assert options or set(recorded) <= {1, 2, 4, *range(8, 100, 8)}
+    assert options or set(recorded) <= {*module.ROWS}
 
 
 # ---- what is computed, and with which weights ------------------------------------------------------------

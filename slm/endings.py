@@ -1,0 +1,57 @@
+"""Where a reply ends: at a stop id, a stop string, its first complete box, or its limit.
+
+Stop strings and boxes are looked for in the text, since many token sequences spell the same. To decode the
+reply after every token would take time that grows with its square, so that is done only after tokens that
+hold the last character of what is looked for.
+"""
+
+import re
+
+BOX, BRACE = re.compile(r"\\boxed\s*\{"), re.compile(r"\\.|[{}]", re.DOTALL)
+
+
+class Endings:
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.pieces: dict[int, set[str]] = {}  # characters of single tokens
+
+    def find(self, row, new: list[int]) -> tuple[int, str | None]:
+        """How many of the new tokens of a sampler's row still belong to its reply, and why that ends with the
+        last of them, if it does: "stop", "stop_string", "box", "length"."""
+        sampling, stops, room = row.sampling, self.tokenizer.stop_ids, row.limit - len(row.logprobs)
+        if sampling.stop or sampling.stop_at_box or not stops.isdisjoint(new):
+            for count, token in enumerate(new[:room], 1):
+                if token in stops:
+                    return count, "stop"
+                if self.may_end(token, sampling):
+                    text = self.tokenizer.decode(row.tokens[row.prompt:] + new[:count])
+                    if any(stop in text for stop in sampling.stop):
+                        return count, "stop_string"
+                    if sampling.stop_at_box and boxed(text):
+                        return count, "box"
+        return min(room, len(new)), "length" if len(new) >= room else None
+
+    def may_end(self, token: int, sampling) -> bool:
+        """Whether the token holds the last character of a stop string or of a box. A part of a character is
+        shown as U+FFFD and may be any."""
+        if token not in self.pieces:
+            self.pieces[token] = set(self.tokenizer.decode([token], skip_special=False))
+        there = self.pieces[token]
+        return (sampling.stop_at_box and "}" in there) or any(
+            stop[-1] in there or "\ufffd" in there for stop in sampling.stop)
+
+    def text(self, ids: list[int], finish: str, stop: list[str]) -> str:
+        """A reply's text; as servers do, up to the stop string, though all ids that were sampled are kept."""
+        text = self.tokenizer.decode(ids)
+        return text[:min(i for i in map(text.find, stop) if i >= 0)] if finish == "stop_string" else text
+
+
+def boxed(text: str) -> bool:
+    """Whether a \\boxed{...} is complete, its braces balanced."""
+    for start in BOX.finditer(text):
+        depth = 1
+        for brace in BRACE.findall(text, start.end()):
+            depth += {"{": 1, "}": -1}.get(brace, 0)
+            if depth == 0:
+                return True
+    return False

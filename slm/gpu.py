@@ -1,0 +1,85 @@
+"""What a GPU needs to be kept busy while single tokens are sampled: fewer launches.
+
+A decoding step is some hundreds of small operations. Each is a kernel that reads its input from memory and
+writes it back, and each costs a few microseconds even if it does nothing.
+
+* `fused` makes one kernel of several element-wise operations (PyTorch's compiler writes it).
+* `Recordings` replay all kernels of a step with a single call from the host (a CUDA graph).
+"""
+
+import copy
+import functools
+import warnings
+
+import torch
+
+HALF = torch.bfloat16, torch.float16
+OPTIONS = {"emulate_precision_casts": True, "online_softmax": False}
+broken = False  # set where PyTorch's compiler does not work: it needs a C compiler and Triton
+
+
+def fused(function):
+    """Run `function(x, ...)` as one kernel: for tensors on a GPU in half precision without gradients,
+    elsewhere as it stands. What it computes does not change: in between it rounds where the single
+    operations would. The first dimension of tensors may vary from call to call."""
+    compiled = None
+
+    @functools.wraps(function)
+    def call(x, *rest):
+        nonlocal compiled
+        global broken
+        if broken or not x.is_cuda or x.dtype not in HALF or torch.is_grad_enabled():
+            return function(x, *rest)
+        import torch._dynamo as dynamo  # a second or two
+        compiled = compiled or torch.compile(function, options=OPTIONS)
+        for tensor in (x, *rest):
+            if torch.is_tensor(tensor) and (tensor.dim() > 1 or len(tensor) == len(x)):
+                dynamo.maybe_mark_dynamic(tensor, 0)
+        try:
+            return compiled(x, *rest)
+        except dynamo.exc.TorchDynamoException as e:
+            broken = True
+            warnings.warn(f"PyTorch's compiler does not work here, so sampling is slower: {e}", stacklevel=2)
+            return function(x, *rest)
+    return call
+
+
+class Recordings:
+    """CUDA graphs: a function is recorded when first met and then replayed with one launch."""
+
+    def __init__(self):
+        self.kept: dict[tuple, tuple] = {}
+        self.places = None
+
+    def at(self, places: list) -> None:
+        """Where the tensors are that recordings use: when they have moved, all recordings are dropped."""
+        if places != self.places:
+            self.kept, self.places = {}, places
+
+    def replay(self, key: tuple, run, state):
+        """Results of run(), which reads and changes the tensors of `state`, whose take() copies another's:
+        the state that was recorded under this key is used, and returned before the results."""
+        if key not in self.kept:
+            self.kept[key] = state, *record(run, state, [graph for _, graph, _ in self.kept.values()])
+        own, graph, results = self.kept[key]
+        if own is not state:
+            own.take(state)
+        graph.replay()
+        return own, *[x.clone() for x in results]
+
+
+def record(run, state, others: list) -> tuple:
+    """Run on CUDA, after a warm-up, into a graph: (graph, results). The state is put back to where it was;
+    what is written elsewhere is written again. others: graphs to share memory with; all are replayed one
+    after the other and their results copied at once."""
+    before = copy.deepcopy(state)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=others[0].pool() if others else None):
+        results = run()
+    state.take(before)
+    return graph, results
