@@ -7,10 +7,10 @@ arXiv:1706.03762, eq. 1) over the keys that the query's sequence has so far.
 * Packed: many whole sequences in a row, each token sees its own up to itself. Training and log-probs.
 * Prefill, Decode: the same with a KV cache, for the sampler.
 
-On CUDA in half precision Packed runs PyTorch's variable-length flash attention (Dao 2023, arXiv:2307.08691).
-Elsewhere it calls scaled_dot_product_attention for one sequence after the other. Padding them into batches
-was no faster on a CPU, and a kernel that sees another length rounds differently: this way a packed sequence
-gets the same bits as alone.
+On CUDA in half precision all of them run PyTorch's variable-length flash attention (Dao 2023,
+arXiv:2307.08691). Elsewhere Packed calls scaled_dot_product_attention for one sequence after the other.
+Padding them into batches was no faster on a CPU, and a kernel that sees another length rounds differently:
+this way a packed sequence gets the same bits as alone.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slm.gpu import HALF, fused
+from slm.gpu import flash_attends, fused
 from slm.model import Config
 
 varlen_attn, VARLEN_GQA = None, False
@@ -47,7 +47,7 @@ class Packed:
         self.bounds = ends.to(device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if varlen_attn and q.is_cuda and q.dtype in HALF:
+        if varlen_attn and flash_attends(q.device, q.dtype, q.shape[-1]):
             return self.flash(q, k, v)
         return torch.cat([_causal(*one) for one in zip(*(x.split(self.lengths) for x in (q, k, v)))])
 
@@ -87,7 +87,7 @@ class KVCache:
         self.layers, self.heads, self.size = config.layers, config.kv_heads, config.head_size
         self.groups = config.heads // config.kv_heads
         self.device, self.dtype, self.spare = torch.device(device), dtype, int("cuda" in str(device))
-        self.flash = self.spare and dtype in HALF
+        self.flash = flash_attends(self.device, dtype, self.size)
         self.token_bytes = 2 * config.layers * config.kv_heads * config.head_size * dtype.itemsize
         self.clear()
 

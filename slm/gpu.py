@@ -31,6 +31,7 @@ def fused(function):
         if broken or not x.is_cuda or x.dtype not in HALF or torch.is_grad_enabled():
             return function(x, *rest)
         import torch._dynamo as dynamo  # a second or two
+        dynamo.config.recompile_limit = 64  # one row or several, with a part or without, laid out so or so
         compiled = compiled or torch.compile(function, options=OPTIONS)
         for tensor in (x, *rest):
             if torch.is_tensor(tensor) and (tensor.dim() > 1 or len(tensor) == len(x)):
@@ -42,6 +43,12 @@ def fused(function):
             warnings.warn(f"PyTorch's compiler does not work here, so sampling is slower: {e}", stacklevel=2)
             return function(x, *rest)
     return call
+
+
+def flash_attends(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    """Whether PyTorch's flash attention runs heads of this size there (Dao 2023, arXiv:2307.08691)."""
+    return (device.type == "cuda" and dtype in HALF and size % 8 == 0 and size <= 256
+            and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 class Recordings:

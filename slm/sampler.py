@@ -21,7 +21,8 @@ prefilled again later: slower, never stuck. Random numbers are a hash of (seed, 
 so a reply does not depend on what else is in the batch. In bfloat16 that holds up to rounding: matrix
 products of other shapes round differently (every RL run measures and shows it). The weights are the
 trainer's own tensors, taken as they are at each step. A few rows on a CPU are decoded several tokens a step
-where drafts of them come true (draft.py); replies stay the same.
+where drafts of them come true (draft.py); replies stay the same. A GPU decodes several rounds between two
+looks of the host at what was drawn, each recorded and replayed in one launch (gpu.py).
 
 Not covered: beam search, a second model that drafts, more than one device (endpoint.py and vLLM do that).
 """
@@ -176,6 +177,8 @@ class Sampler:
             self._requeue(row)
         self.slots, self.running, self.drafts = [], 0, self.drafts and Drafts()
         self.cache.clear()
+        if self.recorded:  # their memory too
+            self.recorded.at(None)
 
     def generate(self, requests: list[Request], progress: bool = True) -> list[list[Reply]]:
         """All replies, in the order of the requests, n to each. After Ctrl-C: those that are finished."""

@@ -130,6 +130,15 @@ def test_memory_stays_flat_while_batches_come_and_go():
     assert max(used[2:]) <= used[1] * 1.2
 
 
+def test_forgetting_drops_recordings_and_their_memory():
+    ours = on_gpu(seed=2, dtype=torch.bfloat16, **BIG)
+    sampler = Sampler(ours, Letters())
+    first = ids_of(sampler.generate(some_requests(20, seed=1), progress=False))
+    sampler.forget()
+    assert not sampler.recorded.kept
+    assert ids_of(sampler.generate(some_requests(20, seed=1), progress=False)) == first
+
+
 def test_packed_flash_attention_equals_one_sequence_at_a_time():
     lengths, groups = [5, 1, 70, 13], 2
     q, k, v = random(89, 4, 64), random(89, 2, 64), random(89, 2, 64)
