@@ -7,10 +7,10 @@ arXiv:1706.03762, eq. 1) over the keys that the query's sequence has so far.
 * Packed: many whole sequences in a row, each token sees its own up to itself. Training and log-probs.
 * Prefill, Decode: the same with a KV cache, for the sampler.
 
-On CUDA in half precision all of them run PyTorch's variable-length flash attention (Dao 2023,
-arXiv:2307.08691). Elsewhere Packed calls scaled_dot_product_attention for one sequence after the other.
-Padding them into batches was no faster on a CPU, and a kernel that sees another length rounds differently:
-this way a packed sequence gets the same bits as alone.
+Where `flash_attends` (gpu.py) says so they run PyTorch's variable-length flash attention, Decode with one
+token a slot. Elsewhere Packed calls scaled_dot_product_attention for one sequence after the other. Padding
+them into batches was no faster on a CPU, and a kernel that sees another length rounds differently: this way
+a packed sequence gets the same bits as alone.
 """
 
 import contextlib
@@ -47,6 +47,7 @@ class Packed:
         self.bounds = ends.to(device)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, rope's angles have made them float32
         if varlen_attn and flash_attends(q.device, q.dtype, q.shape[-1]):
             return self.flash(q, k, v)
         return torch.cat([_causal(*one) for one in zip(*(x.split(self.lengths) for x in (q, k, v)))])
@@ -86,7 +87,8 @@ class KVCache:
     def __init__(self, config: Config, device="cpu", dtype=torch.float32):
         self.layers, self.heads, self.size = config.layers, config.kv_heads, config.head_size
         self.groups = config.heads // config.kv_heads
-        self.device, self.dtype, self.spare = torch.device(device), dtype, int("cuda" in str(device))
+        self.device, self.dtype = torch.device(device), dtype
+        self.spare = int(self.device.type == "cuda")
         self.flash = flash_attends(self.device, dtype, self.size)
         self.token_bytes = 2 * config.layers * config.kv_heads * config.head_size * dtype.itemsize
         self.clear()
@@ -139,8 +141,8 @@ class Prefill:
         repeat = lambda x: x.repeat_interleave(lengths).to(device)
         self.positions, self.rows = packed.positions + repeat(starts), repeat(slots)
         if cache.flash:  # sequences: every slot's first key head, every slot's second one, ...
-            head, last = torch.arange(cache.heads)[:, None], torch.tensor([cache.heads * int(lengths.sum())])
-            bounds = head * int(lengths.sum()) + lengths.cumsum(0) - lengths
+            total, head = len(self.positions), torch.arange(cache.heads)[:, None]
+            bounds, last = head * total + lengths.cumsum(0) - lengths, torch.tensor([cache.heads * total])
             places = (slots * cache.heads + head) * (cache.length + cache.spare)
             seen = (starts + lengths).repeat(cache.heads, 1)
             self.flash = [x.int().to(device) for x in (torch.cat((bounds.flatten(), last)),

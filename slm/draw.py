@@ -30,7 +30,7 @@ class Controls:
         self.sampled, self.greedy_rows = any(x.temperature for x in s), not all(x.temperature for x in s)
         self.greedy = tensor([x.temperature == 0 for x in s], not self.sampled, torch.bool)
         self.temperature = tensor([x.temperature or 1.0 for x in s], 1.0, torch.float32)
-        self.outside, self.count = outside, len(rows)
+        self.outside = outside
         # Greedy is not a distribution: its log-probs are those at temperature 1, nothing cut.
         self.top_k, self.top_p = 0, 1.0
         if any(x.top_k and x.temperature for x in s):
@@ -40,7 +40,6 @@ class Controls:
 
     def take(self, other: "Controls") -> None:
         """Copy another batch's state into these tensors, which stay where they are."""
-        self.count = other.count
         for name in ("last", "position", "place", "key", "greedy", "temperature"):
             getattr(self, name).copy_(getattr(other, name))
 

@@ -11,6 +11,8 @@ BOX, BRACE = re.compile(r"\\boxed\s*\{"), re.compile(r"\\.|[{}]", re.DOTALL)
 
 
 class Endings:
+    """The ends of replies, for one tokenizer (its stop_ids and decode)."""
+
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.pieces: dict[int, set[str]] = {}  # characters of single tokens

@@ -20,8 +20,9 @@ broken = False  # set where PyTorch's compiler does not work: it needs a C compi
 
 def fused(function):
     """Run `function(x, ...)` as one kernel: for tensors on a GPU in half precision without gradients,
-    elsewhere as it stands. What it computes does not change: in between it rounds where the single
-    operations would. The first dimension of tensors may vary from call to call."""
+    elsewhere as it stands. Element by element it gives the same bits: it rounds where the single operations
+    would. Sums (softmax, cumulative sums) may be added in another order. The first dimension of tensors may
+    vary from call to call."""
     compiled = None
 
     @functools.wraps(function)
@@ -31,8 +32,9 @@ def fused(function):
         if broken or not x.is_cuda or x.dtype not in HALF or torch.is_grad_enabled():
             return function(x, *rest)
         import torch._dynamo as dynamo  # a second or two
-        dynamo.config.recompile_limit = 64  # one row or several, with a part or without, laid out so or so
-        compiled = compiled or torch.compile(function, options=OPTIONS)
+        if compiled is None:
+            dynamo.config.recompile_limit = 64  # one row or several, with all arguments or not, other strides
+            compiled = torch.compile(function, options=OPTIONS)
         for tensor in (x, *rest):
             if torch.is_tensor(tensor) and (tensor.dim() > 1 or len(tensor) == len(x)):
                 dynamo.maybe_mark_dynamic(tensor, 0)
@@ -48,6 +50,7 @@ def fused(function):
 def flash_attends(device: torch.device, dtype: torch.dtype, size: int) -> bool:
     """Whether PyTorch's flash attention runs heads of this size there (Dao 2023, arXiv:2307.08691)."""
     return (device.type == "cuda" and dtype in HALF and size % 8 == 0 and size <= 256
+            and torch.backends.cuda.is_flash_attention_available()
             and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
@@ -79,13 +82,8 @@ def record(run, state, others: list) -> tuple:
     """Run on CUDA, after a warm-up, into a graph: (graph, results). The state is put back to where it was;
     what is written elsewhere is written again. others: graphs to share memory with; all are replayed one
     after the other and their results copied at once."""
-    before = copy.deepcopy(state)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    before, graph = copy.deepcopy(state), torch.cuda.CUDAGraph()
+    run()  # compiles kernels and loads libraries
     with torch.cuda.graph(graph, pool=others[0].pool() if others else None):
         results = run()
     state.take(before)

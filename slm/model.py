@@ -198,7 +198,9 @@ class Joint:
         return self.weight[:count], None if self.bias is None else self.bias[:count]
 
     def holds(self, layers: list[Linear]) -> bool:
-        """False where the model was moved or given other parameters."""
+        """False where the model was moved or given other parameters or layers."""
+        if layers != self.layers:
+            return False
         at, bias_at = self.weight.data_ptr(), 0 if self.bias is None else self.bias.data_ptr()
         for layer in layers:
             weight, bias = layer.weight, layer.bias

@@ -6,7 +6,7 @@ replies have ragged lengths: a fixed batch runs until its longest reply is done,
 *Continuous* batching decides anew at every step who is in the batch:
 
     step():  waiting requests take the free rows and are prefilled: all their prompt tokens in one packed pass
-             every row decodes one token
+             every row decodes a token, or a few
              rows that met a stop id, a stop string, a complete box or their limit leave
 
 What a token needs from those before it, their keys and values in every layer, is kept in the KV cache, one
@@ -50,8 +50,8 @@ from slm.model import one_thread
 PREFILL_TOKENS = 512, 16384  # in one packed pass, on a CPU (its own caches hold no more) and on a GPU
 SHARED_TOKENS = 16     # a shorter common prefix is computed rather than copied
 BURST = 8              # decode rounds between two looks at what was drawn, on a GPU
-SPAN = 128             # recorded rounds attend over a multiple of this
-ROWS = [2, 4, 8, 16, *range(32, 4097, 32)]  # and have one of these numbers of rows
+SPAN = 128             # without flash attention, recorded rounds attend over a multiple of this
+ROWS = [2, 4, 8, 16, *range(32, 4097, 32)]  # recorded rounds are filled up to one of these, or to all slots
 
 
 @dataclass(eq=False)
@@ -87,12 +87,11 @@ class Sampler:
         self.model, self.tokenizer, self.endings = model, tokenizer, Endings(tokenizer)
         self.device = next(model.parameters()).device
         cuda, small = self.device.type == "cuda", model.config.hidden <= 256
-        if not hasattr(model, "unshard"):  # FSDP keeps its own places
-            model.join()
+        self.sharded = hasattr(model, "unshard")  # FSDP gathers weights into places and streams of its own
         self.small = small and not cuda
         self.max_batch = max_batch or (256 if cuda or small else 64)
         self.cache = KVCache(model.config, self.device, next(model.parameters()).dtype)
-        free = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else 2 << 30
+        free = torch.cuda.mem_get_info(self.device)[0] // 2 if cuda else 2 << 30
         self.cache_tokens = cache_tokens or max(2048, free // self.cache.token_bytes)
         self.waiting: deque[Row] = deque()
         self.slots: list[Row | None] = []   # running rows first, then kept ones and gaps
@@ -102,7 +101,7 @@ class Sampler:
         self.prefill_tokens = PREFILL_TOKENS[cuda]
         self.burst = BURST if cuda else 1
         self.drafts = None if cuda else Drafts()
-        self.recorded = Recordings() if cuda else None
+        self.recorded = Recordings() if cuda and not self.sharded else None
         self.steps = self.tickets = self.tokens = 0
         self.weights: list = []                # address and version of each, when the cache was computed
         self.training = False                  # whether to put the model back into training mode
@@ -144,7 +143,8 @@ class Sampler:
         return self.tickets - 1
 
     def step(self) -> list[tuple[int, int, Reply]]:
-        """Let waiting requests in, decode one round, and hand out what finished: (ticket, sample, reply)."""
+        """Let waiting requests in, decode a round (on a GPU a burst of them), and hand out what finished:
+        (ticket, sample, reply)."""
         if self.model.training:  # no dropout here; training mode comes back once nothing is pending
             self.model.eval()
             self.training = True
@@ -291,7 +291,7 @@ class Sampler:
             return False
         wish = min(self.max_batch, self.running + len(self.waiting)) * 3 // 2
         if self.recorded:  # rows that fill up a batch need slots
-            wish = next((n for n in ROWS if n > wish), wish)
+            wish = next((n for n in ROWS if n >= max(2, wish)), wish)
         count = max(slots, min(max(cache.slots, wish), self.cache_tokens // fitting[0]))
         cache.resize(count, fitting[0])
         self.controls = None
@@ -334,8 +334,8 @@ class Sampler:
                 room -= count
             attend = Prefill(self.cache, [(self.slots.index(row), at, n) for row, at, n in segments])
             ids = [t for row, start, n in segments for t in row.tokens[start:start + n]]
-            hidden = self._forward(torch.tensor(ids, device=self.device), attend.positions, attend,
-                                   [(row.adapter, n) for row, _, n in segments])
+            with lora.use(self.model, [(row.adapter, n) for row, _, n in segments]):
+                hidden = self.model(torch.tensor(ids, device=self.device), attend.positions, attend)
             end = 0
             for row, _, n in segments:
                 row.cached, end = row.cached + n, end + n
@@ -348,7 +348,8 @@ class Sampler:
         rows = pack + [twin for twin, _ in twins]
         hidden = torch.stack([last[row] for row in [*pack, *(original for _, original in twins)]])
         controls = Controls([state for row in rows for state in row.states()], self.device)
-        ids, logprobs = controls.draw(self.model.logits(hidden))
+        with lora.use(self.model, [(row.adapter, 1) for row in rows]):
+            ids, logprobs = controls.draw(self.model.logits(hidden))
         if self.drafts:
             for row in pack:
                 self.drafts.learn(row.tokens, 0)
@@ -376,9 +377,10 @@ class Sampler:
         """Draw after every row's last token and after each token of its draft, and keep what counts."""
         c = Controls([s for row, draft in zip(rows, drafts) for s in row.states(draft)], self.device)
         self.controls = None
-        drawn = self._round(c, [(row.adapter, 1 + len(draft)) for row, draft in zip(rows, drafts)],
-                            max(len(row.tokens) + len(draft) for row, draft in zip(rows, drafts)))
-        ids, logprobs = (x.tolist() for x in drawn)
+        adapters = [(row.adapter, 1 + len(draft)) for row, draft in zip(rows, drafts)]
+        longest = max(len(row.tokens) + len(draft) for row, draft in zip(rows, drafts))
+        with lora.use(self.model, adapters):
+            ids, logprobs = (x.tolist() for x in self._round(c, adapters, longest))
         kept = self.drafts.kept(drafts, ids)
         self._accept(rows, [ids[span] for span in kept], [logprobs[span] for span in kept])
 
@@ -387,36 +389,32 @@ class Sampler:
         adapters = [(row.adapter, 1) for row in rows]
         cut = any(row.sampling.temperature and (row.sampling.top_k or row.sampling.top_p < 1) for row in rows)
         recorded = self.recorded and not cut and len(set(adapters)) == 1
+        cache = self.cache
         if recorded:
-            self.recorded.at([self.cache.kv.data_ptr(), self.cache.kv.shape,
+            self.recorded.at([cache.kv.data_ptr(), cache.kv.shape,
                               *(p.data_ptr() for p in self.model.parameters())])
         if self.controls is None:
-            padded = next((n for n in ROWS if recorded and len(rows) <= n <= self.cache.slots), 0)
+            padded = next((n for n in ROWS if len(rows) <= n <= cache.slots), cache.slots) if recorded else 0
             self.controls = Controls([s for row in rows for s in row.states()], self.device, padded,
-                                     self.cache.length * self.cache.spare)
+                                     cache.length * cache.spare)
         count = min(self.burst, max(row.limit - len(row.logprobs) for row in rows))
         once = self._recorded_round if recorded else self._round
-        draws = [once(self.controls, adapters, longest) for _ in range(count)]
+        with lora.use(self.model, adapters):  # what a recording reads of an adapter must be up to date
+            draws = [once(self.controls, adapters, longest) for _ in range(count)]
         self._accept(rows, *(torch.stack(x, 1).tolist() for x in zip(*draws)))
 
     def _round(self, c: Controls, adapters: list[tuple[str | None, int]], longest: int):
-        """Compute the controls' tokens, of each row with its adapter as many as it says, and draw the ones
+        """Compute the controls' tokens, as many of each row as stand beside its adapter, and draw the ones
         after them: ids (T,), log-probs (T,). No host involved."""
         attend = Decode(self.cache, c.position, [n for _, n in adapters], longest)
-        return c.draw(self.model.logits(self._forward(c.last, c.position, attend, adapters)))
+        return c.draw(self.model.logits(self.model(c.last, c.position, attend)))
 
     def _recorded_round(self, c: Controls, adapters: list[tuple[str | None, int]], longest: int):
         """The same, recorded once for a number of rows and a span, in one launch."""
         span = self.cache.length if self.cache.flash else min(-(-longest // SPAN) * SPAN, self.cache.length)
         key, rows = (len(c.last), span, c.sampled, c.greedy_rows, adapters[0]), adapters[:1] * len(c.last)
-        with lora.use(self.model, adapters[:1]):  # what a recording reads of an adapter must be up to date
-            self.controls, *drawn = self.recorded.replay(key, lambda: self._round(c, rows, span), c)
+        self.controls, *drawn = self.recorded.replay(key, lambda: self._round(c, rows, span), c)
         return drawn
-
-    def _forward(self, ids, positions, attend, adapters: list[tuple[str | None, int]]) -> torch.Tensor:
-        """Hidden states (T, D), each row of the batch with its own adapter."""
-        with lora.use(self.model, adapters):
-            return self.model(ids, positions, attend)
 
     def _accept(self, rows: list[Row], ids: list[list[int]], logprobs: list[list[float]]) -> None:
         """Append to each row the tokens and log-probs that were drawn for it, as far as it goes on."""
@@ -458,6 +456,8 @@ class Sampler:
         """Drop what was cached with other weights (seen by the version counters of the parameters)."""
         if self.pending:
             return
+        if not self.sharded:
+            self.model.join()
         before, self.weights = self.weights, [(p.data_ptr(), p._version) for p in self.model.parameters()]
         if self.weights != before:
             self.slots, self.drafts = [None] * len(self.slots), self.drafts and Drafts()

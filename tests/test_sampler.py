@@ -251,7 +251,7 @@ def test_the_way_of_a_gpu_changes_nothing(options, with_flash, monkeypatch):
         assert ids_of(replies) == ids_of(expected)
         for got, want in zip(chain(*replies), chain(*expected)):
             assert got.logprobs == pytest.approx(want.logprobs, abs=1e-5) and got.finish == want.finish
-    assert options or set(recorded) <= {*module.ROWS}
+    assert options or set(recorded) <= {*module.ROWS, sampler.cache.slots}
 
 
 # ---- what is computed, and with which weights ------------------------------------------------------------
@@ -336,6 +336,23 @@ def test_each_row_has_its_own_adapter():
     long = list(range(1, 60))  # the same prompt under two adapters must not share its cache
     pair = run(model, [Request(ids=long, adapter=a, sampling=Sampling(12)) for a in ("solver", "checker")])
     assert pair[0][0].ids != pair[1][0].ids
+
+
+def test_a_row_s_adapter_includes_its_head():
+    """Adapters on an untied head, in one batch, against a model into which the adapter was merged."""
+    model = build(tied=False)
+    for name in ("solver", "checker"):
+        lora.add(model, r=4, alpha=4, name=name, targets=["lm_head", "v_proj"])
+        for p in lora.parameters(model, name):
+            torch.nn.init.normal_(p, std=0.3)
+    model.lora.active = None
+    requests = [replace(r, adapter=name) for r, name in zip(some_requests(9, temperatures=(0.0,)),
+                                                            [None, "solver", "checker"] * 3)]
+    for request, group in zip(requests, run(model, requests)):
+        merged = copy.deepcopy(model)
+        if request.adapter:
+            lora.merge(merged, request.adapter)
+        assert ids_of([group]) == ids_of(run(merged, [replace(request, adapter=None)]))
 
 
 # ---- how a reply ends ------------------------------------------------------------------------------------
