@@ -2,7 +2,8 @@
 
 An attend object is called once a layer, `attend(layer, q (T,H,E), k (T,K,E), v (T,K,E)) -> (T,H,E)`, with
 queries and keys already rotated. It computes softmax(q k' / sqrt(E)) v (Vaswani et al. 2017,
-arXiv:1706.03762, eq. 1) over the keys that the query's sequence has so far.
+arXiv:1706.03762, eq. 1) over the keys that the query's sequence has so far. Shapes: T tokens, H query heads,
+K key/value heads, E head size, as in model.py; B slots, L keys of each, n queries of each.
 
 * Packed: many whole sequences in a row, each token sees its own up to itself. Training and log-probs.
 * Prefill, Decode: the same with a KV cache, for the sampler.
@@ -41,7 +42,7 @@ class Packed:
         self.lengths = list(lengths)
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"sequence lengths must be 1 or more: {self.lengths}")
-        self.positions = _ranges(self.lengths).to(device)
+        self.positions = torch.cat([torch.arange(n) for n in self.lengths]).to(device)
         self.longest = max(self.lengths)
         ends = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         self.bounds = ends.to(device)
@@ -70,18 +71,13 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)[0].transpose(0, 1)
 
 
-def _ranges(lengths: list[int]) -> Tensor:
-    """[3, 2] -> tensor([0, 1, 2, 0, 1])"""
-    return torch.cat([torch.arange(n) for n in lengths])
-
-
 # ---- with a KV cache (sampler.py) --------------------------------------------------------------------------
 
 class KVCache:
     """Keys and values of `slots` sequences of up to `length` tokens, kv (2, layers, slots, K, length, E).
 
     What nothing was written to is zero, never NaN: it is multiplied by attention weights of 0. spare: columns
-    behind `length`, where rows that only fill up a recorded batch may write.
+    behind `length`, where rows write that only fill up a recorded batch or are past their limit.
     """
 
     def __init__(self, config: Config, device="cpu", dtype=torch.float32):

@@ -66,7 +66,7 @@ class Row:
     adapter: str | None
     key: int             # of its random numbers
     logprobs: list[float] = field(default_factory=list)
-    cached: int = 0      # leading tokens whose keys and values are in its slot
+    cached: int = 0      # leading tokens whose keys and values are in its slot, while it is prefilled
     finish: str | None = None
     filled: bool = False # whether all its tokens but the last have keys and values in its slot
     used: int = 0        # step at which it left
@@ -128,6 +128,7 @@ class Sampler:
                 (not 0 <= s.temperature < math.inf, f"temperature {s.temperature}", "0 or more"),
                 (not 0 < s.top_p <= 1, f"top_p {s.top_p}", "more than 0 and at most 1"),
                 (s.top_k < 0, f"top_k {s.top_k}", "0 (off) or more"),
+                ("" in s.stop, "an empty stop string", "a character at least"),
                 (request.n < 1, f"{request.n} samples", "1 or more"),
                 (request.adapter not in (None, *lora.names(self.model)), f"adapter {request.adapter!r}",
                  f"one of {lora.names(self.model)}")):
@@ -174,7 +175,10 @@ class Sampler:
     def forget(self) -> None:
         """Drop all that is cached; what is running is prefilled again."""
         for row in reversed(self.slots[:self.running]):
-            self._requeue(row)
+            if row.finish:
+                self.finished.append(row)
+            else:
+                self._requeue(row)
         self.slots, self.running, self.drafts = [], 0, self.drafts and Drafts()
         self.cache.clear()
         if self.recorded:  # their memory too
@@ -301,19 +305,19 @@ class Sampler:
 
     def _leave(self) -> None:
         """Take the finished rows out of the batch; the last running rows move into their slots."""
-        order, before = list(range(self.running)), self.running
-        for i in reversed(range(before)):
-            row = self.slots[i]
-            if row.finish:
-                self.running -= 1
-                order[i], order[self.running] = order[self.running], order[i]
-                row.used, self.controls = self.steps, None
-                self.finished.append(row)
-        targets = [i for i in range(before) if order[i] != i]
-        if targets:
-            self.cache.move([order[i] for i in targets], targets,
-                            max(len(self.slots[i].tokens) for i in targets))
-        self.slots[:before] = [self.slots[i] for i in order]
+        rows, running = self.slots[:self.running], self.running
+        order = list(range(running))
+        for i in reversed(range(len(rows))):
+            if rows[i].finish:
+                running -= 1
+                order[i], order[running] = order[running], order[i]
+        targets = [i for i, source in enumerate(order) if source != i]
+        if targets:  # may run out of memory: nothing has changed yet
+            self.cache.move([order[i] for i in targets], targets, max(len(rows[i].tokens) for i in targets))
+        self.slots[:len(rows)], self.running = [rows[i] for i in order], running
+        for row in reversed(self.slots[running:len(rows)]):
+            row.used, self.controls = self.steps, None
+            self.finished.append(row)
 
     def _requeue(self, row: Row) -> None:
         """Send a row back to the head of the waiting line."""
@@ -447,8 +451,7 @@ class Sampler:
         held = self.cache.slots * self.cache.length or self.cache_tokens
         self.forget()
         self.cache_tokens = max(held // 2, *(row.prompt + row.limit for row in self.waiting))
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         warnings.warn(f"out of memory: sampling goes on with at most {self.max_batch} rows and "
                       f"{self.cache_tokens:,} cached tokens", stacklevel=3)
 

@@ -196,6 +196,17 @@ def test_the_next_sample_sees_every_change_of_the_adapter(random_model, sample, 
     assert torch.equal(seen[3], seen[0])
 
 
+def test_an_adapter_takes_the_room_of_one_that_was_removed(random_model, sample):
+    model = trained(random_model(), "first", targets=["v_proj"])
+    sample(model, "first")
+    lora.remove(model, "first")
+    lora.add(model, r=4, alpha=4, name="second", targets=["k_proj"])
+    for p in lora.parameters(model, "second"):
+        torch.nn.init.normal_(p, 0, 0.2)
+    model.join()
+    assert_near(sample(model, "second"), by_hand(model, "second"))
+
+
 def test_sampling_with_adapters_in_turn_and_at_once(random_model, sample):
     """Of other ranks and layers: what one leaves behind the weights is never taken for the other's."""
     model = trained(random_model(), "solver", targets=["q_proj", "v_proj", "down_proj"])

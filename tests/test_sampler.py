@@ -413,6 +413,7 @@ def test_the_end_of_context_or_cache_ends_a_reply():
     (Request(ids=[1], sampling=Sampling(temperature=math.nan)), "temperature nan"),
     (Request(ids=[1], sampling=Sampling(top_p=0)), "top_p 0"),
     (Request(ids=[1], sampling=Sampling(top_k=-2)), "top_k -2"),
+    (Request(ids=[1], sampling=Sampling(stop=["a", ""])), "an empty stop string"),
     (Request(ids=[1], n=0), "0 samples"),
     (Request(ids=[1], adapter="judge"), "adapter 'judge'"),
 ])
@@ -449,6 +450,22 @@ def test_out_of_memory_with_one_row_is_raised(monkeypatch):
     with warnings.catch_warnings(), pytest.raises(torch.OutOfMemoryError):
         warnings.simplefilter("ignore")
         run(build(), some_requests(5, temperatures=(0.0,)))
+
+
+def test_out_of_memory_while_rows_move_loses_no_reply(monkeypatch):
+    model, requests = build(), some_requests(12)
+    expected, move, calls = ids_of(run(model, requests)), attention.KVCache.move, []
+
+    def failing(cache, *arguments):
+        calls.append(arguments)
+        if len(calls) in (1, 4):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return move(cache, *arguments)
+
+    monkeypatch.setattr(attention.KVCache, "move", failing)
+    with pytest.warns(UserWarning, match="out of memory"):
+        assert ids_of(run(model, requests)) == expected
+    assert len(calls) > 4
 
 
 def test_ctrl_c_returns_what_is_finished(monkeypatch, capsys):
