@@ -1,4 +1,4 @@
-# make demo    the whole pipeline on the embedded model, offline, minutes on two CPU cores
+# make demo    the whole pipeline on the built-in model, offline, minutes on two CPU cores
 # make test    every fast test; make test-slow and make test-parity need minutes, or real weights
 # make bench   side-by-side measurements against peers
 # Each sets up .venv by itself. Another Python (3.11 or newer): make demo PYTHON=python3.12

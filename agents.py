@@ -1,6 +1,6 @@
 r"""Stage 4, agents: every workflow as a short generator, and a comparison of them on the same problems.
 
-    python agents.py                                   the embedded model, each workflow beside a single pass
+    python agents.py                                   the built-in model: four workflows beside a single pass
     python agents.py --workflow python_tools --show 3  read what was asked, answered and run
     python agents.py --model Qwen/Qwen2.5-Math-1.5B-Instruct --data gsm8k --limit 500
     python agents.py --endpoint http://localhost:8000/v1 --model NAME --data math500

@@ -1,6 +1,6 @@
 """Score any model, adapter, endpoint or workflow; compare saved runs; grade saved answers again.
 
-    python eval.py                                        the embedded model on its 500 test problems, greedy
+    python eval.py                                        the built-in model on its 500 test problems, greedy
     python eval.py --data tiny,tiny-unseen --adapter runs/sft-tiny-lora/adapter
     python eval.py --model Qwen/Qwen2.5-Math-1.5B --data gsm8k,math500
     python eval.py --workflow majority_vote               any workflow of agents.py

@@ -4,7 +4,7 @@
     python make_data.py --data gsm8k,math --cascade recipes/report.toml --budget 50
     python make_data.py --data gsm8k --cascade recipes/local.toml   a vLLM or llama.cpp server of yours
     python make_data.py --data gsm8k --teacher self --model Qwen/Qwen2.5-Math-1.5B-Instruct
-    python make_data.py verifier --model runs/sft-tiny-lora         check-this-solution records
+    python make_data.py verifier --model runs/sft-tiny-lora/adapter check-this-solution records
 
 Teachers of round 1 answer every problem, those of round 2 what round 1 left unsolved, each until its first
 right answer or its last attempt. A TOML file names them (recipes/ has three). Problems that overlap a test

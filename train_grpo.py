@@ -1,7 +1,7 @@
 """Stage 3: reinforcement learning from checked answers (GRPO and its relatives), single turn or through a
 workflow.
 
-    python train_grpo.py                                             the embedded model, minutes
+    python train_grpo.py                                             the built-in model, minutes
     python train_grpo.py --adapter runs/sft-tiny-lora/adapter        from the fine-tuned adapter
     python train_grpo.py --workflow python_tools --adapter ...       trains what agents.py runs
     python train_grpo.py --model Qwen/Qwen2.5-Math-1.5B --adapter DIR --data gsm8k
@@ -16,8 +16,8 @@ of each step; the metric dlogp shows by how much rounding makes it differ. An ep
 has no reward and is left out. Not covered: a value model, asynchronous rollouts, top-p or top-k in sampling
 (the loss would be another).
 
-What to watch: reward and solve rate rise, entropy falls slowly, kl grows slowly. The loss means little: its
-value is near 0 by construction.
+What to watch: reward and solve rate rise, entropy falls slowly, kl (with --kl) grows slowly. The loss means
+little: its value is near 0 by construction.
 """
 
 import shlex
@@ -186,16 +186,17 @@ def losses_of(model, samples: list[Sample], algorithm: Algorithm, args):
         loss = losses.sequence_clipped(logp, old, advantage, sequence, algorithm.low, algorithm.high)
     else:
         loss = losses.reinforce(logp, advantage)
-    kl = torch.zeros_like(logp)
+    kl, penalty = {}, 0.0
     if args.kl > 0:
         with torch.no_grad(), lora.off(model):
             ref, _ = losses.score(model, *sequences, args.temperature)
-        kl = losses.kl(logp, ref, args.kl_kind)
+        penalty = losses.kl(logp, ref, args.kl_kind)
+        kl = {"kl": penalty.detach().sum()}
     gap = (logp.detach() - old).abs()
     ratio = (logp.detach() - old).exp()
     cut = ((ratio > 1 + algorithm.high) & (advantage > 0)) | ((ratio < 1 - algorithm.low) & (advantage < 0))
-    total = ((loss + args.kl * kl) * weight).sum()
-    sums = {"loss": total.detach(), "kl": kl.detach().sum(), "entropy": entropy.sum(), "dlogp": gap.sum(),
+    total = ((loss + args.kl * penalty) * weight).sum()
+    sums = {"loss": total.detach(), **kl, "entropy": entropy.sum(), "dlogp": gap.sum(),
             "clipped": cut.sum() if algorithm.ratio == "token" else 0.0, "learned": float(len(logp))}
     return total, {k: float(v) for k, v in sums.items()}, gap.max().item()
 

@@ -1,8 +1,8 @@
 """Stage 2: supervised fine-tuning on worked solutions, LoRA or full, solver or verifier data.
 
-    python train_sft.py                                         the embedded model, a minute
+    python train_sft.py                                         the built-in model, a minute
     python train_sft.py --full
-    python train_sft.py --model Qwen/Qwen2.5-Math-1.5B --data runs/data/records.jsonl
+    python train_sft.py --model Qwen/Qwen2.5-Math-1.5B --data runs/data-gsm8k-math/records.jsonl
     torchrun --nproc_per_node 8 train_sft.py ...                the same on 8 GPUs
 
 Data: JSON lines with `question` and `response` (what make_data.py writes; the standard prompt is put around

@@ -1,7 +1,6 @@
-"""Sampling speed: ours, transformers and, where installed, llama.cpp, on the same prompts.
+"""Sampling speed: ours beside transformers, its continuous batching and llama.cpp, on the same prompts.
 
-    export SLM_DATA=...
-    python bench/sampler.py                                                       # tiny, 64 sequences
+    python bench/sampler.py --repeat 3                             # tiny, 64 sequences: a second of work each
     python bench/sampler.py --model DIR --data gsm8k --prompts 48 --tokens 192
     python bench/sampler.py --model DIR --data gsm8k --prompts 8 --samples 8
     python bench/sampler.py --model DIR --data gsm8k --prompts 4 --batch 1
@@ -12,10 +11,12 @@ OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait slow down what else r
 stop ids, answers of their natural lengths; greedy, or temperature 1 where --samples is above 1. With
 --lengths gold (for random weights, which never stop) an answer is as long as the problem's own solution.
 transformers gets left-padded batches of each size in --peer-batch, and its best one counts. Time is from the
-first prompt to the last reply, the models loaded and warm: on a GPU ours has answered as many others before.
+first prompt to the last reply, the models loaded and warm: on a GPU ours has answered as many others before,
+and so has what they share with these (a chat template's beginning) in its cache.
 
 The floor is what memory allows: the weights once a step and the live cache of every row, over the bandwidth
-of a large copy measured afterwards. The last line is JSON.
+of a large copy measured afterwards. The last line is JSON. Peers need requirements-dev.txt; --peers names
+more than transformers' generate.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from slm import cli
+from slm import BadInput, cli
 
 
 def arguments() -> argparse.Namespace:
@@ -168,10 +169,10 @@ def watched(sampler, weights: int, device) -> list[dict]:
 
     def step():
         rows, before, start = sampler.slots[:sampler.running], rounds[0], clock(device)
-        held = sum(len(row.tokens) for row in rows)
+        held = [len(row.tokens) for row in rows]
         decode()
-        n = rounds[0] - before
-        live = n * held + len(rows) * n * n // 2
+        n, new = rounds[0] - before, [len(row.tokens) - many for row, many in zip(rows, held)]
+        live = sum(many * count + count * (count - 1) // 2 for many, count in zip(held, new))
         steps.append({"seconds": clock(device) - start, "rows": len(rows), "rounds": n,
                       "bytes": n * weights + live * sampler.cache.token_bytes})
     setattr(sampler, round_, one_round)
@@ -317,6 +318,8 @@ def main(args) -> None:
         r = measure(name, args.seconds)
         if r and r["rate"] > results.get(name, {"rate": 0})["rate"]:
             results[name] = r
+    if "ours" not in results:
+        raise BadInput("nothing to compare: ours failed, see above")
     mine = results.pop("ours")
     summary = {"model": str(args.model), "device": args.device, "dtype": args.dtype, "prompts": args.prompts,
                "samples": args.samples, "tokens": args.tokens,

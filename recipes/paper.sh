@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The report's pipeline on Qwen2.5-Math-1.5B: 19,473 problems, SFT, GRPO, agents, evaluation. One GPU of 40 GB or
-# more. Stage 1 needs the teachers' keys in the environment, as recipes/report.toml names them; stages 2 to 5
-# need the hub (or local directories in the place of the names). Started again after a stop, it goes on.
+# The report's pipeline on Qwen2.5-Math-1.5B: 19,473 problems (two have no gold answer), SFT, GRPO, agents,
+# evaluation. One GPU of 40 GB or more. Stage 1 needs the teachers' keys in the environment, as
+# recipes/report.toml names them; stages 2 to 5 need the hub (or local directories in the place of the names).
+# Started again after a stop, it goes on.
 #
 #   bash recipes/paper.sh                 everything, in runs/paper
 #   MODEL=path/to/model BUDGET=20 bash recipes/paper.sh

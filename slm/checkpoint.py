@@ -46,7 +46,9 @@ def resolve(name: str | Path) -> Path:
     path = Path(name).expanduser()
     if path.is_dir() and str(name):
         if not (path / CONFIG).is_file() and not (path / ADAPTER).is_file():
-            raise BadInput(f"{path}: not a model, this directory has no {CONFIG} and no {ADAPTER}")
+            inside = next((f"; try {p.parent}" for p in (path / "adapter" / ADAPTER, path / "model" / CONFIG)
+                           if p.is_file()), "")
+            raise BadInput(f"{path}: not a model, this directory has no {CONFIG} and no {ADAPTER}{inside}")
         return path
     if path.is_file():
         raise BadInput(f"{path}: a file, expected a Hugging Face directory, a hub id or 'tiny'")

@@ -1,4 +1,4 @@
-"""Problems to solve: benchmark sets by name, the embedded `tiny` world, or any JSON lines file.
+"""Problems to solve: benchmark sets by name, the built-in `tiny` world, or any JSON lines file.
 
     load("gsm8k", "test")        from a local folder when one has it, else downloaded once and cached
     load("my/problems.jsonl")    rows with question (or problem) and answer (or gold)

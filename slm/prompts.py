@@ -1,7 +1,7 @@
 """Every prompt string of the project, each with an id that is stored with the results it produced.
 
 A prompt is a text with $fields: SOLVER(question=q) fills them in. The sentences are short because the
-embedded model has 1,024 tokens for everything. When a text changes, its id changes.
+built-in model has 1,024 tokens for everything. When a text changes, its id changes.
 """
 
 from string import Template

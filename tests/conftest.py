@@ -14,7 +14,7 @@ torch.set_num_threads(1)  # two pytest workers share two cores
 
 @pytest.fixture
 def tiny():
-    """The embedded model and its tokenizer, float32 on the CPU, loaded anew for every test."""
+    """The built-in model and its tokenizer, float32 on the CPU, loaded anew for every test."""
     return checkpoint.load("tiny")
 
 

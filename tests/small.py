@@ -1,4 +1,4 @@
-"""A random model of two layers with the embedded tokenizer, as a directory; for the tests of the trainers."""
+"""A random model of two layers with the built-in tokenizer, as a directory; for the tests of the trainers."""
 
 import torch
 

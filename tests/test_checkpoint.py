@@ -23,7 +23,7 @@ from slm.tokenizer import Tokenizer
 
 @pytest.fixture
 def saved(random_model, tmp_path):
-    """A small random model with the embedded tokenizer, saved; (directory, model)."""
+    """A small random model with the built-in tokenizer, saved; (directory, model)."""
     model = random_model(vocab=2000)
     checkpoint.save(model, Tokenizer.load(TINY), tmp_path / "model")
     return tmp_path / "model", model

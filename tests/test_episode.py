@@ -286,7 +286,7 @@ def test_a_workflow_takes_a_question_and_nothing_that_could_carry_an_answer(name
 
 # ---- with the true sampler, tokenizer and sandbox ----------------------------------------------------------
 
-def test_ids_of_a_conversation_on_the_embedded_model_are_what_was_sampled(tiny):
+def test_ids_of_a_conversation_on_the_built_in_model_are_what_was_sampled(tiny):
     from slm.losses import token_logprobs
     from slm.sampler import Sampler
 
@@ -325,7 +325,7 @@ def test_code_output_continues_the_sampled_turn_in_ids(tiny):
     assert tokenizer.decode(after).endswith("```output\n42\n```\n")
 
 
-def test_workflows_on_the_embedded_model_do_not_depend_on_the_batch(tiny):
+def test_workflows_on_the_built_in_model_do_not_depend_on_the_batch(tiny):
     from slm.sampler import Sampler
     from slm.sandbox import Sandbox as TrueSandbox
     names, runs = ("majority_vote", "python_tools", "solver_checker_chat"), []

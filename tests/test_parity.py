@@ -52,7 +52,7 @@ def difference(a, b) -> float:
 
 
 def peer_model(tmp_path, seed=0, biases=True, **config):
-    """A random model of transformers, saved with the embedded tokenizer beside it: (model, directory)."""
+    """A random model of transformers, saved with the built-in tokenizer beside it: (model, directory)."""
     shape = {"vocab_size": 2000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
              "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096} | config
     torch.manual_seed(seed)

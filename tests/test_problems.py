@@ -140,7 +140,7 @@ def test_wrong_names_splits_and_limits_say_what_there_is(name, split, limit, sai
     assert said in str(e.value)
 
 
-# The embedded world
+# The built-in world
 
 def test_tiny_has_three_splits_that_share_no_question():
     pytest.importorskip("slm.tiny.world")

@@ -1,4 +1,4 @@
-"""The embedded world and model: its promises, checked against Python's own arithmetic."""
+"""The built-in world and model: its promises, checked against Python's own arithmetic."""
 
 import contextlib
 import io

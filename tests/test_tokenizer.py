@@ -21,7 +21,7 @@ def tok():
 
 @pytest.fixture
 def with_template(tmp_path):
-    """with_template(text) -> the embedded tokenizer with another chat template."""
+    """with_template(text) -> the built-in tokenizer with another chat template."""
     def build(template: str) -> Tokenizer:
         for path in TINY.glob("*.json"):
             shutil.copy(path, tmp_path)

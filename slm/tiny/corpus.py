@@ -1,4 +1,4 @@
-r"""What the embedded model read before you met it: an endless stream of documents about the tiny world.
+r"""What the built-in model read before you met it: an endless stream of documents about the tiny world.
 
 Like a real base model it has seen sums, terse answers, worked solutions, Python with its output, chat turns,
 checks of right and wrong solutions, and a little of everything else, with <think> and \boxed. Where somebody

@@ -1,4 +1,4 @@
-"""Rebuild the embedded model: its tokenizer and its weights, from the corpus, with fixed seeds.
+"""Rebuild the built-in model: its tokenizer and its weights, from the corpus, with fixed seeds.
 
     python -m slm.tiny.pretrain --out slm/tiny        (LOG.md: how long it takes, on what)
 

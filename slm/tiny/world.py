@@ -1,7 +1,7 @@
 """The tiny world: word problems of 1 to 5 steps, from templates.txt (training) and unseen.txt (never seen).
 
 A Story is one problem with its solution as a list of Steps. From it this module writes every text that the
-embedded model and its teacher need: the question, a terse answer, worked solutions (equations only, or with
+built-in model and its teacher need: the question, a terse answer, worked solutions (equations only, or with
 the arithmetic spelled out), a Python program, and wrong solutions for checkers to find.
 
     story = problems("train", 1)[0]
