@@ -138,7 +138,7 @@ class Low:
         self.wide = self.joint.rows(self.joint.size + len(A))
         self.wide[0][self.joint.size:] = A
         self.B = self.room[:, :len(A)].copy_(B * scale)
-        self.exact = (B.t() * scale).contiguous() if B.is_cpu else None
+        self.exact = (B.t().float() * scale).contiguous() if B.is_cpu else None
 
     def __call__(self, x: Tensor) -> Tensor:
         y, h = product(x, *self.wide).split_with_sizes(self.sizes, -1)

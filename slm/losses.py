@@ -8,6 +8,7 @@ trained tokens only. Not covered: value functions and token-level rewards, so no
 import torch
 import torch.nn.functional as F
 
+from slm import BadInput
 from slm.attention import Packed
 
 
@@ -44,7 +45,11 @@ def token_logprobs(model, hidden: torch.Tensor, targets: torch.Tensor, temperatu
     backward pass (V is 151,936 for Qwen: 8k tokens would be 5 GB, twice). No gradient flows through the
     entropy.
     """
-    weight = (model.model.embed_tokens if model.config.tied else model.lm_head).weight
+    head = model.model.embed_tokens if model.config.tied else model.lm_head
+    if getattr(head, "lora_A", None):
+        raise BadInput("an adapter on lm_head: the losses do not cover it; merge it, or leave lm_head out of "
+                       "its target_modules")
+    weight = head.weight
     if chunk is None:
         chunk = max(16, (1 << 26 if hidden.is_cuda else 1 << 20) // weight.shape[0])
     return _TokenLogprobs.apply(hidden, weight, targets, temperature, chunk)

@@ -296,10 +296,24 @@ class Qwen2(nn.Module):
         for layer in self.model.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = x if delta is None else x + delta  # one tensor to keep, not two
-                x, delta = checkpoint(layer, x, None, cos, sin, attend, use_reentrant=False)
+                x, delta = checkpoint(self.as_now(layer), x, None, cos, sin, attend, use_reentrant=False)
             else:
                 x, delta = layer(x, delta, cos, sin, attend)
         return self.model.norm(x, delta)[1]
+
+    def as_now(self, layer: Layer):
+        """The layer with the adapter that is active now, also when a backward pass computes it again."""
+        if not hasattr(self, "lora"):
+            return layer
+        state, active = self.lora, self.lora.active
+
+        def run(*inputs):
+            before, state.active = state.active, active
+            try:
+                return layer(*inputs)
+            finally:
+                state.active = before
+        return run
 
     def join(self) -> None:
         """Put weights that multiply the same input side by side in memory: faster to sample from."""

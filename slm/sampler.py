@@ -103,7 +103,7 @@ class Sampler:
         self.drafts = None if cuda else Drafts()
         self.recorded = Recordings() if cuda and not self.sharded else None
         self.steps = self.tickets = self.tokens = 0
-        self.weights: list = []                # address and version of each, when the cache was computed
+        self.weights: list = []                # of each parameter identity, address and version, see submit
         self.training = False                  # whether to put the model back into training mode
 
     # ---- the protocol --------------------------------------------------------------------------------------
@@ -144,8 +144,8 @@ class Sampler:
         return self.tickets - 1
 
     def step(self) -> list[tuple[int, int, Reply]]:
-        """Let waiting requests in, decode a round (on a GPU a burst of them), and hand out what finished:
-        (ticket, sample, reply)."""
+        """Let waiting requests in, decode a round (on a GPU a burst), return what ended: (ticket, sample,
+        reply)."""
         if self.model.training:  # no dropout here; training mode comes back once nothing is pending
             self.model.eval()
             self.training = True
@@ -204,6 +204,9 @@ class Sampler:
                 bar.set_postfix_str(f"{rate:,.0f} tok/s, {self.running} running, {len(self.waiting)} waiting",
                                     refresh=False)
         except KeyboardInterrupt:
+            for row in self.finished:
+                replies[place[row.ticket]][row.sample] = self._reply(row)
+                bar.update()
             self.close()
             print(f"\nstopped: {bar.n} of {bar.total} replies are finished")
         finally:
@@ -347,16 +350,14 @@ class Sampler:
             todo = [row for row in todo if row.cached < len(row.tokens)]
         for row in pack:
             copies = [self.slots.index(twin) for twin, original in twins if original is row]
-            if copies:
-                self.cache.copy(self.slots.index(row), copies, len(row.tokens))
+            self.cache.copy(self.slots.index(row), copies, len(row.tokens))
         rows = pack + [twin for twin, _ in twins]
         hidden = torch.stack([last[row] for row in [*pack, *(original for _, original in twins)]])
         controls = Controls([state for row in rows for state in row.states()], self.device)
         with lora.use(self.model, [(row.adapter, 1) for row in rows]):
             ids, logprobs = controls.draw(self.model.logits(hidden))
-        if self.drafts:
-            for row in pack:
-                self.drafts.learn(row.tokens, 0)
+        for row in pack if self.drafts else []:
+            self.drafts.learn(row.tokens, 0)
         self._accept(rows, ids[:, None].tolist(), logprobs[:, None].tolist())
         self._leave()
 
@@ -369,13 +370,10 @@ class Sampler:
             self._requeue(rows.pop())
             self.running -= 1
             self.slots[self.running] = None
-        drafts = [self._draft(row) for row in rows] if self.drafts else []
+        room = lambda row: min(row.limit - len(row.logprobs) - 1, self.cache.length - len(row.tokens))
+        drafts = [self.drafts.guess(row.tokens, len(rows), room(row)) for row in rows] if self.drafts else []
         self._check(rows, drafts) if any(drafts) else self._rounds(rows, longest)
         self._leave()
-
-    def _draft(self, row: Row) -> list[int]:
-        room = min(row.limit - len(row.logprobs) - 1, self.cache.length - len(row.tokens))
-        return self.drafts.guess(row.tokens, self.running, room)
 
     def _check(self, rows: list[Row], drafts: list[list[int]]) -> None:
         """Draw after every row's last token and after each token of its draft, and keep what counts."""
@@ -399,8 +397,8 @@ class Sampler:
                               *(p.data_ptr() for p in self.model.parameters())])
         if self.controls is None:
             padded = next((n for n in ROWS if len(rows) <= n <= cache.slots), cache.slots) if recorded else 0
-            self.controls = Controls([s for row in rows for s in row.states()], self.device, padded,
-                                     cache.length * cache.spare)
+            outside = cache.length if cache.spare else 0
+            self.controls = Controls([s for row in rows for s in row.states()], self.device, padded, outside)
         count = min(self.burst, max(row.limit - len(row.logprobs) for row in rows))
         once = self._recorded_round if recorded else self._round
         with lora.use(self.model, adapters):  # what a recording reads of an adapter must be up to date
@@ -461,9 +459,11 @@ class Sampler:
             return
         if not self.sharded:
             self.model.join()
-        before, self.weights = self.weights, [(p.data_ptr(), p._version) for p in self.model.parameters()]
+        self.parameters, before = list(self.model.parameters()), self.weights  # kept, so that ids stay theirs
+        self.weights = [(id(p), p.data_ptr(), p._version) for p in self.parameters]
         if self.weights != before:
             self.slots, self.drafts = [None] * len(self.slots), self.drafts and Drafts()
+            self.model.lora.last.clear()
 
 
 def _common(a: list[int], b: list[int], most: int) -> int:

@@ -207,6 +207,32 @@ def test_an_adapter_takes_the_room_of_one_that_was_removed(random_model, sample)
     assert_near(sample(model, "second"), by_hand(model, "second"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_adapters_on_other_groups_of_layers_in_any_dtype(random_model, sample, dtype):
+    model = trained(random_model(dtype=dtype), "a", targets=["q_proj", "v_proj"])
+    lora.add(model, r=4, alpha=4, name="b", targets=["up_proj"])
+    for p in lora.parameters(model, "b"):
+        torch.nn.init.normal_(p, 0, 0.2)
+    for name in "ab":
+        expected = by_hand(model, name)
+        error = (sample(model, name).double() - expected).norm() / expected.norm()
+        assert error < (0.05 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_recomputing_layers_uses_the_adapter_of_the_forward_pass(random_model):
+    model = trained(random_model(), "a")
+    lora.add(model, r=4, alpha=4, name="b")
+    gradients = []
+    for model.recompute in (False, True):
+        attend = Packed([len(IDS)])
+        with lora.use(model, "a"):
+            loss = model(IDS, attend.positions, attend).square().mean()
+        loss.backward()  # now "b" is active
+        gradients.append([p.grad.clone() for p in lora.parameters(model, "a")])
+        model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients)) and gradients[0][0].any()
+
+
 def test_sampling_with_adapters_in_turn_and_at_once(random_model, sample):
     """Of other ranks and layers: what one leaves behind the weights is never taken for the other's."""
     model = trained(random_model(), "solver", targets=["q_proj", "v_proj", "down_proj"])

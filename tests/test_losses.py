@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from slm import lora, losses
+from slm import BadInput, lora, losses
 from slm.losses import (
     advantages,
     clipped,
@@ -100,6 +100,16 @@ def test_a_frozen_head_gives_the_same_gradient(model):
         (logp * torch.arange(9.0)).sum().backward()
         grads.append(h.grad)
     assert torch.allclose(*grads, atol=1e-6)
+
+
+def test_an_adapter_on_the_head_is_refused_not_ignored():
+    untied = Qwen2(Config(97, 32, intermediate=48, layers=1, heads=4, kv_heads=2, head_size=8, tied=False))
+    lora.add(untied, r=2, targets=["lm_head"])
+    with pytest.raises(BadInput, match="adapter on lm_head"):
+        score(untied, *draw(untied, [5]))
+    lora.merge(untied)
+    lora.remove(untied)
+    score(untied, *draw(untied, [5]))
 
 
 def test_log_probs_never_hold_tokens_times_vocabulary():

@@ -318,6 +318,41 @@ def test_the_next_sample_uses_the_new_weights():
                                atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("replace_them", [
+    lambda model, new: [setattr(p, "data", x) for p, x in zip(lora.parameters(model), new)],
+    lambda model, new: model.load_state_dict({
+        name: next(new) if "lora_" in name else p for name, p in model.state_dict().items()}, assign=True)])
+def test_the_next_sample_uses_parameters_that_were_replaced(replace_them):
+    """Under the same names, at any address; and then changed in place."""
+    model = build()
+    lora.add(model, r=4, alpha=4)
+    sampler, request = Sampler(model, Letters()), Request(ids=list(range(1, 60)), sampling=Sampling(12))
+    sampler.generate([request], False)
+    replace_them(model, iter([torch.randn_like(p) * 0.3 for p in lora.parameters(model)]))
+    for _ in range(3):
+        reply = sampler.generate([request], False)[0][0]
+        with torch.enable_grad():
+            expected = forward_logprobs(copy.deepcopy(model), reply, 0.0)
+        torch.testing.assert_close(torch.tensor(reply.logprobs), expected, atol=1e-5, rtol=0)
+        with torch.no_grad():
+            for p in lora.parameters(model):
+                p.mul_(-1.3)
+
+
+def test_another_parameter_at_the_same_address_is_seen():
+    model = build()
+    lora.add(model, r=4, alpha=4, targets=["k_proj"])
+    sampler, request = Sampler(model, Letters()), Request(ids=list(range(1, 60)), sampling=Sampling(12))
+    sampler.generate([request], False)
+    for layer in model.modules():
+        for name, p in list(getattr(layer, "lora_B", {}).items()):
+            p.data.normal_()  # without a new version
+            layer.lora_B[name] = torch.nn.Parameter(p.data)
+    reply = sampler.generate([request], False)[0][0]
+    expected = forward_logprobs(copy.deepcopy(model), reply, 0.0)
+    torch.testing.assert_close(torch.tensor(reply.logprobs), expected, atol=1e-5, rtol=0)
+
+
 def test_each_row_has_its_own_adapter():
     model = build()
     for name in ("solver", "checker"):
@@ -483,6 +518,20 @@ def test_ctrl_c_returns_what_is_finished(monkeypatch, capsys):
     assert [len(group) for group in replies[1::2]] == [1, 1, 1]
     assert sum(map(len, replies)) < 6 and not sampler.pending
     assert "of 6 replies are finished" in capsys.readouterr().out
+
+
+def test_ctrl_c_between_the_end_of_a_reply_and_its_handing_out_keeps_it(monkeypatch):
+    sampler, leave = Sampler(build(), Letters()), Sampler._leave
+
+    def interrupted(self):
+        leave(self)
+        if self.finished:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sampler, "_leave", interrupted)
+    requests = [Request(ids=[5, i + 1], sampling=Sampling(3 if i % 2 else 50, 1.0)) for i in range(6)]
+    replies = sampler.generate(requests, progress=False)
+    assert [len(group) for group in replies[1::2]] == [1, 1, 1] and not sampler.pending
 
 
 def test_nan_logits_name_the_request_and_the_step(monkeypatch):
