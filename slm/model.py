@@ -156,8 +156,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """joint: what this layer and those behind it in memory are, if any. room: how many rows of A its adapters
-    need there."""
+    """joint: where its weights and those of other layers lie side by side; the first of these layers has it.
+    room: how many rows of A its adapters need there."""
     joint: "Joint | None" = None
     room = 0
 
@@ -184,7 +184,7 @@ class Joint:
         self.weight = self.place([layer.weight for layer in layers])
         self.bias = None if layers[0].bias is None else self.place([layer.bias for layer in layers])
         self.base = self.rows(self.size)  # without the room: the bits of a product may depend on its shape
-        self.layers, self.low = layers, None  # low: lora.py's
+        self.layers, self.low = layers, None  # low: a lora.Low, once an adapter was put there
 
     def place(self, parameters: list[nn.Parameter]) -> Tensor:
         old = [p.data for p in parameters]
@@ -219,6 +219,7 @@ def products(x: Tensor, *groups: list[Linear]) -> list[Tensor]:
     if torch.is_grad_enabled() or joint is None or not joint.holds(layers):
         outputs = [[layer(x) for layer in group] for group in groups]
         return [torch.cat(ys, -1) if len(ys) > 1 else ys[0] for ys in outputs]
+    # any layer that has had adapters (LoRALinear) multiplies for all of them, or else a plain one does
     adapted = next((layer for layer in layers if type(layer) is not Linear), layers[0])
     y = adapted.together(x, joint)
     return y.split_with_sizes([sum(layer.out_features for layer in group) for group in groups], -1)

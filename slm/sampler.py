@@ -17,8 +17,8 @@ conversation, another sample of the same prompt, a common system prompt) copies 
 computing it.
 
 When rows outgrow the cache, the newest goes back to the waiting line with what it has written and is
-prefilled again later: slower, never stuck. Random numbers are a hash of (seed, prompt, place in the reply),
-so a reply does not depend on what else is in the batch. In bfloat16 that holds up to rounding: matrix
+prefilled again later: slower, never stuck. Random numbers are a hash of (seed + sample, prompt, place in the
+reply), so a reply does not depend on what else is in the batch. In bfloat16 that holds up to rounding: matrix
 products of other shapes round differently (every RL run measures and shows it). The weights are the
 trainer's own tensors, taken as they are at each step. A few rows on a CPU are decoded several tokens a step
 where drafts of them come true (draft.py); replies stay the same. A GPU decodes several rounds between two
