@@ -7,8 +7,9 @@
     python bench/sampler.py --device cuda --model DIR --data gsm8k --prompts 256 --lengths gold --tokens 512
 
 Each contender runs in a process of its own, so that its peak memory is its own, and with
-OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait slow down what else runs. Same prompt ids, same
-stop ids, answers of their natural lengths; greedy, or temperature 1 where --samples is above 1. With
+OMP_WAIT_POLICY=PASSIVE: threads that spin while they wait slow down what else runs. (Importing slm lets them
+spin for 0.1 ms first, in transformers' process too; GOMP_SPINCOUNT=0 switches that off.) Same prompt ids,
+same stop ids, answers of their natural lengths; greedy, or temperature 1 where --samples is above 1. With
 --lengths gold (for random weights, which never stop) an answer is as long as the problem's own solution.
 transformers gets left-padded batches of each size in --peer-batch, and its best one counts. Time is from the
 first prompt to the last reply, the models loaded and warm: on a GPU ours has answered as many others before,

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 if [ -z "${PYTHON:-}" ]; then PYTHON=python3; [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; fi
 RUNS=${RUNS:-runs/demo}
 SEED=${SEED:-0}
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # threads that wait sleep: kinder to a busy machine
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # threads that wait soon sleep: kinder to a busy machine
 if [ -e "$RUNS" ] && [ ! -e "$RUNS/data/settings.json" ]; then
   echo "error: $RUNS is there and holds no demo; choose another RUNS"; exit 2
 fi

@@ -4,6 +4,13 @@ Start with the scripts beside this folder (make_data.py, train_sft.py, train_grp
 the README maps every module here.
 """
 
+import os
+
+# Threads that wait for the next operation look out for it for about 0.1 ms before they sleep: to wake one can
+# take longer (60 us) than the operation. OpenMP reads this when torch is loaded, so slm comes before torch.
+if os.environ.get("OMP_WAIT_POLICY", "").upper() != "ACTIVE":
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 
 class BadInput(Exception):
     """Something a person gave is wrong. The message is one sentence that names the thing (file, line or key),

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import resource
 import runpy
@@ -227,3 +228,16 @@ def test_a_full_disk_is_one_sentence(call, tmp_path, script, log):
     (tmp_path / "full" / log).symlink_to("/dev/full")
     words = [*WITH_MODEL[script], "--data", data, "--out", tmp_path / "full"]
     refused(call(script, *words), "No space left", "--out")
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({}, "10000"), ({"OMP_WAIT_POLICY": "passive"}, "10000"), ({"OMP_WAIT_POLICY": "active"}, None),
+    ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_how_threads_wait_is_set_before_torch_is_loaded(given, expected):
+    ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    env = {key: value for key, value in os.environ.items() if key not in ours}
+    names = ", ".join(script.removesuffix(".py") for script in SCRIPTS)
+    code = f"import sys, os, {names}; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**env, **given}, text=True,
+                          capture_output=True, check=True)
+    assert done.stdout.split() == ["False", str(expected)]
