@@ -13,6 +13,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -65,10 +66,10 @@ def plain_counts() -> dict:
         finally:
             os.close(with_secret)
             world.close()
-    for code, want in BENIGN.values():
-        with contextlib.suppress(UnicodeError):
+    for code, want in BENIGN.values():  # some write files, and nothing keeps them out of where they run
+        with contextlib.suppress(UnicodeError), tempfile.TemporaryDirectory() as folder:
             text = code if isinstance(code, str) else "\n".join(code)
-            right += run_plain(text, 30, input="").stdout == want
+            right += run_plain(text, 30, input="", cwd=folder).stdout == want
     return {"contained": len(ATTACKS) - len(breaches), "right": right}
 
 
