@@ -251,15 +251,18 @@ def llama_cpp(args) -> dict:
     from slm.tokenizer import Tokenizer
     tokenizer = Tokenizer.load(checkpoint.resolve(args.model))
     model = Llama(args.gguf, n_ctx=2048, n_threads=os.cpu_count(), verbose=False)
-    ids, _ = prompts(args, tokenizer)
-    replies, start = [], None
-    for x in [ids[0][:8], *ids]:
+    ids, limits = prompts(args, tokenizer)
+
+    def write(prompt, limit):
         reply = []
-        for token in model.generate(x, temp=0.0, reset=True):
+        for token in model.generate(prompt, temp=0.0, reset=True):
             reply.append(token)
-            if token in tokenizer.stop_ids or len(reply) == (args.tokens if start else 4):
-                break
-        replies, start = (replies + [reply], start) if start else ([], time.perf_counter())
+            if token in tokenizer.stop_ids or len(reply) == limit:
+                return reply
+
+    write(ids[0][:8], 4)
+    start = time.perf_counter()
+    replies = [write(*pair) for pair in zip(ids, limits)]
     return {"tokens": sum(map(len, replies)), "seconds": time.perf_counter() - start, "replies": replies}
 
 

@@ -121,4 +121,3 @@ def _invert(mass: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, tor
     index = torch.searchsorted(sums, target[:, None], right=True).clamp_(max=mass.shape[1] - 1)
     before = (sums - mass).gather(1, index).squeeze(1)
     return index.squeeze(1), (target - before).clamp_(min=0)
-

@@ -5,9 +5,12 @@ reply after every token would take time that grows with its square, so that is d
 hold the last character of what is looked for.
 """
 
+import contextlib
 import re
 
-BOX, BRACE = re.compile(r"\\boxed\s*\{"), re.compile(r"\\.|[{}]", re.DOTALL)
+from slm.answers import Unreadable, braced
+
+BOX = re.compile(r"\\boxed\s*\{")
 
 
 class Endings:
@@ -51,9 +54,7 @@ class Endings:
 def boxed(text: str) -> bool:
     """Whether a \\boxed{...} is complete, its braces balanced."""
     for start in BOX.finditer(text):
-        depth = 1
-        for brace in BRACE.findall(text, start.end()):
-            depth += {"{": 1, "}": -1}.get(brace, 0)
-            if depth == 0:
-                return True
+        with contextlib.suppress(Unreadable):
+            braced(text, start.end() - 1)
+            return True
     return False

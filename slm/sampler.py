@@ -103,7 +103,7 @@ class Sampler:
         self.drafts = None if cuda else Drafts()
         self.recorded = Recordings() if cuda and not self.sharded else None
         self.steps = self.tickets = self.tokens = 0
-        self.weights: list = []                # of each parameter identity, address and version, see submit
+        self.parameters, self.weights = [], [] # those that the cache was computed with; see _check_weights
         self.training = False                  # whether to put the model back into training mode
 
     # ---- the protocol --------------------------------------------------------------------------------------
@@ -454,7 +454,7 @@ class Sampler:
                       f"{self.cache_tokens:,} cached tokens", stacklevel=3)
 
     def _check_weights(self) -> None:
-        """Drop what was cached with other weights (seen by the version counters of the parameters)."""
+        """Drop what was cached with other weights (seen by identity, address and version of each)."""
         if self.pending:
             return
         if not self.sharded:

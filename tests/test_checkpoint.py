@@ -87,6 +87,12 @@ def no_model(d):
     (d / "notes.txt").write_text("hello")
 
 
+def in_a_run(d):
+    no_model(d)
+    (d / "adapter").mkdir()
+    (d / "adapter" / "adapter_config.json").write_text("{}")
+
+
 def cut(d, keep=0.6):
     path = d / "model.safetensors"
     path.write_bytes(path.read_bytes()[:int(path.stat().st_size * keep)])
@@ -103,6 +109,7 @@ def shard_gone(d):
 
 @pytest.mark.parametrize("spoil, named", [
     (no_model, "not a model"),
+    (in_a_run, "not a model, .*; try .*/adapter"),
     (cut, "cut short"),
     (lambda d: cut(d, 0.0001), "not a safetensors file"),
     (lambda d: (d / "model.safetensors").write_bytes(b""), "not a safetensors file"),

@@ -31,10 +31,10 @@ def test_fused_operations_give_the_bits_of_single_ones(tokens):
     cos, sin = model.rope(torch.arange(tokens, device="cuda"), 1e6, 64, torch.bfloat16)
     for function, arguments in ((model.norm, (x, None, weight, 1e-6)), (model.norm, (x, delta, weight, 1e-6)),
                                 (model.rotate, (x.view(-1, 4, 64), cos, sin)), (model.gated, (x, delta))):
+        single = function(*arguments)
         with torch.inference_mode():
             fused = function(*arguments)
-        for got, want in zip(fused if isinstance(fused, tuple) else [fused],
-                             single if isinstance(single := function(*arguments), tuple) else [single]):
+        for got, want in zip(*(y if isinstance(y, tuple) else [y] for y in (fused, single))):
             assert torch.equal(got, want), (function, (got - want).abs().max())
 
 
@@ -130,7 +130,7 @@ def test_memory_stays_flat_while_batches_come_and_go():
     assert max(used[2:]) <= used[1] * 1.2
 
 
-def test_forgetting_drops_recordings_and_their_memory():
+def test_forgetting_drops_recordings():
     ours = on_gpu(seed=2, dtype=torch.bfloat16, **BIG)
     sampler = Sampler(ours, Letters())
     first = ids_of(sampler.generate(some_requests(20, seed=1), progress=False))

@@ -170,7 +170,6 @@ def test_weights_carry_hugging_face_names(random_model):
     assert isinstance(random_model(), Qwen2)
 
 
-
 @pytest.mark.parametrize("count", [31, 32, 48, 128, 129])
 def test_products_by_columns_are_as_exact_as_those_by_rows(random_model, count):
     """Some dozens of tokens in bfloat16 on a CPU are multiplied the other way round. With gradients it is
