@@ -11,400 +11,48 @@ start from a greedy first answer, and those that begin with the standard prompt 
 """
 
 import argparse
-import contextlib
-import re
-import time
-from collections import Counter
-from pathlib import Path
 
-from slm import BadInput, cli, prompts, stats
-from slm.episode import (
-    Ask,
-    Draft,
-    Episode,
-    Reply,
-    Run,
-    Sampling,
-    answer_record,
-    jobs_for,
-    run_episodes,
-    user,
-)
-from slm.files import keep_rows, write_json
-from slm.grader import equal, extract
-
-OTHER = {"temperature": 0.7, "top_p": 0.9}                # a later attempt must be able to differ
-VOTE = {"temperature": 0.7, "top_p": 0.95, "top_k": 50}   # the report's decoding of runs 2 to 5
-CODING = {"stop": ("```output",), "stop_at_box": False}   # the sandbox writes the output, not the model
-ROLES = ("solver", "checker", "verifier", "summarizer")
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-
-
-# ---- what the workflows share ----------------------------------------------------------------------------
-
-def same(a: str | None, b: str | None) -> bool:
-    """Whether two answers are both there and equivalent."""
-    return a is not None and b is not None and equal(a, b)
-
-
-def tally(answers: list[str | None]) -> list[tuple[str, int]]:
-    """Each answer and how often it was given, equivalent ones together; most frequent first, then earliest.
-
-    >>> tally(["0.5", None, "3", "1/2"])
-    [('0.5', 2), ('3', 1)]
-    """
-    counts: list[list] = []
-    for answer in filter(None, answers):
-        for entry in counts:
-            if equal(answer, entry[0]):
-                entry[1] += 1
-                break
-        else:
-            counts.append([answer, 1])
-    return sorted(((a, n) for a, n in counts), key=lambda entry: -entry[1])
-
-
-def settle(answers: list[str | None]) -> str | None:
-    """The end of a workflow whose checker never agreed: the first answer, unless it came up only once and
-    another one three times; the latest answer where the first attempt gave none."""
-    first, counts = answers[0], tally(answers)
-    often = next((a for a, n in counts if n >= 3), None)
-    if first is not None and (often is None or any(same(a, first) and n >= 2 for a, n in counts)):
-        return first
-    return often or next(filter(None, reversed(answers)), None)
-
-
-def blocks_of(reply: Reply) -> list[str]:
-    """The code of every ```python fence, or of bare fences where there is none. The last one may be left
-    open, unless the reply was cut.
-
-    >>> blocks_of(Reply("So:\\n```python\\nprint(6 * 7)\\n```\\nDone."))
-    ['print(6 * 7)\\n']
-    """
-    end = "```" if reply.finish == "length" else r"(?:```|\Z)"
-    fences = re.findall(rf"```(\w*)[^\S\n]*\n(.*?){end}", reply.text, re.S)
-    named = [code for name, code in fences if name.lower() in ("python", "py", "python3")]
-    return [code for code in named or [code for name, code in fences if not name] if code.strip()]
-
-
-def printed(outcome) -> str | None:
-    """The answer that code printed: its last line with a digit, or the last number there if it has words.
-    None when the code failed or printed no digit. Rounding noise is removed (0.30000000000000004 -> 0.3)."""
-    if outcome is None or outcome.error or outcome.timed_out:
-        return None
-    lines = outcome.stdout.strip().splitlines()
-    line = next((line for line in reversed(lines) if re.search(r"\d", line)), None)
-    if line is None:
-        return None
-    line = re.split(r"=|:\s", line)[-1].strip()  # after a label
-    if re.search(r"[A-Za-z]{2}|[$%]", re.sub(r"sqrt|pi|frac", "", line)) or not line:
-        line = (NUMBER.findall(line) or [None])[-1]
-    return line and re.sub(r"-?\d+\.\d{9,}", lambda m: f"{float(m[0]):.10g}", line)
-
-
-def stated(text: str) -> str | None:
-    """The answer in a text that may have code in it, whose numbers are no answers: then only a box counts."""
-    return extract(text, strict="```" in text)
-
-
-def shown(outcome) -> str:
-    """What a model gets to see of a run, at most 1,000 characters."""
-    text = outcome.stdout.strip()
-    if outcome.error or outcome.timed_out:
-        text = f"{text}\n{outcome.error or 'stopped: time limit'}".strip()
-    return text[-1000:] or "(nothing)"
-
-
-def verdict(text: str) -> bool | None:
-    """True for CORRECT, False for INCORRECT, None for neither: what follows VERDICT, else the word that the
-    text opens with, else the last one in capitals, else what is said in passing.
-
-    >>> verdict("INCORRECT. The correct way is"), verdict("3 + 4 = 7. CORRECT"), verdict("Let's see")
-    (False, True, None)
-    """
-    for pattern in (r"(?i)verdict\W*(in)?correct", r"(?i)\A\W*(in)?correct\b(?! answer)", r"\b(IN)?CORRECT\b",
-                    r"(?i)\b(incorrect|not correct|not right|wrong)\b|\b(?:is|looks) (?:right|correct)\b"):
-        if found := list(re.finditer(pattern, text)):
-            return not found[-1][1]
-    return None
-
-
-def complaint(answer: str | None) -> str:
-    return prompts.FEEDBACK(answer=answer) if answer else prompts.NO_ANSWER()
-
-
-def disagreement(answer: str | None, other: str | None) -> str:
-    return prompts.DISAGREE(answer=answer or "nothing", other=other or "nothing")
-
-
-def ask(role: str, content: str, **sampling):
-    """One Ask in a fresh conversation."""
-    return (yield Ask(role, [user(content)], sampling))
-
-
-def attempt(answers: list[str | None], messages: list[dict]):
-    """The solver's next try: greedy the first time, then sampled, so that it can differ. Its answer joins
-    the list; the reply is returned."""
-    reply = yield Ask("solver", messages, OTHER if answers else {})
-    answers.append(extract(reply.text))
-    yield Draft(answers[-1])
-    return reply
-
-
-def check(question: str, solution: str, prompt=prompts.CHECKER):
-    """The checker's (verdict, words before it) on a solution, of which it sees no thinking."""
-    solution = solution.split("</think>")[-1].strip()
-    reply = yield from ask("checker", prompt(question=question, solution=solution), max_tokens=256)
-    return verdict(reply.text), re.split(r"VERDICT", reply.text, flags=re.I)[0].strip()[:300]
-
-
-def code_answer(role: str, content: str, **sampling):
-    """Ask for code, run it, and answer with what it printed, else with what the text states."""
-    reply = yield from ask(role, content, **CODING, **sampling)
-    return printed((yield from execute(reply))) or stated(reply.text)
-
-
-def execute(reply: Reply):
-    """Run the code blocks of a reply, variables shared: the outcome, or None where there is no code."""
-    blocks = blocks_of(reply)
-    return (yield Run(blocks)) if blocks else None
-
-
-# ---- the workflows ---------------------------------------------------------------------------------------
-
-def solver(question: str):
-    """A single pass with the standard prompt: what every other workflow is compared with."""
-    return (yield from ask("solver", prompts.SOLVER(question=question)))
-
-
-def majority_vote(question: str, runs: int = 5):
-    """Solve once greedily and `runs` - 1 times sampled. An answer given by more than half of the runs that
-    gave one wins; without such a majority the first run's answer stands, or the most frequent if it has none.
-
-    Departs: answers are counted by mathematical equivalence, not as strings; no repetition penalty."""
-    prompt = [user(prompts.SOLVER(question=question))]
-    replies = yield [Ask("solver", prompt)] + [Ask("solver", prompt, VOTE) for _ in range(runs - 1)]
-    answers = [extract(reply.text) for reply in replies]
-    yield Draft(answers[0])
-    counts = tally(answers)
-    if counts and counts[0][1] > sum(n for _, n in counts) / 2:
-        return counts[0][0]
-    return answers[0] or (counts[0][0] if counts else None)
-
-
-def python_tools(question: str):
-    """Ask for Python code, run its blocks with shared variables, and answer with the last number printed;
-    where the code fails or prints none, with the box of the text.
-
-    Departs: the model is stopped where it would invent the output; one namespace, so functions work."""
-    return (yield from code_answer("solver", prompts.PYTHON(question=question)))
-
-
-def solver_checker_with_tools(question: str, rounds: int = 5):
-    """Solve with code; a checker solves the problem again with code, on its own. Equal answers are accepted;
-    else the solver tries again, told both. Without agreement the first answer stands.
-
-    Departs: the checker is sampled, where a greedy one says the same in each round, and a checker without an
-    answer does not count as agreement."""
-    answers, prompt = [], prompts.PYTHON(question=question)
-    for _ in range(rounds):
-        answers.append((yield from code_answer("solver", prompt, **(OTHER if answers else {}))))
-        yield Draft(answers[-1])
-        other = yield from code_answer("checker", prompts.PYTHON(question=question), **OTHER)
-        if same(answers[-1], other):
-            return answers[-1]
-        prompt = prompts.RETRY_PYTHON(question=question, feedback=disagreement(answers[-1], other))
-    return next(filter(None, answers), None)
-
-
-def solver_checker_stateless(question: str, rounds: int = 5):
-    """Solve; a checker says CORRECT or INCORRECT; if incorrect, solve again in a fresh conversation that
-    names the rejected answer. Ends at the first accepted answer, or as `settle` says.
-
-    Departs: the checker sees the whole question and solution rather than 150 characters and the answer; an
-    unclear verdict rejects; retries are sampled (greedy ones repeat themselves from the third round on)."""
-    answers, content = [], prompts.SOLVER(question=question)
-    for _ in range(rounds):
-        reply = yield from attempt(answers, [user(content)])
-        if answers[-1] and (yield from check(question, reply.text))[0]:
-            return answers[-1]
-        content = prompts.RETRY(question=question, feedback=complaint(answers[-1]))
-    return settle(answers)
-
-
-def solver_checker_chat(question: str, rounds: int = 5):
-    """As stateless, but the attempts are one conversation, with the feedback as its next user turn. Without
-    an accepted answer, the last one given stands.
-
-    Departs: no oracle (a later version compared with the ground truth); the question is not repeated, as
-    the conversation holds it."""
-    answers, messages = [], [user(prompts.SOLVER(question=question))]
-    for _ in range(rounds):
-        reply = yield from attempt(answers, messages)
-        if answers[-1] and (yield from check(question, reply.text))[0]:
-            return answers[-1]
-        messages = messages + [reply.message(), user(prompts.AGAIN(feedback=complaint(answers[-1])))]
-    return next(filter(None, reversed(answers)), None)
-
-
-def trivial_chat(question: str, rounds: int = 5):
-    """Solver and checker write one transcript, tagged [SOLVER] and [CHECKER], which is the next prompt. The
-    checker criticises and gives a verdict. Of a long transcript the first and the last six entries stay.
-
-    Departs: every solver prompt holds the question (only the first one did); the checker is greedy."""
-    answers, history, content = [], [], prompts.SOLVER(question=question)
-    for _ in range(rounds):
-        reply = yield from attempt(answers, [user(content)])
-        accepted, critique = yield from check(question, reply.text, prompts.CRITIC)
-        if accepted and answers[-1]:
-            return answers[-1]
-        history += [f"[SOLVER]: {reply.text.strip()}", f"[CHECKER]: {critique}"]
-        kept = history if len(history) <= 10 else history[:1] + history[-6:]
-        content = prompts.TRANSCRIPT(question=question, history="\n".join(kept))
-    return settle(answers)
-
-
-def solver_checker_summarizer(question: str, rounds: int = 5):
-    """As stateless, with a summarizer between the two: the checker sees a short form of the solution (its
-    beginning and its answer; the model's summary where it has none), the solver a digest of the critique.
-
-    Departs: the checker does see the summary, not only the answer; no test of relevance by shared words."""
-    answers, content = [], prompts.SOLVER(question=question)
-    for _ in range(rounds):
-        reply = yield from attempt(answers, [user(content)])
-        short = f"{reply.text.strip()[:300]}\nFinal answer: {answers[-1]}"
-        if answers[-1] is None:
-            prompt = prompts.SUMMARY(question=question, solution=reply.text)
-            short = (yield from ask("summarizer", prompt, max_tokens=150)).text
-        accepted, critique = yield from check(question, short, prompts.CRITIC)
-        if accepted and answers[-1]:
-            return answers[-1]
-        digest = yield from ask("summarizer", prompts.ADVICE(critique=critique), max_tokens=100)
-        advice = digest.text.split()
-        useful = len(advice) > 2 and len(set(advice)) > 0.3 * len(advice)  # else it is babble
-        feedback = complaint(answers[-1]) + (" " + " ".join(advice) if useful else "")
-        content = prompts.RETRY(question=question, feedback=feedback)
-    return settle(answers)
-
-
-def summarizer_chat(question: str, rounds: int = 5):
-    """One conversation of the solver. Each round a checker solves the problem anew in its own; a sentence
-    with both answers is the solver's next turn. Ends when they agree; else the solver's last answer stands.
-
-    Departs: the checker is sampled (a greedy one repeats the solver's own first pass), and a checker without
-    an answer does not count as agreement."""
-    answers, messages = [], [user(prompts.SOLVER(question=question))]
-    for _ in range(rounds):
-        reply = yield from attempt(answers, messages)
-        other = extract((yield from ask("checker", prompts.SOLVER(question=question), **OTHER)).text)
-        if same(answers[-1], other):
-            return answers[-1]
-        feedback = disagreement(answers[-1], other)
-        messages = messages + [reply.message(), user(prompts.AGAIN(feedback=feedback))]
-    return next(filter(None, reversed(answers)), None)
-
-
-def plan_and_reflection(question: str):
-    """Solve; solve again, asked to be careful; if the two differ a third time, very carefully. An answer
-    given twice wins, else the first. (The report's agent of this name plans nothing.)"""
-    answers = []
-    for prompt in (prompts.SOLVER, prompts.CAREFUL, prompts.VERY_CAREFUL):
-        yield from attempt(answers, [user(prompt(question=question))])
-        if (counts := tally(answers)) and counts[0][1] >= 2:
-            return counts[0][0]
-    return next(filter(None, answers), None)
-
-
-def base(question: str, rounds: int = 5):
-    """The oldest form: a checker's verdict may be unclear, and then clearer reasoning is asked for. Without
-    an accepted answer, the most frequent one stands.
-
-    Departs: a checker that says neither word is unclear (it used to mean CORRECT), and answers are compared
-    by equivalence ("8" was found within "18")."""
-    answers, content = [], prompts.SOLVER(question=question)
-    for _ in range(rounds):
-        reply = yield from attempt(answers, [user(content)])
-        accepted, critique = yield from check(question, reply.text, prompts.CRITIC)
-        if accepted and answers[-1]:
-            return answers[-1]
-        unclear = accepted is None and answers[-1]
-        feedback = prompts.UNCLEAR(answer=answers[-1]) if unclear else f"{complaint(answers[-1])} {critique}"
-        content = prompts.RETRY(question=question, feedback=feedback)
-    return next((answer for answer, _ in tally(answers)), None)
-
-
-def verify(question: str, answer: str):
-    """Whether code written by the verifier confirms an answer: by the word it prints, else by the number."""
-    reply = yield from ask("verifier", prompts.VERIFIER(question=question, answer=answer), **CODING)
-    outcome = yield from execute(reply)
-    words = re.findall(r"VERIFIED|FAILED", outcome.stdout) if outcome else []
-    return words[-1] == "VERIFIED" if words else same(printed(outcome), answer)
-
-
-def solver_verifier(question: str, rounds: int = 3):
-    """Solve, with code allowed. A box that the code's output confirms is accepted. Otherwise a verifier
-    writes code to test the output, then the box, and the first it confirms is accepted; else solve again,
-    told what failed. Ends early when an answer comes twice in a row; without an accepted one the last stands.
-
-    Departs: a verifier whose code prints a number and no verdict is judged by that number."""
-    answers, content = [], prompts.HINT(question=question)
-    for round in range(rounds):
-        reply = yield from ask("solver", content, **CODING, **(OTHER if round else {}))
-        outcome, box = (yield from execute(reply)), stated(reply.text)
-        output = printed(outcome)
-        answers.append(output or box)
-        yield Draft(answers[-1])
-        if same(output, box) or (round and same(answers[-1], answers[-2])):
-            return answers[-1]
-        failed = outcome is not None and (outcome.error or outcome.timed_out)  # then its box can't be trusted
-        for candidate in () if failed else filter(None, (output, box)):
-            if (yield from verify(question, candidate)):
-                return candidate
-        feedback = f"The code failed: {shown(outcome)[-200:]}" if failed else complaint(answers[-1])
-        content = prompts.RETRY(question=question, feedback=feedback)
-    return next(filter(None, reversed(answers)), None)
-
-
-def code_feedback(question: str):
-    """Solve, with code allowed; run each block by itself, show the model what was printed, and take the
-    answer it then gives, else the last number printed. Without code the first answer stands.
-
-    Departs: where the model stopped to wait for the output, its turn goes on after it; else the output is the
-    next turn, as it was."""
-    messages = [user(prompts.HINT(question=question))]
-    reply = yield Ask("solver", messages, CODING)
-    yield Draft(stated(reply.text))
-    outcomes = yield [Run(block, timeout=10) for block in blocks_of(reply)]
-    if not outcomes:
-        return reply
-    output = "\n".join(shown(outcome) for outcome in outcomes)
-    if reply.finish == "stop_string":
-        messages += [reply.message(prompts.OUTPUT(output=output).lstrip())]
-    else:
-        messages += [reply.message(), user(prompts.EXPLAIN(output=output))]
-    last = yield Ask("solver", messages)
-    return stated(last.text) or next(filter(None, map(printed, reversed(outcomes))), None)
-
-
-WORKFLOWS = {fn.__name__: fn for fn in (
-    solver, majority_vote, python_tools, solver_checker_stateless, solver_checker_with_tools,
-    solver_checker_chat, solver_checker_summarizer, summarizer_chat, trivial_chat, plan_and_reflection, base,
-    solver_verifier, code_feedback)}
-
-
-# ---- running and comparing them --------------------------------------------------------------------------
+from slm.runs import cli
+from slm.workflows import WORKFLOWS, workflow
 
 PAPER = {"max_tokens": 2048, "limit": 500, "workflow": "all"}
 TINY = {"max_tokens": 320, "limit": 200,
         "workflow": "majority_vote,python_tools,solver_checker_stateless,solver_checker_with_tools"}
 
 
+def options() -> argparse.ArgumentParser:
+    p = cli.parser(__doc__)
+    cli.answer_options(p, both := cli.defaults(PAPER, TINY))
+    g = p.add_argument_group("how")
+    g.add_argument("--workflow", help=f"all, or names with commas between them: {', '.join(WORKFLOWS)} "
+                   f"({both('workflow')}); solver is always run, to compare with")
+    g.add_argument("--max-tokens", type=cli.positive, help=f"new tokens of a reply ({both('max_tokens')})")
+    g.add_argument("--show", type=cli.positive, default=0, metavar="N", help="print N transcripts of each")
+    cli.run_options(p, "runs/agents-<model>")
+    return p
+
+
+if __name__ == "__main__":
+    args = cli.resolve(options().parse_args(), PAPER, TINY)  # before the heavy imports
+
+import contextlib
+import re
+import time
+from collections import Counter
+from pathlib import Path
+
+from slm import report
+from slm.backends import open_backend
+from slm.episode import Episode, Sampling, answer_record, jobs_for, run_episodes
+from slm.problems import fingerprint, load_all, refuse_long
+from slm.runs import stats
+from slm.runs.files import keep_rows, write_json
+from slm.runs.rundir import RunDir, new_path
+from slm.sandbox import Sandbox
+
+
 def main(args: argparse.Namespace) -> None:
-    from slm import report
-    from slm.problems import fingerprint, load_all, refuse_long
     names, problems = chosen(args.workflow), load_all(args.data, args.split, args.limit)
-    from slm.run import RunDir, new_path  # with torch, once the small mistakes are out
-    from slm.sandbox import Sandbox
 
     args.out = str(new_path(args.out, f"agents-{Path(args.model).name}", args.resume))
     cli.show(vars(args))
@@ -448,39 +96,6 @@ def chosen(workflows: str) -> list[str]:
     """The workflows to run: the solver first, since the others are compared with it."""
     names = list(WORKFLOWS) if workflows == "all" else [name.strip() for name in workflows.split(",")]
     return list(dict.fromkeys(["solver", *(workflow(name).__name__ for name in names)]))
-
-
-def workflow(name: str):
-    """A workflow by its name. BadInput if there is none of it."""
-    if name not in WORKFLOWS:
-        raise BadInput(f"--workflow {name!r} is none; expected one of {', '.join(WORKFLOWS)}")
-    return WORKFLOWS[name]
-
-
-def refuse_roles(option: str, roles) -> None:
-    for role in roles:
-        if role not in ROLES:
-            raise BadInput(f"{option}: no workflow has a role {role!r}; expected {', '.join(ROLES)}")
-
-
-def open_backend(args: argparse.Namespace):
-    """(a Sampler or an Endpoint, role -> adapter name)."""
-    if args.endpoint:
-        from slm.endpoint import Endpoint
-        return Endpoint(args.endpoint, args.model, key_env=args.key_env), {}
-    from slm import checkpoint, lora
-    from slm.run import pick_device
-    from slm.sampler import Sampler
-    device, dtype, reason = pick_device(args.device, args.dtype, args.model)
-    print(f"{args.model} on {device}, {str(dtype).removeprefix('torch.')}: {reason}")
-    model, tokenizer = checkpoint.load(args.model, device, dtype)
-    adapters = {}
-    with lora.off(model):  # what is active stays so afterwards, for the roles without an adapter of their own
-        for given in args.adapter:
-            role, _, folder = given.rpartition("=")
-            refuse_roles("--adapter", [role] if role else [])
-            lora.load(model, checkpoint.resolve(folder), adapters.setdefault(role or "*", role or "all"))
-    return Sampler(model, tokenizer), adapters
 
 
 def summary(records: list[dict], alone: list[bool] | None) -> dict:
@@ -534,34 +149,5 @@ def transcript(episode: Episode, question: str, record: dict) -> str:
     return "\n".join(lines)
 
 
-def answer_options(p, both):
-    """What agents.py and eval.py both take: who answers what."""
-    g = p.add_argument_group("what answers")
-    g.add_argument("--model", default="tiny",
-                   help="tiny, a directory, a hub id, or the endpoint's model (default tiny)")
-    g.add_argument("--adapter", action="append", default=[], metavar="[ROLE=]DIR",
-                   help="LoRA adapter for a role (solver, checker, verifier, summarizer), or for all")
-    g.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server: http://localhost:8000/v1")
-    g.add_argument("--key-env", metavar="NAME", help="environment variable that holds the endpoint's key")
-    g = p.add_argument_group("problems")
-    g.add_argument("--data", nargs="+", action=cli.Names, default=["tiny"], metavar="A,B",
-                   help="names (tiny, tiny-unseen, gsm8k, math, math500, aime24, amc23, ...) or JSON lines "
-                        "files (default tiny)")
-    g.add_argument("--split", choices=("train", "test", "unseen"), default="test")
-    g.add_argument("--limit", type=cli.positive, help=f"the first N problems of each set ({both('limit')})")
-
-
-def options() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__)
-    answer_options(p, both := cli.defaults(PAPER, TINY))
-    g = p.add_argument_group("how")
-    g.add_argument("--workflow", help=f"all, or names with commas between them: {', '.join(WORKFLOWS)} "
-                   f"({both('workflow')}); solver is always run, to compare with")
-    g.add_argument("--max-tokens", type=cli.positive, help=f"new tokens of a reply ({both('max_tokens')})")
-    g.add_argument("--show", type=cli.positive, default=0, metavar="N", help="print N transcripts of each")
-    cli.run_options(p, "runs/agents-<model>")
-    return p
-
-
 if __name__ == "__main__":
-    cli.run(main, cli.resolve(options().parse_args(), PAPER, TINY))
+    cli.run(main, args)

@@ -14,6 +14,37 @@ so a stopped run goes on with --resume. In float32 an answer does not depend on 
 """
 
 import argparse
+
+from slm.runs import cli
+
+PAPER = {"max_tokens": 2048, "limit": 500}
+TINY = {"max_tokens": 320}
+NOT_SETTINGS = ("compare", "regrade", "resume")
+DECODING = ("samples", "temperature", "max_tokens")
+
+
+def options() -> argparse.ArgumentParser:
+    p = cli.parser(__doc__)
+    cli.answer_options(p, both := cli.defaults(PAPER, TINY))
+    g = p.add_argument_group("how")
+    g.add_argument("--workflow", default="solver", metavar="NAME",
+                   help="of agents.py (default solver: a single pass)")
+    g.add_argument("--samples", type=cli.positive, default=1, metavar="K",
+                   help="answers a problem (default 1)")
+    g.add_argument("--temperature", type=cli.number(0), default=0.0, help="0 is greedy (default)")
+    g.add_argument("--max-tokens", type=cli.positive, help=f"new tokens of a reply ({both('max_tokens')})")
+    g.add_argument("--batch", type=cli.positive, help="replies decoded at once (default 64, on a GPU 256)")
+    cli.run_options(p, "runs/eval-<model>")
+    g = p.add_argument_group("saved runs, instead of scoring")
+    g = g.add_mutually_exclusive_group()
+    g.add_argument("--compare", nargs="+", metavar="RUN", help="a table of runs on the same problems")
+    g.add_argument("--regrade", metavar="RUN", help="grade saved answers again; prints and saves changes")
+    return p
+
+
+if __name__ == "__main__":
+    args = cli.resolve(options().parse_args(), PAPER, TINY)  # before the heavy imports
+
 import contextlib
 import hashlib
 import shlex
@@ -22,14 +53,14 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import agents
-from slm import BadInput, cli, stats
-from slm.files import as_lines, keep_rows, read_json, read_rows, write_json, write_whole
-
-PAPER = {"max_tokens": 2048, "limit": 500}
-TINY = {"max_tokens": 320}
-NOT_SETTINGS = ("compare", "regrade", "resume")
-DECODING = ("samples", "temperature", "max_tokens")
+from slm import BadInput, checkpoint, problems, prompts, report, workflows
+from slm.backends import open_backend
+from slm.episode import Sampling, answer_record, jobs_for, run_episodes
+from slm.grading import grade, grader, parse, values
+from slm.runs import stats
+from slm.runs.files import as_lines, keep_rows, read_json, read_rows, write_json, write_whole
+from slm.runs.rundir import RunDir, new_path
+from slm.sandbox import Sandbox
 
 
 def main(args: argparse.Namespace) -> None:
@@ -44,11 +75,7 @@ def main(args: argparse.Namespace) -> None:
 # ---- scoring ---------------------------------------------------------------------------------------------
 
 def evaluate(args: argparse.Namespace) -> None:
-    from slm import problems, report
-    from slm.run import RunDir, new_path
-    from slm.sandbox import Sandbox
-
-    workflow = agents.workflow(args.workflow)
+    workflow = workflows.workflow(args.workflow)
     if args.samples > 1 and args.temperature == 0:
         raise BadInput(f"--samples {args.samples} at temperature 0 draws the same answer each time; "
                        "add --temperature 0.7, for one")
@@ -56,7 +83,7 @@ def evaluate(args: argparse.Namespace) -> None:
     data = problems.fingerprint([p for items in sets.values() for p in items])
     args.out = str(new_path(args.out, f"eval-{label(args)}", args.resume))
     cli.show({k: v for k, v in vars(args).items() if k not in NOT_SETTINGS})
-    backend, adapters = agents.open_backend(args)
+    backend, adapters = open_backend(args)
     if args.batch:
         setattr(backend, "workers" if args.endpoint else "max_batch", args.batch)
     for items in sets.values():
@@ -80,7 +107,6 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def answer(name, items, rows, workflow, backend, adapters, sandbox, args, file) -> list[dict]:
     """Run the workflow on what has no answer in `rows`; each answer is graded and written as it lands."""
-    from slm.episode import Sampling, answer_record, jobs_for, run_episodes
     have, new = {(row["id"], row["sample"]) for row in rows}, []
     jobs = jobs_for(items, workflow, args.samples)
     jobs = [job for job in jobs if (job.problem_id, job.sample) not in have]
@@ -98,10 +124,9 @@ def answer(name, items, rows, workflow, backend, adapters, sandbox, args, file) 
 
 def saved_settings(args: argparse.Namespace) -> dict:
     """What identifies the run: the options, the prompt, and hashes of the grader and of the weights used."""
-    from slm import answers, checkpoint, grader, prompts, values
     digest = lambda files: hashlib.sha256(b"".join(map(sha256, files))).hexdigest()[:12]
     settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
-    settings |= {"prompt": prompts.SOLVER.id, "grader": digest(m.__file__ for m in (grader, answers, values))}
+    settings |= {"prompt": prompts.SOLVER.id, "grader": digest(m.__file__ for m in (grader, parse, values))}
     if not args.endpoint:
         folders = [checkpoint.resolve(p) for p in (args.model, *(a.rpartition("=")[2] for a in args.adapter))]
         settings["weights"] = digest(sorted(f for folder in folders for f in folder.glob("*.safetensors")))
@@ -180,7 +205,6 @@ def span(low: float, high: float) -> str:
 
 class Saved:
     """An evaluation read back: name, settings, rows by data set."""
-
     def __init__(self, path: str):
         self.path = Path(path)
         self.name = self.path.name or str(self.path)
@@ -255,7 +279,6 @@ def difference(a: list[float], b: list[float]) -> str:
 def regrade(run: Saved) -> None:
     """Grade a run's saved responses again, show every change, and write answers and summary anew. What was
     there is kept as answers.before-regrade.jsonl."""
-    from slm.grader import grade
     summary = read_json(run.path / "summary.json")
     changed = 0
     for data, rows in run.rows.items():
@@ -282,24 +305,5 @@ def verdict(correct: bool) -> str:
     return "right" if correct else "wrong"
 
 
-def options() -> argparse.ArgumentParser:
-    p = cli.parser(__doc__)
-    agents.answer_options(p, both := cli.defaults(PAPER, TINY))
-    g = p.add_argument_group("how")
-    g.add_argument("--workflow", default="solver", metavar="NAME",
-                   help="of agents.py (default solver: a single pass)")
-    g.add_argument("--samples", type=cli.positive, default=1, metavar="K",
-                   help="answers a problem (default 1)")
-    g.add_argument("--temperature", type=cli.number(0), default=0.0, help="0 is greedy (default)")
-    g.add_argument("--max-tokens", type=cli.positive, help=f"new tokens of a reply ({both('max_tokens')})")
-    g.add_argument("--batch", type=cli.positive, help="replies decoded at once (default 64, on a GPU 256)")
-    cli.run_options(p, "runs/eval-<model>")
-    g = p.add_argument_group("saved runs, instead of scoring")
-    g = g.add_mutually_exclusive_group()
-    g.add_argument("--compare", nargs="+", metavar="RUN", help="a table of runs on the same problems")
-    g.add_argument("--regrade", metavar="RUN", help="grade saved answers again; prints and saves changes")
-    return p
-
-
 if __name__ == "__main__":
-    cli.run(main, cli.resolve(options().parse_args(), PAPER, TINY))
+    cli.run(main, args)

@@ -15,29 +15,7 @@ landed is not asked or paid for again (what was on the wire at a kill is); attem
 error are made up for at the next start.
 """
 
-import contextlib
-import itertools
-import json
-import random
-import shlex
-import signal
-import sys
-import time
-from collections import Counter, deque
-from pathlib import Path
-
-from tqdm import tqdm
-
-import agents
-from slm import BadInput, cascade, cli, prompts, records
-from slm.endpoint import Endpoint
-from slm.episode import Job, Sampling, run_episodes, seed_of, user
-from slm.files import as_lines, lock, read_json, write_json, write_whole
-from slm.grader import grade
-from slm.problems import fingerprint, load, load_all
-
-TESTS = ("gsm8k", "math500", "aime24", "amc23")  # no record may overlap these
-HERE = Path(__file__).parent
+from slm.runs import cli
 
 
 def options():
@@ -64,6 +42,38 @@ def options():
     return p
 
 
+if __name__ == "__main__":
+    args = options().parse_args()  # before the heavy imports, so that --help answers at once
+
+import contextlib
+import itertools
+import json
+import random
+import shlex
+import signal
+import sys
+import time
+from collections import Counter, deque
+from pathlib import Path
+
+from tqdm import tqdm
+
+from slm import BadInput, checkpoint, prompts, workflows
+from slm.episode import Job, Sampling, run_episodes, seed_of, user
+from slm.grading import grade
+from slm.problems import fingerprint, load, load_all
+from slm.report import write
+from slm.runs.device import pick_device
+from slm.runs.files import as_lines, lock, read_json, write_json, write_whole
+from slm.sampling import Sampler
+from slm.sandbox import Sandbox
+from slm.teachers import Endpoint, cascade, records
+from slm.tiny.teacher import serve
+
+TESTS = ("gsm8k", "math500", "aime24", "amc23")  # no record may overlap these
+HERE = Path(__file__).parent
+
+
 # ---- asking ----------------------------------------------------------------------------------------------
 
 class Asking:
@@ -72,7 +82,6 @@ class Asking:
     land(row, over) files one attempt; over: nothing more is due for its problem. Whatever ends the loop, what
     is on the wire is awaited first, so that nothing paid for is lost.
     """
-
     def __init__(self, problems: list, progress, backends: dict, land, prices: dict, budget: float | None,
                  spent: float, seed: int):
         self.progress, self.backends, self.land, self.seed = progress, backends, land, seed
@@ -204,7 +213,6 @@ def start(teachers: list, args, stack) -> dict:
             continue
         url = t.base_url
         if url == "stand-in":
-            from slm.tiny.teacher import serve
             url = (stand_in := stand_in or stack.enter_context(serve())).url
         backends[t.name] = stack.enter_context(contextlib.closing(Endpoint(
             url, t.model, t.key_env, workers=t.workers, timeout=t.timeout,
@@ -214,9 +222,6 @@ def start(teachers: list, args, stack) -> dict:
 
 
 def own_model(args):
-    from slm import checkpoint
-    from slm.run import pick_device
-    from slm.sampler import Sampler
     device, dtype, reason = pick_device(args.device, args.dtype, args.model)
     print(f"device {device}, {str(dtype).removeprefix('torch.')}: {reason}")
     return Sampler(*checkpoint.load(args.model, device, dtype))
@@ -298,7 +303,6 @@ def stopping(asking):
 
 def report(out: Path, summary: dict) -> None:
     """summary.json, report.html and the main figures on screen."""
-    from slm.report import write
     write_json(out / "summary.json", summary)
     for title in ("source", "round", "teacher", "effort"):
         print_table(summary[title], title)
@@ -321,19 +325,18 @@ def print_table(rows: dict[str, dict], title: str) -> None:
 
 def with_text(question: str):
     """A sampled solution in words."""
-    return (yield from agents.ask("solver", prompts.SOLVER(question=question)))
+    return (yield from workflows.ask("solver", prompts.SOLVER(question=question)))
 
 
 def with_python(question: str):
     """A sampled solution in code, with what the code printed."""
-    reply = yield from agents.ask("solver", prompts.PYTHON(question=question), **agents.CODING)
-    return agents.printed((yield from agents.execute(reply))) or reply
+    reply = yield from workflows.ask("solver", prompts.PYTHON(question=question), **workflows.CODING)
+    return workflows.printed((yield from workflows.execute(reply))) or reply
 
 
 def make_verifier(args) -> None:
     """Sample --samples solutions of each problem, every second one in Python, grade them, and write records
     in which right and wrong are balanced; a tenth of the problems is held out."""
-    from slm.sandbox import Sandbox
     problems, asked, *_ = choose(args)
     known = {p.id: p for p in asked}
     identity = {"data": args.data, "seed": args.seed, "model": args.model, "samples": args.samples}
@@ -397,5 +400,4 @@ def verifier_record(row: dict) -> dict:
 
 
 if __name__ == "__main__":
-    args = options().parse_args()
     cli.run(main, args)

@@ -20,13 +20,9 @@ What to watch: reward and solve rate rise, entropy falls slowly, kl (with --kl) 
 little: its value is near 0 by construction.
 """
 
-import shlex
-import time
 from dataclasses import dataclass
-from itertools import pairwise
 
-from slm import BadInput, cli
-from train_sft import TARGETS, adapter_options, batches, common_options, name
+from slm.runs import cli
 
 PAPER = {"lr": 5e-6, "batch": 16, "samples": 2, "kl": 0.05, "epochs": 1, "temperature": 0.7,
          "max_tokens": 2048, "micro_tokens": 2048, "warmup": 0.1, "save_every": 20, "steps": 0}
@@ -84,10 +80,30 @@ def options():
     g.add_argument("--steps", type=lambda text: cli.positive(text, 0),
                    help=f"batches in all, 0: as the epochs give ({both('steps')})")
     g.add_argument("--epochs", type=cli.positive, help=f"({both('epochs')})")
-    adapter_options(g)
-    common_options(p, g, both, "runs/grpo-<model>")
+    cli.adapter_options(g)
+    cli.training_options(p, g, both, "runs/grpo-<model>")
     return p
 
+
+if __name__ == "__main__":
+    args = options().parse_args()  # before the heavy imports, so that --help answers at once
+
+import shlex
+import time
+from itertools import pairwise
+
+import torch
+
+from slm import BadInput, checkpoint, lora, losses, problems, report, training, workflows
+from slm.episode import Job, Sampling, run_episodes, seed_of, user
+from slm.grading import grade
+from slm.prompts import SOLVER
+from slm.runs import ranks
+from slm.runs.device import memory, parameters, peak_memory, pick_device
+from slm.runs.files import readable_rows
+from slm.runs.rundir import RunDir, new_path, settled
+from slm.sampling import Sampler
+from slm.sandbox import Sandbox
 
 # ---- rollouts --------------------------------------------------------------------------------------------
 
@@ -117,7 +133,6 @@ class Scored:
 def judge(episode, gold: str, no_box: float) -> tuple[float, str]:
     """Reward and reason: +1 for a right answer in a box, -1 for a wrong one, no_box for none, NaN where the
     sampling failed."""
-    from slm.grader import grade
     broken = next((turn.error for turn in episode.turns if turn.error), None)
     if broken or not episode.turns:
         return float("nan"), f"failed: {broken or episode.error}"
@@ -129,7 +144,6 @@ def judge(episode, gold: str, no_box: float) -> tuple[float, str]:
 
 def rollout(problems, first_group: int, workflow, sampler, sandbox, step: int, args) -> list:
     """K episodes of each problem, all at once, in order; groups are numbered from first_group."""
-    from slm.episode import Job, Sampling, run_episodes, seed_of
     jobs = [Job(p.id, p.question, workflow, first_group + i, k)
             for i, p in enumerate(problems) for k in range(args.samples)]
     sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, stop_at_box=False)
@@ -152,13 +166,10 @@ def scored(episodes, problems, args) -> list[Scored]:
 def give_credit(mine: list[Scored], everyone: list[tuple], algorithm: Algorithm, args) -> int:
     """Fill in every sample's advantage and token weight; returns the divisor of the loss. everyone: (rank,
     group, reward, tokens) of all ranks' episodes: means, lengths and divisor are global."""
-    import torch
-
-    from slm import losses, run
     _, groups, rewards, tokens = zip(*everyone)
     advantage = losses.advantages(torch.tensor(rewards), torch.tensor(groups), algorithm.advantage).tolist()
     weights, divisor = losses.token_weights(torch.tensor(tokens), algorithm.normalise, args.max_tokens)
-    own = [i for i, row in enumerate(everyone) if row[0] == run.rank()]
+    own = [i for i, row in enumerate(everyone) if row[0] == ranks.rank()]
     for i, episode in zip(own, mine):
         for sample in episode.samples:
             sample.advantage, sample.weight = advantage[i], weights[i].item()
@@ -170,9 +181,6 @@ def give_credit(mine: list[Scored], everyone: list[tuple], algorithm: Algorithm,
 def losses_of(model, samples: list[Sample], algorithm: Algorithm, args):
     """One micro-batch -> weighted sum of the loss, {sums over trained tokens for the log}, largest gap
     between the sampler's log-prob and ours."""
-    import torch
-
-    from slm import lora, losses
     sequences = [s.ids for s in samples], [s.mask for s in samples]
     logp, entropy = losses.score(model, *sequences, args.temperature)
     lengths = torch.tensor([len(s.old) for s in samples], device=logp.device)
@@ -204,61 +212,56 @@ def losses_of(model, samples: list[Sample], algorithm: Algorithm, args):
 def learn(model, samples: list[Sample], divisor: int, trained, optimizer, lr: float, algorithm, args) -> dict:
     """One optimizer step on all samples; the returned values are global. Samples that can't have a gradient
     (no advantage and no KL penalty) are left out of the work, not out of the divisor."""
-    from slm import losses, run
     device = next(model.parameters()).device
     active = [s for s in samples if s.advantage or args.kl > 0]
-    if not run.summed({"n": float(len(active))}, device)["n"]:
+    if not ranks.summed({"n": float(len(active))}, device)["n"]:
         return {"skipped": 1}
     idle = not active  # this rank has nothing to learn, but must meet the others: two tokens of weight 0
     active = active or [Sample([0, 0], [0, 1], [0.0])]
     micro = losses.pack([len(s.ids) for s in active], args.micro_tokens)
     sums, worst = {}, 0.0
     for i, members in enumerate(micro):
-        run.last_micro_batch(model, i == len(micro) - 1)
+        ranks.last_micro_batch(model, i == len(micro) - 1)
         loss, part, gap = losses_of(model, [active[j] for j in members], algorithm, args)
         (loss / divisor).backward()
         sums = {k: sums.get(k, 0.0) + (0.0 if idle else v) for k, v in part.items()}
         worst = max(worst, 0.0 if idle else gap)
-    norm = run.update(optimizer, trained.values(), lr, args.clip)
-    sums = run.summed(sums, device)
+    norm = training.update(optimizer, trained.values(), lr, args.clip)
+    sums = ranks.summed(sums, device)
     n = sums.pop("learned")
     return {"loss": sums.pop("loss") / divisor, **{k: v / n for k, v in sums.items()},
-            "dlogp_max": max(run.gather([worst])), "grad_norm": norm, "learned_tokens": int(n)}
+            "dlogp_max": max(ranks.gather([worst])), "grad_norm": norm, "learned_tokens": int(n)}
 
 
 # ---- the run ---------------------------------------------------------------------------------------------
 
 def main(args):
-    import torch
-
-    import agents
-    from slm import checkpoint, problems, run
     cli.resolve(args, PAPER, TINY)
     algorithm = ALGORITHMS[args.algorithm]
     args.quiet = cli.is_small(args.model)
     for folder in () if args.resume else filter(None, (args.model, args.adapter)):
         checkpoint.resolve(folder)  # a misspelt one must not claim the run directory
-    workflow = agents.workflow(args.workflow)
-    agents.refuse_roles("--roles", args.roles or ())
+    workflow = workflows.workflow(args.workflow)
+    workflows.refuse_roles("--roles", args.roles or ())
     if args.samples == 1 and algorithm.advantage not in ("batch", "none"):
         raise BadInput(f"--samples 1: {args.algorithm} compares a problem's samples and needs 2 or more")
-    out = run.new_path(args.out, f"grpo-{name(args.model)}", args.resume)
+    out = new_path(args.out, f"grpo-{cli.model_name(args.model)}", args.resume)
     args.out = str(out)
-    device, dtype, reason = run.pick_device(args.device, run.settled(out, args), args.model)
-    run.start_ranks(device)
+    device, dtype, reason = pick_device(args.device, settled(out, args), args.model)
+    ranks.start_ranks(device)
     torch.manual_seed(args.seed)
     args.data = args.data or ["tiny" if cli.is_small(args.model) else "gsm8k"]
     pool = problems.load_all(args.data, "train", args.limit)
     check_rewards(pool)
     args.dtype = str(dtype).removeprefix("torch.")
-    rundir = run.RunDir(out, vars(args), problems.fingerprint(pool), args.resume, log=run.rank() == 0)
+    rundir = RunDir(out, vars(args), problems.fingerprint(pool), args.resume, log=ranks.rank() == 0)
     model, tokenizer = prepare(out, device, dtype, args)
     pool = fitting(pool, tokenizer, model.config.positions)
-    plan = batches(len(pool), args.batch, args.epochs, args.seed)
+    plan = training.batches(len(pool), args.batch, args.epochs, args.seed)
     while args.steps and len(plan) < args.steps:
-        plan += batches(len(pool), args.batch, 1, args.seed + len(plan))
+        plan += training.batches(len(pool), args.batch, 1, args.seed + len(plan))
     plan = plan[:args.steps or None]
-    if run.rank() == 0:
+    if ranks.rank() == 0:
         cli.show(vars(args))
         introduce(model, tokenizer, pool, plan, device, dtype, reason, args)
     train(model, tokenizer, pool, plan, workflow, algorithm, rundir, args)
@@ -268,9 +271,6 @@ def main(args):
 def prepare(out, device, dtype, args):
     """The policy: the model, its SFT adapter merged in float32, and a new adapter. The merged model is kept
     in <run>/base, since the new adapter belongs to it; it is also the reference."""
-    import torch
-
-    from slm import checkpoint, lora, run
     merged = args.adapter or (checkpoint.resolve(args.model) / "adapter_config.json").is_file()
     args.base = str((out / "base").resolve()) if merged else args.model
     if merged and not (args.resume and (out / "base").is_dir()):
@@ -280,22 +280,20 @@ def prepare(out, device, dtype, args):
         for adapter in list(lora.names(model)):
             gap = lora.merge(model, adapter)
             lora.remove(model, adapter)
-            if run.rank() == 0:
+            if ranks.rank() == 0:
                 print(f"merged {args.adapter or args.model} in float32 (logits change by at most "
                       f"{gap:.1e}); a new adapter starts on top, and the reference is the merged model")
-        if run.rank() == 0:
+        if ranks.rank() == 0:
             checkpoint.save(model.to(dtype), tokenizer, out / "base")
-        run.barrier()
+        ranks.barrier()
     model, tokenizer = checkpoint.load(args.base, device, dtype)
     model.recompute = args.recompute
-    lora.add(model, args.rank, args.alpha, TARGETS[args.targets])
+    lora.add(model, args.rank, args.alpha, cli.TARGETS[args.targets])
     return model, tokenizer
 
 
 def fitting(pool, tokenizer, context: int) -> list:
     """The problems whose prompt leaves room for an answer; says how many don't."""
-    from slm.episode import user
-    from slm.prompts import SOLVER
     sizes = [len(tokenizer.chat([user(SOLVER(question=p.question))])) for p in pool]
     fit = [p for p, size in zip(pool, sizes) if size < context - 32]
     if not fit:
@@ -308,7 +306,6 @@ def fitting(pool, tokenizer, context: int) -> list:
 def check_rewards(pool) -> None:
     """Gold answers must be rewarded, and other problems' golds mostly not: otherwise grader and data do not
     fit together, and no training would help."""
-    from slm.grader import grade
     some = pool[:50]
     right = [grade(f"\\boxed{{{p.gold}}}", p.gold, strict=True).correct for p in some]
     wrong = [grade(f"\\boxed{{{q.gold}}}", p.gold, strict=True).correct for p, q in pairwise(some)]
@@ -322,33 +319,25 @@ def check_rewards(pool) -> None:
 
 def introduce(model, tokenizer, pool, plan, device, dtype, reason, args):
     """What is about to happen, before it does."""
-    from slm import run
-    from slm.episode import user
-    from slm.prompts import SOLVER
-    every, updated = (sum(p.numel() for p in ps) for ps in run.parameters(model))
+    every, updated = (sum(p.numel() for p in ps) for ps in parameters(model))
     rollouts = args.batch * args.samples
     print(f"device: {device}, {str(dtype).removeprefix('torch.')} ({reason})")
     print(f"policy: {args.base} with a new LoRA of rank {args.rank} on {args.targets}, {every:,} parameters, "
           f"{updated:,} trained; reference: the same with the adapter off")
     print(f"work: {len(plan)} steps of {args.batch} problems x {args.samples} samples, at most "
-          f"{rollouts * args.max_tokens:,} new tokens a step; {run.memory(model, args.micro_tokens)}")
+          f"{rollouts * args.max_tokens:,} new tokens a step; {memory(model, args.micro_tokens)}")
     print("the first prompt:\n" + tokenizer.render([user(SOLVER(question=pool[plan[0][0]].question))]))
 
 
 def train(model, tokenizer, pool, plan, workflow, algorithm, rundir, args):
     """All steps from the last checkpoint on."""
-    import torch
-
-    from slm import run
-    from slm.sampler import Sampler
-    from slm.sandbox import Sandbox
-    run.shard(model)
+    ranks.shard(model)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
     sampler, sandbox = Sampler(model, tokenizer), Sandbox() if args.workflow != "solver" else None
     try:
-        for step, bar in run.steps(len(plan), rundir, trained, optimizer, args):
-            lr = args.lr * run.cosine(step, len(plan), args.warmup)
+        for step, bar in training.steps(len(plan), rundir, trained, optimizer, args):
+            lr = args.lr * training.cosine(step, len(plan), args.warmup)
             row, lines = one_step(model, [pool[i] for i in plan[step]], workflow, sampler, sandbox, step,
                                   trained, optimizer, lr, algorithm, args)
             rundir.log("metrics", row)
@@ -362,15 +351,14 @@ def train(model, tokenizer, pool, plan, workflow, algorithm, rundir, args):
 
 def one_step(model, problems, workflow, sampler, sandbox, step, trained, optimizer, lr, algorithm, args):
     """Sample, grade, compare, learn. Returns the line for metrics.jsonl and those for episodes.jsonl."""
-    from slm import run
-    mine = problems[run.rank()::run.world()]
+    mine = problems[ranks.rank()::ranks.world()]
     clock = [time.perf_counter()]
-    with run.whole(model):
-        episodes = rollout(mine, run.rank() * len(problems), workflow, sampler, sandbox, step, args)
+    with ranks.whole(model):
+        episodes = rollout(mine, ranks.rank() * len(problems), workflow, sampler, sandbox, step, args)
         sampler.close()  # gives the cache's memory back, and no step depends on an earlier one's cache
     clock.append(time.perf_counter())
     scores = scored(episodes, mine, args)
-    everyone = run.gather([(run.rank(), s.group, s.reward, s.tokens) for s in scores])
+    everyone = ranks.gather([(ranks.rank(), s.group, s.reward, s.tokens) for s in scores])
     divisor = give_credit(scores, everyone, algorithm, args)
     clock.append(time.perf_counter())
     samples = [sample for s in scores for sample in s.samples]
@@ -387,13 +375,12 @@ def one_step(model, problems, workflow, sampler, sandbox, step, trained, optimiz
 def summary(episodes, scores: list[Scored]) -> dict:
     """What the step's episodes were like. Rates are over episodes with a reward; `failed` counts the
     others."""
-    from slm import run
     turns = [t for e in episodes for t in e.turns]
     known = [s for s in scores if s.reward == s.reward]
     groups: dict[int, set] = {}
     for s in known:
         groups.setdefault(s.group, set()).add(s.reward)
-    parts = run.gather([(len(known), sum(s.reward for s in known), sum(s.reward == 1 for s in known),
+    parts = ranks.gather([(len(known), sum(s.reward for s in known), sum(s.reward == 1 for s in known),
                          sum(s.reason == "no box" for s in scores), len(scores),
                          sum(t.finish == "length" for t in turns), len(turns),
                          sum(e.tokens_out for e in episodes),
@@ -426,22 +413,19 @@ def line(step: int, episode, score: Scored) -> dict:
 
 def finish(model, out, args):
     """Write the adapter under its final name with a report, and say what to do with it."""
-    from slm import lora, report, run
-    from slm.files import readable_rows
-    run.unshard(model)
-    if run.rank() == 0:
+    ranks.unshard(model)
+    if ranks.rank() == 0:
         lora.save(model, out / "adapter", base=args.base)
-    run.barrier()
-    if run.rank() == 0:
+    ranks.barrier()
+    if ranks.rank() == 0:
         report.write(out)
         if all("skipped" in row for row in readable_rows(out / "metrics.jsonl")):
             print("nothing was learned: in no step did the samples of a problem differ in reward, or the "
                   "--roles never spoke; episodes.jsonl shows what was said")
-        print(f"peak memory {run.peak_memory(model):.1f} GB; the result is {out / 'adapter'}")
+        print(f"peak memory {peak_memory(model):.1f} GB; the result is {out / 'adapter'}")
         print(f"curves and samples: {out / 'report.html'}")
         print(f"next: python eval.py --model {shlex.quote(str(out / 'adapter'))}")
 
 
 if __name__ == "__main__":
-    args = options().parse_args()
     cli.run(main, args)

@@ -14,20 +14,12 @@ A batch is --batch sequences; it is packed without padding and cut into micro-ba
 Losses are sums, divided by the batch's number of trained tokens: the cut does not change the gradient.
 """
 
-import math
-import random
-import re
-import shlex
-import time
-from pathlib import Path
-
-from slm import BadInput, cli
+from slm.runs import cli
 
 PAPER = {"batch": 128, "epochs": 2, "max_length": 2048, "micro_tokens": 2048, "dropout": 0.05, "warmup": 0.03,
          "weight_decay": 0.01, "save_every": 20}
 TINY = {"batch": 16, "max_length": 1024, "micro_tokens": 4096, "dropout": 0.0, "save_every": 1000}
 RATES = {"paper": {"lora": 1e-4, "full": 5e-5}, "tiny": {"lora": 1e-2, "full": 1e-3}}
-TARGETS = {"qkvo": ("q_proj", "k_proj", "v_proj", "o_proj"), "qv": ("q_proj", "v_proj")}
 
 
 def options():
@@ -45,7 +37,7 @@ def options():
     how = g.add_mutually_exclusive_group()
     how.add_argument("--lora", action="store_true", help="a LoRA adapter (the default)")
     how.add_argument("--full", action="store_true", help="all weights")
-    adapter_options(g)
+    cli.adapter_options(g)
     g.add_argument("--dropout", type=cli.number(0, 0.99), help=f"on the adapter's input ({both('dropout')})")
     g = p.add_argument_group("optimization")
     g.add_argument("--lr", type=cli.number(0, 10),
@@ -53,30 +45,29 @@ def options():
     g.add_argument("--batch", type=cli.positive, help=f"sequences a step ({both('batch')})")
     g.add_argument("--epochs", type=cli.positive, help=f"({both('epochs')})")
     g.add_argument("--weight-decay", type=cli.number(0), help=f"({both('weight_decay')})")
-    common_options(p, g, both, "runs/sft-<model>-<lora or full>")
+    cli.training_options(p, g, both, "runs/sft-<model>-<lora or full>")
     return p
 
 
-def adapter_options(g):
-    """LoRA's, in both trainers."""
-    g.add_argument("--rank", type=cli.positive, default=16, help="LoRA rank (default 16)")
-    g.add_argument("--alpha", type=cli.number(0), default=32.0,
-                   help="LoRA scale is alpha / rank (default 32)")
-    g.add_argument("--targets", choices=TARGETS, default="qkvo",
-                   help="qkvo, or qv as in the report's runs (default qkvo)")
+if __name__ == "__main__":
+    args = options().parse_args()  # before the heavy imports, so that --help answers at once
 
+import math
+import re
+import shlex
+import time
+from pathlib import Path
 
-def common_options(p, g, both, folder: str):
-    """What both trainers take beside their own."""
-    g.add_argument("--warmup", type=cli.number(0, 1),
-                   help=f"share of the steps, then cosine ({both('warmup')})")
-    g.add_argument("--clip", type=cli.number(1e-9), default=1.0, help="largest gradient norm (default 1)")
-    g.add_argument("--micro-tokens", type=cli.positive,
-                   help=f"tokens in memory at once ({both('micro_tokens')})")
-    g.add_argument("--recompute", action="store_true", help="less memory for a third more time")
-    g = cli.run_options(p, folder)
-    g.add_argument("--save-every", type=cli.positive, help=f"steps a checkpoint ({both('save_every')})")
+import torch
 
+from slm import BadInput, checkpoint, lora, problems, report, training
+from slm.episode import user
+from slm.losses import pack, score, sft_loss
+from slm.prompts import SOLVER
+from slm.runs import files, ranks
+from slm.runs.device import memory, parameters, peak_memory, pick_device
+from slm.runs.files import readable_rows
+from slm.runs.rundir import RunDir, new_path, settled
 
 # ---- data ------------------------------------------------------------------------------------------------
 
@@ -90,7 +81,6 @@ def newest() -> str:
 
 def read(data: str, limit: int | None) -> list[list[dict]]:
     """The conversations of a file of records, or the worked solutions of a problem set."""
-    from slm import files, problems
     if (path := Path(data)).is_file():
         rows = files.read_rows(path)
         if not rows:
@@ -105,8 +95,6 @@ def read(data: str, limit: int | None) -> list[list[dict]]:
 
 
 def conversation(question: str, response: str) -> list[dict]:
-    from slm.episode import user
-    from slm.prompts import SOLVER
     return [user(SOLVER(question=question)), {"role": "assistant", "content": response}]
 
 
@@ -161,88 +149,66 @@ def fitting(tokenizer, conversations, args) -> list[tuple[list[int], list[int]]]
     return fit
 
 
-def batches(n: int, size: int, epochs: int, seed: int) -> list[list[int]]:
-    """Row numbers of every step: each epoch in its own order, its last batch as small as it comes."""
-    steps = []
-    for epoch in range(epochs):
-        order = list(range(n))
-        random.Random(f"{seed}/{epoch}").shuffle(order)
-        steps += [order[i:i + size] for i in range(0, n, size)]
-    return steps
-
-
 # ---- training --------------------------------------------------------------------------------------------
 
 def main(args):
-    import torch
-
-    from slm import checkpoint, files, lora, run
     how = "full" if args.full else "lora"
     cli.resolve(args, {**PAPER, "lr": RATES["paper"][how]}, {**TINY, "lr": RATES["tiny"][how]})
     if args.data is None and not cli.is_small(args.model):
         raise BadInput("--data is missing: records of make_data.py, or gsm8k for its worked solutions")
     args.data = args.data or [newest()]
     conversations = [c for data in args.data for c in read(data, args.limit)]
-    out = run.new_path(args.out, f"sft-{name(args.model)}-{how}", args.resume)
+    out = new_path(args.out, f"sft-{cli.model_name(args.model)}-{how}", args.resume)
     args.out = str(out)
-    device, dtype, reason = run.pick_device(args.device, run.settled(out, args), args.model)
-    run.start_ranks(device)
+    device, dtype, reason = pick_device(args.device, settled(out, args), args.model)
+    ranks.start_ranks(device)
     torch.manual_seed(args.seed)  # the adapter's initial values
 
     model, tokenizer = checkpoint.load(args.model, device, torch.float32 if args.full else dtype)
     model.recompute = args.recompute
     if not args.full:
-        lora.add(model, args.rank, args.alpha, TARGETS[args.targets], args.dropout)
+        lora.add(model, args.rank, args.alpha, cli.TARGETS[args.targets], args.dropout)
     args.max_length = min(args.max_length, model.config.positions)
     rows = fitting(tokenizer, conversations, args)
-    steps = batches(len(rows), args.batch, args.epochs, args.seed)
+    steps = training.batches(len(rows), args.batch, args.epochs, args.seed)
 
     args.dtype = str(dtype).removeprefix("torch.")
-    rundir = run.RunDir(out, vars(args), files.fingerprint(rows), args.resume, log=run.rank() == 0)
-    if run.rank() == 0:
+    rundir = RunDir(out, vars(args), files.fingerprint(rows), args.resume, log=ranks.rank() == 0)
+    if ranks.rank() == 0:
         cli.show(vars(args))
         introduce(model, tokenizer, rows, steps, device, dtype, reason, args)
     train(model, rows, steps, rundir, device, dtype, args)
     finish(model, tokenizer, out, args)
 
 
-def name(model: str) -> str:
-    """A model's name for a folder: Qwen/Qwen2.5-Math-1.5B -> qwen2.5-math-1.5b."""
-    return Path(model).name.lower()
-
-
 def introduce(model, tokenizer, rows, steps, device, dtype, reason, args):
     """What is about to happen, before it does."""
-    from slm import run
     tokens, trained = (sum(len(ids) for ids, _ in rows), sum(sum(mask) for _, mask in rows))
-    every, updated = (sum(p.numel() for p in ps) for ps in run.parameters(model))
+    every, updated = (sum(p.numel() for p in ps) for ps in parameters(model))
     print(f"device: {device}, {str(dtype).removeprefix('torch.')} ({reason})")
     print(f"model: {args.model}, {every:,} parameters, {updated:,} trained "
           f"({'all' if args.full else f'LoRA rank {args.rank} on {args.targets}'})")
     print(f"data: {', '.join(args.data)}: {len(rows):,} rows, {tokens:,} tokens, "
           f"{trained / tokens:.0%} in the loss")
     print(f"work: {args.epochs} epochs, {len(steps)} steps of {args.batch} rows, "
-          f"{args.epochs * tokens:,} tokens; {run.memory(model, args.micro_tokens)}")
+          f"{args.epochs * tokens:,} tokens; {memory(model, args.micro_tokens)}")
     sizes = model.model.embed_tokens.weight.detach().float().norm(dim=1)
     if not args.full and sizes[tokenizer.end_of_turn] < 0.5 * sizes.median():
         print("note: the token that ends an answer has a small embedding, as if this model never met it. "
               "LoRA does not train embeddings: answers may not end; prefer --full")
-    print("the first row, trained tokens marked:\n" + run.marked(tokenizer, *rows[0]))
+    print("the first row, trained tokens marked:\n" + training.marked(tokenizer, *rows[0]))
 
 
 def train(model, rows, steps, rundir, device, dtype, args):
     """All steps from the last checkpoint on."""
-    import torch
-
-    from slm import run
-    run.shard(model)
+    ranks.shard(model)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), weight_decay=args.weight_decay)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.full and dtype == torch.bfloat16)
     model.train()
-    for step, bar in run.steps(len(steps), rundir, trained, optimizer, args):
+    for step, bar in training.steps(len(steps), rundir, trained, optimizer, args):
         began = time.perf_counter()
-        lr = args.lr * run.cosine(step, len(steps), args.warmup)
+        lr = args.lr * training.cosine(step, len(steps), args.warmup)
         with autocast:
             row = one_step(model, [rows[i] for i in steps[step]], trained, optimizer, lr, args)
         rate = row["tokens"] / (time.perf_counter() - began)
@@ -252,22 +218,20 @@ def train(model, rows, steps, rundir, device, dtype, args):
 
 def one_step(model, batch, trained, optimizer, lr, args) -> dict:
     """One optimizer step on a batch of (ids, mask): sums over micro-batches and ranks, one division."""
-    from slm import run
-    from slm.losses import pack, score, sft_loss
     count = sum(sum(mask) for _, mask in batch)
-    mine = batch[run.rank()::run.world()]
+    mine = batch[ranks.rank()::ranks.world()]
     weight = 1 / count if mine else 0.0  # a rank without a row still has to meet the others
     mine = mine or batch[:1]
     micro = pack([len(ids) for ids, _ in mine], args.micro_tokens)
     loss_sum = 0.0
     for i, members in enumerate(micro):
-        run.last_micro_batch(model, i == len(micro) - 1)
+        ranks.last_micro_batch(model, i == len(micro) - 1)
         logp, _ = score(model, [mine[j][0] for j in members], [mine[j][1] for j in members])
         loss, _ = sft_loss(logp)
         (loss * weight).backward()
         loss_sum += loss.item() * weight
-    norm = run.update(optimizer, trained.values(), lr, args.clip)
-    loss = run.summed({"loss": loss_sum}, logp.device)["loss"]
+    norm = training.update(optimizer, trained.values(), lr, args.clip)
+    loss = ranks.summed({"loss": loss_sum}, logp.device)["loss"]
     if not math.isfinite(loss):
         raise BadInput(f"the loss is {loss}: lower --lr {args.lr}, or use --dtype float32")
     tokens = sum(len(ids) for ids, _ in batch)
@@ -276,19 +240,17 @@ def one_step(model, batch, trained, optimizer, lr, args) -> dict:
 
 def finish(model, tokenizer, out, args):
     """Write the result under its final name, and say what to do with it."""
-    from slm import checkpoint, lora, report, run
-    from slm.files import readable_rows
     result = out / ("model" if args.full else "adapter")
-    run.unshard(model)
-    if run.rank() == 0 and args.full:
+    ranks.unshard(model)
+    if ranks.rank() == 0 and args.full:
         checkpoint.save(model, tokenizer, result)
-    elif run.rank() == 0:
+    elif ranks.rank() == 0:
         lora.save(model, result, base=args.model)
-    run.barrier()
-    if run.rank() == 0:
+    ranks.barrier()
+    if ranks.rank() == 0:
         *_, last = readable_rows(out / "metrics.jsonl")
         print(f"loss {last['loss']:.4f} after {last['step']} steps, peak memory "
-              f"{run.peak_memory(model):.1f} GB; the result is {result}; curves: {report.write(out)}")
+              f"{peak_memory(model):.1f} GB; the result is {result}; curves: {report.write(out)}")
         result = shlex.quote(str(result))
         print(f"next: python eval.py --model {result}")
         print("  or: python train_grpo.py " + (f"--model {result}" if args.full else
@@ -296,5 +258,4 @@ def finish(model, tokenizer, out, args):
 
 
 if __name__ == "__main__":
-    args = options().parse_args()
     cli.run(main, args)

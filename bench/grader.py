@@ -26,8 +26,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from slm import cli
-from slm.grader import grade
+from slm.grading import grade
+from slm.runs import cli
 
 HANG = 1.0  # seconds
 

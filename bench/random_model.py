@@ -10,8 +10,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from slm import checkpoint, cli
+from slm import checkpoint
 from slm.model import Config, Qwen2
+from slm.runs import cli
 from slm.tokenizer import Tokenizer
 
 SHAPE = Config(vocab=151936, hidden=1536, intermediate=8960, layers=28, heads=12, kv_heads=2, head_size=128)

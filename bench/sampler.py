@@ -32,7 +32,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from slm import BadInput, cli
+from slm import BadInput
+from slm.runs import cli
 
 
 def arguments() -> argparse.Namespace:
@@ -115,7 +116,7 @@ def ours(args, rank: int = 0) -> dict:
 
     from slm import checkpoint, lora
     from slm.episode import Request, Sampling
-    from slm.sampler import Sampler
+    from slm.sampling import Sampler
     begin = time.perf_counter()
     model, tokenizer = checkpoint.load(args.model, args.device, getattr(torch, args.dtype))
     if rank:  # B stays zero, so that it writes what the model without it writes

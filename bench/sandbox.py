@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 from sandbox_corpus import ATTACKS, BENIGN, SECRET, World, run_all, run_plain
 
-from slm import cli
+from slm.runs import cli
 from slm.sandbox import Sandbox
 
 PROGRAMS = {

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from slm import BadInput
-from slm.files import read_json, write_json
 from slm.model import Config, Qwen2
+from slm.runs.files import read_json, write_json
 from slm.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"

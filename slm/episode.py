@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from tqdm import tqdm
 
 from slm import BadInput
-from slm.grader import extract, grade
+from slm.grading import extract, grade
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from slm import BadInput
 from slm.attention import Packed
 from slm.checkpoint import SafeTensors, atomic_directory, check_tensors, write_safetensors
-from slm.files import read_json
 from slm.model import Joint, Linear, Qwen2, by_columns, one_thread, product
+from slm.runs.files import read_json
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SMALL = 2 ** 18  # multiplications: a smaller product is faster in float32, bfloat16 has a fixed cost of 13 us

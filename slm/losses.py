@@ -10,30 +10,7 @@ import torch.nn.functional as F
 
 from slm import BadInput
 from slm.attention import Packed
-
-
-def warp(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0) -> torch.Tensor:
-    """(N, V) logits of the distribution that is sampled from: temperature, then top-k, then top-p (nucleus,
-    Holtzman et al. 2020). The sampler and the losses both call this, so they mean the same distribution.
-
-    Each setting is a number or an (N,) tensor with one value a row; temperature > 0; top_k 0 and top_p 1 are
-    off. The most likely token always stays; tokens that are cut get -inf.
-    """
-    column = lambda x: x.unsqueeze(-1) if torch.is_tensor(x) else x
-    if torch.is_tensor(temperature) or temperature != 1.0:
-        logits = logits / column(temperature)
-    cut_k = top_k.any() if torch.is_tensor(top_k) else top_k > 0
-    cut_p = (top_p < 1).any() if torch.is_tensor(top_p) else top_p < 1
-    if not (cut_k or cut_p):
-        return logits
-    ordered, order = logits.sort(dim=-1, descending=True)
-    place = torch.arange(logits.shape[-1], device=logits.device)
-    limit = torch.as_tensor(top_k, device=logits.device)
-    kept = place < column(torch.where(limit > 0, limit, logits.shape[-1]))
-    p = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
-    kept = kept & ((p.cumsum(-1) - p < column(top_p)) | (place == 0))
-    return torch.full_like(logits, -torch.inf).scatter(-1, order, ordered.masked_fill(~kept, -torch.inf))
-
+from slm.sampling import warp
 
 # ---- log-probs without the (N, V) matrix -----------------------------------------------------------------
 

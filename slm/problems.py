@@ -16,8 +16,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from slm import BadInput, files
-from slm.files import read_rows
+from slm import BadInput
+from slm.runs import files
+from slm.runs.files import read_rows
 
 
 @dataclass(frozen=True)

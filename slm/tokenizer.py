@@ -22,7 +22,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from slm import BadInput
-from slm.files import read_json
+from slm.runs.files import read_json
 
 ENDS = ("<|im_end|>", "<|endoftext|>")  # Qwen: a chat turn ends with the first, a document with the second
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",

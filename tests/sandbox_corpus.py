@@ -413,8 +413,8 @@ def refuse(names: list[str]) -> None:
 
 if __name__ == "__main__":
     here = os.path.dirname(os.path.abspath(__file__))
-    sys.path[:0] = [os.path.dirname(here), os.path.join(os.path.dirname(here), "slm")]
-    import sandbox_layers as layers
+    sys.path[:0] = [os.path.dirname(here), os.path.join(os.path.dirname(here), "slm", "sandbox")]
+    import layers
 
     from slm.sandbox import Sandbox
     options = json.loads(sys.argv[1]) if len(sys.argv) > 1 else {}

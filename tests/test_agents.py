@@ -13,9 +13,10 @@ from scripted import Backend, Sandbox, problem
 
 import agents
 import slm.episode
-from agents import WORKFLOWS, blocks_of, printed, settle, shown, tally, verdict
-from slm import BadInput, cli
+from slm import BadInput
 from slm.episode import Reply, Sampling, answer_record, jobs_for, run_episodes
+from slm.runs import cli
+from slm.workflows import WORKFLOWS, blocks_of, printed, settle, shown, tally, verdict
 
 ROOT = Path(__file__).parent.parent
 CODE = "```python\nprint({})\n```"

@@ -11,9 +11,10 @@ from itertools import pairwise
 
 import pytest
 
-from slm import BadInput, endpoint
-from slm.endpoint import Endpoint, Limiter, read
+from slm import BadInput
 from slm.episode import Request, Sampling
+from slm.teachers import endpoint
+from slm.teachers.endpoint import Endpoint, Limiter, read
 from slm.tiny.teacher import Faults, serve
 
 KEY = "sk-very-secret-0123456789"
@@ -331,9 +332,9 @@ def test_close_drops_the_queue_and_ends_the_threads():
 
 
 def test_a_workflow_runs_against_a_server_unchanged():
-    from agents import solver
     from slm.episode import jobs_for, run_episodes
     from slm.problems import load
+    from slm.workflows import solver
     problems = load("tiny", "test", 5)
     with serve(faults=Faults()) as server:
         episodes = run_episodes(jobs_for(problems, solver), Endpoint(server.url, "perfect"))

@@ -9,7 +9,6 @@ import types
 import pytest
 from scripted import Backend, Sandbox, problem
 
-from agents import WORKFLOWS, solver, solver_checker_chat, solver_checker_stateless
 from slm.episode import (
     Ask,
     AskFailed,
@@ -24,6 +23,7 @@ from slm.episode import (
     run_episodes,
     user,
 )
+from slm.workflows import WORKFLOWS, solver, solver_checker_chat, solver_checker_stateless
 
 PROBLEMS = [problem(f"p{i}", f"What is {i} + {i}?", str(2 * i)) for i in range(9)]
 WARM = Sampling(max_tokens=100, temperature=1.0)
@@ -288,7 +288,7 @@ def test_a_workflow_takes_a_question_and_nothing_that_could_carry_an_answer(name
 
 def test_ids_of_a_conversation_on_the_built_in_model_are_what_was_sampled(tiny):
     from slm.losses import token_logprobs
-    from slm.sampler import Sampler
+    from slm.sampling import Sampler
 
     def chat(question):
         messages = [user(question)]
@@ -326,7 +326,7 @@ def test_code_output_continues_the_sampled_turn_in_ids(tiny):
 
 
 def test_workflows_on_the_built_in_model_do_not_depend_on_the_batch(tiny):
-    from slm.sampler import Sampler
+    from slm.sampling import Sampler
     from slm.sandbox import Sandbox as TrueSandbox
     names, runs = ("majority_vote", "python_tools", "solver_checker_chat"), []
     jobs = [job for name in names for job in jobs_for(PROBLEMS[:2], WORKFLOWS[name])]

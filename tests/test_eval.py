@@ -13,11 +13,11 @@ from threading import Thread
 import pytest
 import scripted
 
-import agents
 import eval as evaluation
-from slm import BadInput, cli, stats
+from slm import BadInput
 from slm.episode import Reply, user
 from slm.prompts import SOLVER
+from slm.runs import cli, stats
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,7 +53,7 @@ def model(monkeypatch):
     """model(reply) makes reply(number in the question, seed, sampling) the model; returns the backend."""
     def use(reply):
         backend = Backend(lambda text, seed, sampling: reply(int(text.split("\n")[0]), seed, sampling))
-        monkeypatch.setattr(agents, "open_backend", lambda args: (backend, {}))
+        monkeypatch.setattr(evaluation, "open_backend", lambda args: (backend, {}))
         return backend
     return use
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from slm import BadInput, files
+from slm import BadInput
+from slm.runs import files
 
 
 @pytest.mark.parametrize("content, named", [

@@ -9,9 +9,9 @@ from test_sampler import Letters, build, forward_logprobs, ids_of, run, some_req
 
 from slm import lora, model
 from slm.attention import Packed
-from slm.draw import choose
 from slm.episode import Request, Sampling
-from slm.sampler import Sampler
+from slm.sampling import Sampler
+from slm.sampling.draw import choose
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 BIG = {"hidden": 256, "intermediate": 512, "heads": 4, "kv_heads": 2, "head_size": 64, "positions": 512}

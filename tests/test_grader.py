@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm.answers import parse
-from slm.grader import equal, extract, grade, same
+from slm.grading import equal, extract, grade
+from slm.grading.grader import same
+from slm.grading.parse import parse
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("SLM_DATA", ROOT.parent / "shared" / "data"))
@@ -215,13 +216,13 @@ def test_model_text_is_not_executed(tmp_path):
         for form in (r"\boxed{%s}", r"\boxed{\text{%s}}", "The answer is %s", r"\boxed{\sqrt{%s}}"):
             assert not grade(form % code, "0").correct
     assert not mark.exists()
-    source = "".join((ROOT / "slm" / f"{name}.py").read_text() for name in ("grader", "answers", "values"))
+    source = "".join(path.read_text() for path in (ROOT / "slm" / "grading").glob("*.py"))
     assert not re.search(r"^\s*(import|from)\s+(sympy|signal|threading|subprocess|math_verify)", source, re.M)
     assert not re.search(r"\b(eval|exec|sympify|parse_expr|parse_latex|compile)\((?<!re\.compile\()", source)
 
 
 def test_import_is_quick_and_needs_neither_sympy_nor_torch():
-    code = "import slm.grader, sys; assert slm.grader.grade('x', r'\\frac{\\pi}{2}').correct is False; " \
+    code = "import slm.grading, sys; assert slm.grading.grade('x', r'\\frac{\\pi}{2}').correct is False; " \
            "assert not {'sympy', 'torch', 'mpmath', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

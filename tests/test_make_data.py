@@ -17,10 +17,11 @@ import pytest
 from scripted import Backend
 
 import make_data
-from slm import BadInput, records
-from slm.cascade import Job, Progress, Teacher, read_cascade
+from slm import BadInput
 from slm.episode import Reply
 from slm.problems import Problem
+from slm.teachers import records
+from slm.teachers.cascade import Job, Progress, Teacher, read_cascade
 from slm.tiny.teacher import Faults, serve, solution
 
 ROOT = Path(__file__).parent.parent
@@ -296,7 +297,7 @@ def start(tmp_path, url, out, problems=150, *options, **env):
     """make_data.py in a process of its own."""
     data, cascade = write_problems(tmp_path / "n.jsonl", problems), write_cascade(tmp_path / "c.toml", url)
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import make_data as m; m.TESTS = (); " \
-           "from slm import cli; cli.run(m.main, m.options().parse_args())"
+           "from slm.runs import cli; cli.run(m.main, m.options().parse_args())"
     return subprocess.Popen(
         [sys.executable, "-c", code, "--data", data, "--cascade", cascade, "--out", out, *options],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | env, cwd=tmp_path)
@@ -395,7 +396,7 @@ def test_finished_work_is_not_asked_again_and_other_settings_are_refused(setup):
 
 
 def test_an_attempt_that_failed_over_http_is_made_up_for(setup, monkeypatch):
-    from slm import endpoint
+    from slm.teachers import endpoint
     monkeypatch.setattr(endpoint.Endpoint.__init__, "__kwdefaults__",
                         endpoint.Endpoint.__init__.__kwdefaults__ | {"tries": 1})
     with serve(by_number(0), Faults({}, {"broken": 0.2})) as server:

@@ -334,7 +334,7 @@ def test_real_logits_bfloat16(real):
 @pytest.mark.parametrize("name, prompts, tokens", [(SMOL, 40, 128), (CODER, 8, 128)])
 def test_greedy_answers_are_token_identical(real_model, name, prompts, tokens):
     """A difference is excused only where the two best logits are within 0.01 of each other."""
-    from slm.sampler import Sampler
+    from slm.sampling import Sampler
     directory = real_model(name)
     model, tok = checkpoint.load(directory)
     requests = [Request([{"role": "user", "content": q}], Sampling(max_tokens=tokens))
@@ -378,7 +378,7 @@ def test_real_adapters_both_ways(real_model, tmp_path):
 @pytest.mark.slow
 def test_real_sampled_log_probs_are_those_of_the_forward_pass(real_model):
     """Decoding multiplies few rows at a time, which BLAS sums in another order than many."""
-    from slm.sampler import Sampler
+    from slm.sampling import Sampler
     model, tok = checkpoint.load(real_model(SMOL))
     requests = [Request([{"role": "user", "content": q}], Sampling(max_tokens=40, temperature=1.0))
                 for q in questions(6)]

@@ -9,47 +9,49 @@ from pathlib import Path
 import pytest
 import torch
 
-from slm import BadInput, run
+from slm import BadInput, training
+from slm.runs import rundir
+from slm.runs.device import pick_device
 
 
 def test_a_run_directory_describes_the_run(tmp_path):
-    run.RunDir(tmp_path / "a", {"lr": 0.1}, "hash")
+    rundir.RunDir(tmp_path / "a", {"lr": 0.1}, "hash")
     found = json.loads((tmp_path / "a" / "settings.json").read_text())
     assert found["settings"] == {"lr": 0.1} and found["data"] == "hash"
     assert found["versions"]["torch"] == torch.__version__
 
 
 def test_a_folder_with_a_run_is_refused(tmp_path):
-    run.RunDir(tmp_path, {}).log("metrics", {"step": 1})
+    rundir.RunDir(tmp_path, {}).log("metrics", {"step": 1})
     with pytest.raises(BadInput, match="--resume"):
-        run.RunDir(tmp_path, {})
+        rundir.RunDir(tmp_path, {})
 
 
 @pytest.mark.parametrize("settings, data, named", [({"lr": 2, "out": "b"}, "x", "lr=1, now it is 2"),
                                                    ({"lr": 1, "out": "b"}, "y", "data changed")])
 def test_resuming_with_other_settings_or_data_is_refused(tmp_path, settings, data, named):
-    run.RunDir(tmp_path, {"lr": 1, "out": "a"}, "x")
-    run.RunDir(tmp_path, {"lr": 1, "out": "b", "resume": True}, "x", resume=True)
+    rundir.RunDir(tmp_path, {"lr": 1, "out": "a"}, "x")
+    rundir.RunDir(tmp_path, {"lr": 1, "out": "b", "resume": True}, "x", resume=True)
     with pytest.raises(BadInput, match=named):
-        run.RunDir(tmp_path, settings, data, resume=True)
+        rundir.RunDir(tmp_path, settings, data, resume=True)
 
 
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
-    first = run.RunDir(tmp_path, {})
+    first = rundir.RunDir(tmp_path, {})
     for resume in (False, True):
         with pytest.raises(BadInput, match="in use by another process"):
-            run.RunDir(tmp_path, {}, resume=resume)
+            rundir.RunDir(tmp_path, {}, resume=resume)
     del first
-    run.RunDir(tmp_path, {}, resume=True)
+    rundir.RunDir(tmp_path, {}, resume=True)
 
 
 def test_resuming_nothing_is_refused(tmp_path):
     with pytest.raises(BadInput, match="no run"):
-        run.RunDir(tmp_path / "none", {}, resume=True)
+        rundir.RunDir(tmp_path / "none", {}, resume=True)
 
 
 def test_logs_are_cut_back_to_the_checkpoint_and_torn_lines_vanish(tmp_path):
-    folder = run.RunDir(tmp_path, {})
+    folder = rundir.RunDir(tmp_path, {})
     for step in (1, 2, 3):
         folder.log("metrics", {"step": step})
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 4, "lo')
@@ -59,7 +61,7 @@ def test_logs_are_cut_back_to_the_checkpoint_and_torn_lines_vanish(tmp_path):
 
 
 def test_only_the_newest_checkpoint_stays_and_a_half_written_one_is_ignored(tmp_path):
-    folder = run.RunDir(tmp_path, {})
+    folder = rundir.RunDir(tmp_path, {})
     for step in (5, 10):
         folder.save({"step": step})
     (tmp_path / "checkpoints" / "step-000015.tmp").mkdir()
@@ -68,7 +70,7 @@ def test_only_the_newest_checkpoint_stays_and_a_half_written_one_is_ignored(tmp_
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
-    folder = run.RunDir(tmp_path, {})
+    folder = rundir.RunDir(tmp_path, {})
     folder.save({"step": 1})
     (tmp_path / "checkpoints" / "step-000001" / "rank0.pt").write_bytes(b"PK\x03\x04 cut")
     with pytest.raises(BadInput, match=r"rank0\.pt"):
@@ -78,7 +80,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("size", [1, 100_000])
 def test_a_checkpoint_on_a_full_disk_is_an_oserror_and_leaves_nothing(tmp_path, size):
-    folder = run.RunDir(tmp_path, {})
+    folder = rundir.RunDir(tmp_path, {})
     (tmp_path / "checkpoints" / "step-000001.tmp").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-000001.tmp" / "rank0.pt").symlink_to("/dev/full")
     with pytest.raises(OSError, match="no room for a checkpoint"):
@@ -91,7 +93,7 @@ def test_parameters_and_moments_come_back_to_the_bit(tmp_path):
         for n in numbers:
             torch.manual_seed(n)
             (model(torch.randn(4, 3)) ** 2).mean().backward()
-            run.update(optimizer, model.parameters(), 0.01 * run.cosine(n, 6, 0.2), clip=1.0)
+            training.update(optimizer, model.parameters(), 0.01 * training.cosine(n, 6, 0.2), clip=1.0)
 
     def fresh():
         torch.manual_seed(0)
@@ -103,26 +105,26 @@ def test_parameters_and_moments_come_back_to_the_bit(tmp_path):
     for k in range(1, 6):
         model, optimizer, named = fresh()
         steps(model, optimizer, range(k))
-        run.RunDir(tmp_path / str(k), {}).save(run.training_state(k, named, optimizer))
+        rundir.RunDir(tmp_path / str(k), {}).save(training.training_state(k, named, optimizer))
         model, optimizer, named = fresh()
-        state = run.RunDir(tmp_path / str(k), {}, resume=True).load()
-        assert run.restore(state, named, optimizer) == k
+        state = rundir.RunDir(tmp_path / str(k), {}, resume=True).load()
+        assert training.restore(state, named, optimizer) == k
         steps(model, optimizer, range(k, 6))
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters()))
 
 
 def test_the_schedule_warms_up_in_optimizer_steps_and_ends_near_zero():
-    factors = [run.cosine(step, 100, 0.1) for step in range(100)]
+    factors = [training.cosine(step, 100, 0.1) for step in range(100)]
     assert factors[:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
     assert factors[10] == 1 and max(factors) == 1
     assert factors[55] == pytest.approx(0.5)
     assert factors[99] == pytest.approx(0.5 * (1 + math.cos(math.pi * 89 / 90))) and factors[99] < 0.001
-    assert run.cosine(0, 1, 0.03) > 0
+    assert training.cosine(0, 1, 0.03) > 0
 
 
 def test_the_first_interrupt_lets_the_step_finish_and_the_second_stops():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), run.Interrupt() as stop:
+    with pytest.raises(KeyboardInterrupt), training.Interrupt() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.asked
         os.kill(os.getpid(), signal.SIGINT)
@@ -132,17 +134,17 @@ def test_the_first_interrupt_lets_the_step_finish_and_the_second_stops():
 def test_a_missing_device_is_named_and_cpu_has_a_reason():
     if not torch.cuda.is_available():
         with pytest.raises(BadInput, match=r"--device cuda.*only cpu"):
-            run.pick_device("cuda")
-    device, dtype, reason = run.pick_device("cpu", "auto", "tiny")
+            pick_device("cuda")
+    device, dtype, reason = pick_device("cpu", "auto", "tiny")
     assert (device.type, dtype) == ("cpu", torch.float32) and "small" in reason
-    assert run.pick_device("cpu", "bfloat16", "tiny")[1] == torch.bfloat16
+    assert pick_device("cpu", "bfloat16", "tiny")[1] == torch.bfloat16
 
 
 def test_default_folders_count_up_and_resume_takes_the_last(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert str(run.new_path(None, "sft-x", False)) == "runs/sft-x"
+    assert str(rundir.new_path(None, "sft-x", False)) == "runs/sft-x"
     (tmp_path / "runs" / "sft-x").mkdir(parents=True)
     (tmp_path / "runs" / "sft-x-2").mkdir()
-    assert str(run.new_path(None, "sft-x", False)) == "runs/sft-x-3"
-    assert str(run.new_path(None, "sft-x", True)) == "runs/sft-x-2"
-    assert str(run.new_path("elsewhere", "sft-x", False)) == "elsewhere"
+    assert str(rundir.new_path(None, "sft-x", False)) == "runs/sft-x-3"
+    assert str(rundir.new_path(None, "sft-x", True)) == "runs/sft-x-2"
+    assert str(rundir.new_path("elsewhere", "sft-x", False)) == "elsewhere"

@@ -10,14 +10,16 @@ from itertools import chain
 import pytest
 import torch
 
-from slm import BadInput, attention, draft, gpu, lora
-from slm import sampler as module
+from slm import BadInput, attention, lora
 from slm.attention import Packed
-from slm.draw import categorical, uniform
 from slm.episode import Request, Sampling
 from slm.losses import token_logprobs, warp
 from slm.model import Config, Qwen2
-from slm.sampler import Sampler
+from slm.sampling import Sampler
+from slm.sampling import drafts as draft
+from slm.sampling import graphs as gpu
+from slm.sampling import sampler as module
+from slm.sampling.draw import categorical, uniform
 
 torch.set_num_threads(1)
 

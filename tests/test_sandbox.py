@@ -1,4 +1,4 @@
-"""What slm/sandbox.py promises. Every attack is also shown to succeed in a plain subprocess (slow tier)."""
+"""What slm/sandbox promises. Every attack is also shown to succeed in a plain subprocess (slow tier)."""
 # ruff: noqa: E501  (a program stands on its line)
 
 import importlib.util
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 import pytest
 from sandbox_corpus import ATTACKS, BENIGN, SECRET, World, run_plain
 
-from slm import BadInput, sandbox
+from slm import BadInput
 from slm.sandbox import Sandbox, run_python
 
 CORPUS = Path(__file__).with_name("sandbox_corpus.py")
@@ -59,7 +60,7 @@ def processes() -> set[int]:
         mine |= new
     for pid in mine - {os.getpid()}:
         try:
-            if b"sandbox_child.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"sandbox/child.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
                 found.add(pid)
         except OSError:
             pass
@@ -137,9 +138,9 @@ def test_holds_for_an_ordinary_user_and_where_a_layer_is_refused(full, ordinary,
 @LINUX
 def test_limits_alone_are_named_and_full_can_be_demanded():
     lowest = textwrap.dedent("""
-        import sys; sys.path[:0] = [sys.argv[1] + "/tests", sys.argv[1] + "/slm", sys.argv[1]]
-        import sandbox_corpus, sandbox_layers
-        sandbox_corpus.layers = sandbox_layers
+        import sys; sys.path[:0] = [sys.argv[1] + "/tests", sys.argv[1] + "/slm/sandbox", sys.argv[1]]
+        import layers, sandbox_corpus
+        sandbox_corpus.layers = layers
         sandbox_corpus.refuse(["unshare", "seccomp", "landlock_create_ruleset"])
         from slm.sandbox import Sandbox
         print(Sandbox().run("while 1: pass", 0.3))
@@ -152,7 +153,7 @@ def test_limits_alone_are_named_and_full_can_be_demanded():
 
 
 def test_windows_is_refused_with_one_sentence(monkeypatch):
-    monkeypatch.setattr(sandbox.sys, "platform", "win32")
+    monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(BadInput, match=r"^the sandbox runs on Linux and macOS, not on Windows"):
         Sandbox()
 
@@ -471,14 +472,14 @@ def test_large_programs_go_through(pool):
 
 
 def test_a_folder_is_measured_though_files_vanish_from_it(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(f"{ROOT}/slm")
-    import sandbox_child
+    monkeypatch.syspath_prepend(f"{ROOT}/slm/sandbox")
+    import child
     for i in range(10):
         (tmp_path / f"{i}").write_bytes(bytes(1 << 20))
     entries = sorted(os.scandir(tmp_path), key=lambda entry: entry.name)
     (tmp_path / "0").unlink()
-    monkeypatch.setattr(sandbox_child.os, "scandir", lambda folder: entries)
-    assert sandbox_child.folder_size(str(tmp_path)) >= 9 << 20
+    monkeypatch.setattr(child.os, "scandir", lambda folder: entries)
+    assert child.folder_size(str(tmp_path)) >= 9 << 20
 
 
 @LINUX
@@ -541,8 +542,8 @@ def test_nothing_is_left_however_the_caller_ends(end):
 @LINUX
 @pytest.mark.parametrize("refused", [[], ["unshare"]])
 def test_nothing_is_left_when_the_caller_dies_as_it_starts(refused, tmp_path):
-    script = (f"import sys; sys.path[:0] = {[ROOT, ROOT + '/tests', ROOT + '/slm']!r}\n"
-              "import sandbox_corpus as corpus, sandbox_layers\ncorpus.layers = sandbox_layers\n"
+    script = (f"import sys; sys.path[:0] = {[ROOT, ROOT + '/tests', ROOT + '/slm/sandbox']!r}\n"
+              "import layers, sandbox_corpus as corpus\ncorpus.layers = layers\n"
               f"corpus.refuse({refused!r})\nimport slm.sandbox\nprint(flush=True)\nslm.sandbox.Sandbox().run('1')")
     for delay in 0.02, 0.15, 0.5:
         caller = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -560,7 +561,7 @@ def test_nothing_is_left_when_the_caller_dies_as_it_starts(refused, tmp_path):
 def processes_of(folder: Path) -> set[int]:
     """The sandbox's processes, of whichever caller, whose scratch folders go into `folder`."""
     rows = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,args="], capture_output=True, text=True).stdout.split("\n")
-    return {int(row.split()[0]) for row in rows if "sandbox_child.py" in row and str(folder) in row}
+    return {int(row.split()[0]) for row in rows if "sandbox/child.py" in row and str(folder) in row}
 
 
 def test_a_fork_of_the_caller_gets_a_pool_of_its_own(pool):
@@ -589,10 +590,9 @@ def test_a_checkout_under_tmp_runs_as_any_other():
 
 
 def test_a_pool_that_cant_start_runs_is_our_bug_and_says_why(tmp_path):
-    for name in ("sandbox.py", "sandbox_child.py", "sandbox_layers.py", "__init__.py"):
-        (tmp_path / "slm").mkdir(exist_ok=True)
-        (tmp_path / "slm" / name).write_text((Path(ROOT) / "slm" / name).read_text())
-    with open(tmp_path / "slm" / "sandbox_layers.py", "a") as file:
+    shutil.copytree(Path(ROOT) / "slm" / "sandbox", tmp_path / "slm" / "sandbox")
+    shutil.copy(Path(ROOT) / "slm" / "__init__.py", tmp_path / "slm")
+    with open(tmp_path / "slm" / "sandbox" / "layers.py", "a") as file:
         file.write("\ndef confine(plan, scratch):\n    raise OSError('no such layer today')\n")
     ran = subprocess.run([sys.executable, "-c", "from slm.sandbox import run_python; run_python('1')"],
                          cwd=tmp_path, capture_output=True, text=True)
@@ -603,8 +603,8 @@ def test_a_pool_that_cant_start_runs_is_our_bug_and_says_why(tmp_path):
 # ---- the filter ------------------------------------------------------------------------------------------
 
 def layers_for(machine: str):
-    """sandbox_layers.py as it would be loaded on `machine`."""
-    spec = importlib.util.spec_from_file_location(f"layers_{machine}", f"{ROOT}/slm/sandbox_layers.py")
+    """layers.py as it would be loaded on `machine`."""
+    spec = importlib.util.spec_from_file_location(f"layers_{machine}", f"{ROOT}/slm/sandbox/layers.py")
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "uname", lambda: types.SimpleNamespace(machine=machine))

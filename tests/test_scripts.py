@@ -14,7 +14,8 @@ from unittest import mock
 
 import pytest
 
-from slm import checkpoint, cli
+from slm import checkpoint
+from slm.runs import cli
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("make_data.py", "train_sft.py", "train_grpo.py", "agents.py", "eval.py")
@@ -236,8 +237,8 @@ def test_a_full_disk_is_one_sentence(call, tmp_path, script, log):
 def test_how_threads_wait_is_set_before_torch_is_loaded(given, expected):
     ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     env = {key: value for key, value in os.environ.items() if key not in ours}
-    names = ", ".join(script.removesuffix(".py") for script in SCRIPTS)
-    code = f"import sys, os, {names}; print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))"
+    code = ("import sys, os; from slm.runs import cli; import slm.workflows; "
+            "print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**env, **given}, text=True,
                           capture_output=True, check=True)
     assert done.stdout.split() == ["False", str(expected)]

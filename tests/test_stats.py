@@ -7,7 +7,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from slm import stats
+from slm.runs import stats
 
 
 def pairs(both, only_a, only_b, neither):

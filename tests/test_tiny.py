@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from slm.tiny import corpus, world
+from slm.tiny import world
+from slm.tiny.rebuild import corpus
 
 TINY = Path(world.__file__).parent
 SPLITS = {split: world.problems(split) for split in ("train", "test", "unseen")}

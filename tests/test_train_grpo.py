@@ -8,10 +8,11 @@ import pytest
 import torch
 from small import write_small
 
-import agents
 import train_grpo
-from slm import checkpoint, lora, losses, run
+from slm import checkpoint, lora, losses
 from slm.episode import Episode, Turn
+from slm.runs import rundir
+from slm.workflows import WORKFLOWS
 from train_grpo import ALGORITHMS, Sample, judge
 
 
@@ -49,17 +50,17 @@ def test_the_reward_rises_and_the_ratio_starts_at_one(small, tmp_path, monkeypat
 def test_a_run_stopped_and_resumed_ends_on_the_same_bits(small, tmp_path, monkeypatch):
     monkeypatch.setattr(train_grpo, "judge", odd)
     whole = train(small, tmp_path / "whole")
-    log = run.RunDir.log
+    log = rundir.RunDir.log
 
     def dies(self, name, *rows):
         if rows[0]["step"] == 4:
             raise KeyboardInterrupt
         log(self, name, *rows)
 
-    monkeypatch.setattr(run.RunDir, "log", dies)
+    monkeypatch.setattr(rundir.RunDir, "log", dies)
     with pytest.raises(KeyboardInterrupt):
         train(small, tmp_path / "cut", "--save-every", "2")
-    monkeypatch.setattr(run.RunDir, "log", log)
+    monkeypatch.setattr(rundir.RunDir, "log", log)
     cut = train(small, tmp_path / "cut", "--save-every", "2", "--resume")
     timed = ("seconds", "tokens_per_s", "generate_share", "score_share", "learn_share")
     clean = [[{k: v for k, v in row.items() if k not in timed} for row in rows] for rows in (whole, cut)]
@@ -88,7 +89,7 @@ def test_an_sft_adapter_is_merged_and_the_reference_is_the_merged_model(small, t
     assert args.base == str(tmp_path / "run" / "base")
 
 
-@pytest.mark.parametrize("name", agents.WORKFLOWS)
+@pytest.mark.parametrize("name", WORKFLOWS)
 def test_every_workflow_can_be_trained(small, tmp_path, monkeypatch, name):
     rewards = itertools.cycle((1.0, -1.0))
     monkeypatch.setattr(train_grpo, "judge", lambda *_: (next(rewards), "turns"))

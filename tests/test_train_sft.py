@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from small import write_small
 
 import train_sft
-from slm import BadInput, checkpoint, run
+from slm import BadInput, checkpoint, training
+from slm.runs import rundir
 from slm.tokenizer import Tokenizer
 
 
@@ -84,7 +85,7 @@ def test_worked_solutions_of_a_problem_set_will_do(tmp_path):
 
 
 def test_every_epoch_has_every_row_once_in_another_order():
-    steps = train_sft.batches(10, 4, 2, seed=1)
+    steps = training.batches(10, 4, 2, seed=1)
     assert [len(batch) for batch in steps] == [4, 4, 2] * 2
     first, second = ([i for batch in part for i in batch] for part in (steps[:3], steps[3:]))
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
@@ -113,17 +114,17 @@ def test_full_fine_tuning_saves_a_model_directory(small, data, tmp_path):
 def test_a_run_stopped_anywhere_and_resumed_ends_on_the_same_bits(small, data, tmp_path, monkeypatch, how):
     """6 steps = 4 steps, killed (checkpoint at 3), + resume: same tensors, same metrics."""
     whole = train(small, data, tmp_path / "whole", *how)
-    log = run.RunDir.log
+    log = rundir.RunDir.log
 
     def dies(self, name, *rows):
         if rows[0]["step"] == 5:
             raise KeyboardInterrupt
         log(self, name, *rows)
 
-    monkeypatch.setattr(run.RunDir, "log", dies)
+    monkeypatch.setattr(rundir.RunDir, "log", dies)
     with pytest.raises(KeyboardInterrupt):
         train(small, data, tmp_path / "cut", *how, "--save-every", "3")
-    monkeypatch.setattr(run.RunDir, "log", log)
+    monkeypatch.setattr(rundir.RunDir, "log", log)
     cut = train(small, data, tmp_path / "cut", *how, "--save-every", "3", "--resume")
     clean = [[{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows] for rows in (whole, cut)]
     assert clean[0] == clean[1] and len(whole) == 6

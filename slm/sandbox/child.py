@@ -36,7 +36,7 @@ import traceback
 import types
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-import sandbox_layers as layer
+import layers as layer
 
 sys.path.pop(0)
 

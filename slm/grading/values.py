@@ -26,7 +26,7 @@ from decimal import (
 )
 from fractions import Fraction
 
-from slm.answers import Unreadable, children
+from slm.grading.parse import Unreadable, children
 
 MAX_BITS, MAX_FACTORIAL, MAX_SPAN, MAX_STEPS = 30_000, 3000, 1500, 9000
 UNDEFINED = (ZeroDivisionError, DecimalException, OverflowError, ValueError)

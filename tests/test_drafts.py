@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from slm import draft
-from slm.draft import CONTEXTS, ENTRIES, FIXED, LONGEST, ROWS, SURE, Drafts
+from slm.sampling import drafts as draft
+from slm.sampling.drafts import CONTEXTS, ENTRIES, FIXED, LONGEST, ROWS, SURE, Drafts
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_draws_count_up_to_the_first_that_differs_from_the_draft():
 
 
 def test_what_is_remembered_is_bounded(monkeypatch):
-    monkeypatch.setattr("slm.draft.ENTRIES", 1000)
+    monkeypatch.setattr("slm.sampling.drafts.ENTRIES", 1000)
     rng, drafts = random.Random(0), Drafts()
     for _ in range(50):
         drafts.learn([rng.randrange(10 ** 6) for _ in range(100)], 0)

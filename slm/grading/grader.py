@@ -16,8 +16,8 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from slm.answers import MAX_CHARS, Unreadable, braced, children, parse
-from slm.values import bounded, equal_values, letters, names, number, proportional
+from slm.grading.parse import MAX_CHARS, Unreadable, braced, children, parse
+from slm.grading.values import bounded, equal_values, letters, names, number, proportional
 
 Node = tuple
 

@@ -7,9 +7,9 @@
     ticket = sandbox.submit(["a = 2", "a + 1"])    # blocks of one response share their variables
     for ticket, outcome in sandbox.poll(): ...
 
-The work is done by sandbox_child.py, started as a program of its own at first use. Every run is a fresh copy
+The work is done by child.py, started as a program of its own at first use. Every run is a fresh copy
 of a process that has numpy and sympy loaded, in namespaces of its own, under a seccomp allow-list, Landlock
-and limits (sandbox_layers.py), and nothing of it is left when it ends. `isolation` names the layers this
+and limits (layers.py), and nothing of it is left when it ends. `isolation` names the layers this
 kernel granted. What a program says of its own error is its own word, as an exit code would be; what is said
 of its time, its end and its isolation comes from outside it.
 """
@@ -197,14 +197,14 @@ class Sandbox:
 
 
 class _Pool:
-    """The running sandbox_child.py and the socket to it. Messages are JSON, each after its length."""
+    """The running child.py and the socket to it. Messages are JSON, each after its length."""
 
     def __init__(self, workers: int, memory: int, output: int):
         self.owner, self.heard, self.to_say = os.getpid(), bytearray(), bytearray()
         base = os.path.join(tempfile.gettempdir(), f"slm-sandbox-{secrets.token_hex(8)}")
         self.socket, theirs = socket.socketpair()
         plan = {"fd": theirs.fileno(), "workers": workers, "memory": memory, "output": output, "base": base}
-        child = os.path.join(os.path.dirname(os.path.abspath(__file__)), "sandbox_child.py")
+        child = os.path.join(os.path.dirname(os.path.abspath(__file__)), "child.py")
         with tempfile.TemporaryFile("w+") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-s", "-P", "-B", "-X", "utf8", child, json.dumps(plan)], env=ENVIRONMENT,

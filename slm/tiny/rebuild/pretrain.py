@@ -1,6 +1,6 @@
 """Rebuild the built-in model: its tokenizer and its weights, from the corpus, with fixed seeds.
 
-    python -m slm.tiny.pretrain --out slm/tiny        (LOG.md: how long it takes, on what)
+    python -m slm.tiny.rebuild.pretrain --out slm/tiny        (LOG.md: how long it takes, on what)
 
 A Qwen2 of 2.6 million parameters reads documents of corpus.py, packed, in float32. Muon updates the matrices
 (Jordan et al. 2024, kellerjordan.github.io/posts/muon), AdamW the rest; the weights are stored in bfloat16.
@@ -12,7 +12,8 @@ import re
 import time
 from pathlib import Path
 
-from slm import cli, prompts
+from slm import prompts
+from slm.runs import cli
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCABULARY = 1280
@@ -33,7 +34,7 @@ def build_tokenizer(out: Path) -> None:
 
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-    from slm.tiny.corpus import documents
+    from slm.tiny.rebuild.corpus import documents
 
     t = Tokenizer(models.BPE())
     t.normalizer = normalizers.NFC()
@@ -145,7 +146,7 @@ def main(args) -> None:
     from safetensors.torch import load_file
 
     from slm.model import Config, Qwen2
-    from slm.tiny.corpus import MORE_CHATS, documents
+    from slm.tiny.rebuild.corpus import MORE_CHATS, documents
 
     model = Qwen2(Config(vocab=VOCABULARY, **SHAPE))
     torch.manual_seed(args.seed)

@@ -40,12 +40,12 @@ from tqdm import tqdm
 
 from slm import BadInput, lora
 from slm.attention import Decode, KVCache, Prefill
-from slm.draft import Drafts
-from slm.draw import Controls
-from slm.endings import Endings
 from slm.episode import Reply, Request, Sampling
-from slm.gpu import Recordings
 from slm.model import one_thread
+from slm.sampling.drafts import Drafts
+from slm.sampling.draw import Controls
+from slm.sampling.endings import Endings
+from slm.sampling.graphs import Recordings
 
 PREFILL_TOKENS = 512, 16384  # in one packed pass, on a CPU (its own caches hold no more) and on a GPU
 SHARED_TOKENS = 16     # a shorter common prefix is computed rather than copied
@@ -72,7 +72,7 @@ class Row:
     used: int = 0        # step at which it left
 
     def states(self, draft: list[int] = ()) -> list[tuple]:
-        """What slm.draw needs of the last token and of those drafted behind it: token, position, key, tokens
+        """What draw.py needs of the last token and of those drafted behind it: token, position, key, tokens
         drawn so far, settings."""
         return [(token, len(self.tokens) - 1 + i, self.key, len(self.logprobs) + i, self.sampling)
                 for i, token in enumerate((self.tokens[-1], *draft))]

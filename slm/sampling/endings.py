@@ -8,7 +8,7 @@ hold the last character of what is looked for.
 import contextlib
 import re
 
-from slm.answers import Unreadable, braced
+from slm.grading.parse import Unreadable, braced
 
 BOX = re.compile(r"\\boxed\s*\{")
 

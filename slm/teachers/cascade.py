@@ -17,7 +17,7 @@ from slm import BadInput
 from slm.episode import Reply, Request, Sampling
 from slm.problems import Problem
 from slm.prompts import EFFORTS, SOLVER, TEACHER, Prompt
-from slm.records import judge
+from slm.teachers.records import judge
 
 TEMPERATURES = {1: (0.7, 0.5, 0.9), 2: (0.7, 0.5, 0.9, 0.3, 1.0)}  # the report's, by round
 KEPT_TEXT = 20_000  # characters of a rejected answer

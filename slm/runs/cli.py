@@ -15,6 +15,7 @@ from pathlib import Path
 
 from slm import BadInput
 
+TARGETS = {"qkvo": ("q_proj", "k_proj", "v_proj", "o_proj"), "qv": ("q_proj", "v_proj")}
 CANNOT_WRITE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EEXIST,
                 errno.ENOTDIR}
 
@@ -129,3 +130,46 @@ def number(low: float, high: float = math.inf):
                 return value
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
     return read
+
+
+def answer_options(p, both):
+    """What agents.py and eval.py both take: who answers what."""
+    g = p.add_argument_group("what answers")
+    g.add_argument("--model", default="tiny",
+                   help="tiny, a directory, a hub id, or the endpoint's model (default tiny)")
+    g.add_argument("--adapter", action="append", default=[], metavar="[ROLE=]DIR",
+                   help="LoRA adapter for a role (solver, checker, verifier, summarizer), or for all")
+    g.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server: http://localhost:8000/v1")
+    g.add_argument("--key-env", metavar="NAME", help="environment variable that holds the endpoint's key")
+    g = p.add_argument_group("problems")
+    g.add_argument("--data", nargs="+", action=Names, default=["tiny"], metavar="A,B",
+                   help="names (tiny, tiny-unseen, gsm8k, math, math500, aime24, amc23, ...) or JSON lines "
+                        "files (default tiny)")
+    g.add_argument("--split", choices=("train", "test", "unseen"), default="test")
+    g.add_argument("--limit", type=positive, help=f"the first N problems of each set ({both('limit')})")
+
+
+def adapter_options(g):
+    """LoRA's, in both trainers."""
+    g.add_argument("--rank", type=positive, default=16, help="LoRA rank (default 16)")
+    g.add_argument("--alpha", type=number(0), default=32.0,
+                   help="LoRA scale is alpha / rank (default 32)")
+    g.add_argument("--targets", choices=TARGETS, default="qkvo",
+                   help="qkvo, or qv as in the report's runs (default qkvo)")
+
+
+def training_options(p, g, both, folder: str):
+    """What both trainers take beside their own."""
+    g.add_argument("--warmup", type=number(0, 1),
+                   help=f"share of the steps, then cosine ({both('warmup')})")
+    g.add_argument("--clip", type=number(1e-9), default=1.0, help="largest gradient norm (default 1)")
+    g.add_argument("--micro-tokens", type=positive,
+                   help=f"tokens in memory at once ({both('micro_tokens')})")
+    g.add_argument("--recompute", action="store_true", help="less memory for a third more time")
+    g = run_options(p, folder)
+    g.add_argument("--save-every", type=positive, help=f"steps a checkpoint ({both('save_every')})")
+
+
+def model_name(model: str) -> str:
+    """A model's name for a folder: Qwen/Qwen2.5-Math-1.5B -> qwen2.5-math-1.5b."""
+    return Path(model).name.lower()

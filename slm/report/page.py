@@ -15,7 +15,7 @@ import math
 from pathlib import Path
 
 from slm import BadInput
-from slm.files import readable_rows, write_whole
+from slm.runs.files import readable_rows, write_whole
 
 # What to look at first, in this order; the loss comes late because in GRPO it says little.
 HEADLINES = {

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from slm import BadInput
-from slm.files import as_lines
-from slm.grader import boxes, grade
+from slm.grading import boxes, grade
+from slm.runs.files import as_lines
 
 CAUSES = ("HTTP error", "refused", "truncated", "too long", "no think", "no steps", "no box", "several boxes",
           "text after the box", "wrong")

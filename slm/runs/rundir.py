@@ -1,0 +1,147 @@
+"""A run directory: its settings, its log, its newest checkpoint.
+
+    settings.json     resolved settings, command, versions, fingerprint of the data
+    metrics.jsonl     one line a step          episodes.jsonl   what was sampled and what it earned (GRPO)
+    checkpoints/      step-000123/: trained tensors, optimizer, step; the newest one only
+    adapter/ or model/  the result: PEFT format, or a Hugging Face directory
+
+Everything random in step n is seeded from (seed, n), so a checkpoint needs no generator state and a resumed
+run repeats the bits of an unbroken one (on CPU with the same number of threads; CUDA kernels may differ in
+the last bit).
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from slm import BadInput
+from slm.runs.files import as_lines, lock, read_json, write_json
+from slm.runs.ranks import barrier, rank
+
+
+class RunDir:
+    """One run's folder, claimed by its process. A new run refuses a folder that holds one; resume=True
+    refuses different settings or data, cuts what was logged after the checkpoint (torn last lines too) and
+    loads the newest checkpoint."""
+
+    FREE = frozenset({"out", "resume", "save_every"})  # what may differ between a run and its continuation
+
+    def __init__(self, path, settings: dict, data: str = "", resume: bool = False, log: bool = True):
+        self.path, self.log_here = Path(path), log
+        self.checkpoints = self.path / "checkpoints"
+        if self.path.is_file():
+            raise BadInput(f"--out {self.path}: a file stands where the folder would be")
+        old = read_json(self.path / "settings.json", {})
+        if resume:
+            self._compare(old, settings, data)
+        elif old and any(log.stat().st_size for log in self.path.glob("*.jsonl")):
+            raise BadInput(f"{self.path} holds a run already: continue it with --resume, or change --out")
+        if log:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.path)
+        if log and not resume:
+            write_json(self.path / "settings.json", {
+                "settings": settings, "data": data, "command": " ".join(sys.argv), "versions": versions(),
+                "started": time.strftime("%Y-%m-%d %H:%M:%S")})
+
+    def _compare(self, old: dict, settings: dict, data: str) -> None:
+        if not old:
+            raise BadInput(f"--resume: {self.path} holds no run to continue (no settings.json)")
+        now = json.loads(json.dumps(settings))
+        for name in sorted(set(now) | set(old["settings"])):
+            if name not in self.FREE and now.get(name) != old["settings"].get(name):
+                raise BadInput(f"--resume: {self.path} was run with {name}={old['settings'].get(name)}, "
+                               f"now it is {now.get(name)}; use the same, or another --out")
+        if data != old["data"]:
+            raise BadInput(f"--resume: the data changed since {self.path} was started "
+                           f"(fingerprint {old['data']}, now {data})")
+
+    def load(self, device="cpu") -> dict | None:
+        """The newest checkpoint's state, or None; log lines of later steps are cut away."""
+        found = sorted(p for p in self.checkpoints.glob("step-*") if not p.name.endswith(".tmp"))
+        state = None
+        if found:
+            file = found[-1] / f"rank{rank()}.pt"
+            try:
+                state = torch.load(file, map_location=device, weights_only=True)
+            except Exception as e:  # a damaged file fails in many ways
+                raise BadInput(f"{file} is not a readable checkpoint ({e}); remove its folder") from None
+        if self.log_here:
+            for log in self.path.glob("*.jsonl"):
+                cut_after(log, state["step"] if state else 0)
+        return state
+
+    def log(self, name: str, *rows: dict) -> None:
+        """Append rows to <name>.jsonl and flush. Each row has a `step`."""
+        if self.log_here:
+            with open(self.path / f"{name}.jsonl", "ab") as f:
+                f.write(as_lines(rows))
+
+    def save(self, state: dict) -> None:
+        """Write checkpoints/step-N, N = state["step"]: a temporary name first; drop older ones."""
+        final = self.checkpoints / f"step-{state['step']:06d}"
+        part = final.with_name(final.name + ".tmp")
+        part.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.save(state, part / f"rank{rank()}.pt")
+        except RuntimeError as e:  # what PyTorch makes of a full disk
+            shutil.rmtree(part, ignore_errors=True)
+            raise OSError(errno.ENOSPC, "no room for a checkpoint", str(part)) from e
+        barrier()
+        if self.log_here:
+            shutil.rmtree(final, ignore_errors=True)
+            part.rename(final)
+            for old in self.checkpoints.glob("step-*"):
+                if old != final:
+                    shutil.rmtree(old, ignore_errors=True)
+        barrier()
+
+
+def cut_after(log: Path, step: int) -> None:
+    """Keep the lines of a JSON lines file up to the first that is torn or belongs to a step after `step`."""
+    keep = 0
+    with open(log, "rb") as f:
+        for line in f:
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError):
+                break
+            keep += len(line)
+    os.truncate(log, keep)
+
+
+def new_path(out: str | None, default: str, resume: bool) -> Path:
+    """--out, or the first free one of runs/<default>, runs/<default>-2, ...; to resume, the last used."""
+    if out:
+        return Path(out)
+    n, path = 1, Path("runs") / default
+    while (following := path if n == 1 else path.with_name(f"{default}-{n}")).exists():
+        n, last = n + 1, following
+    return last if resume and n > 1 else following
+
+
+def settled(out: Path, args) -> str:
+    """The dtype to ask for: a resumed run keeps the one that it was started with."""
+    if args.resume and args.dtype == "auto":
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return json.loads((out / "settings.json").read_text())["settings"]["dtype"]
+    return args.dtype
+
+
+def versions() -> dict:
+    """Python, PyTorch and the commit of this checkout where there is one."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True,
+                                timeout=5, cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "commit": commit}

@@ -1,0 +1,1 @@
+"""How the embedded model was made: the corpus it read and its pretraining."""
