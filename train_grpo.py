@@ -94,7 +94,7 @@ from itertools import pairwise
 
 import torch
 
-from slm import BadInput, checkpoint, lora, losses, problems, report, training, workflows
+from slm import BadInput, checkpoint, lora, lora_files, losses, problems, report, training, workflows
 from slm.episode import Job, Sampling, run_episodes, seed_of, user
 from slm.grading import grade
 from slm.prompts import SOLVER
@@ -276,7 +276,7 @@ def prepare(out, device, dtype, args):
     if merged and not (args.resume and (out / "base").is_dir()):
         model, tokenizer = checkpoint.load(args.model, device, torch.float32)
         if args.adapter:
-            lora.load(model, checkpoint.resolve(args.adapter), "sft")
+            lora_files.load(model, checkpoint.resolve(args.adapter), "sft")
         for adapter in list(lora.names(model)):
             gap = lora.merge(model, adapter)
             lora.remove(model, adapter)
@@ -287,7 +287,7 @@ def prepare(out, device, dtype, args):
             checkpoint.save(model.to(dtype), tokenizer, out / "base")
         ranks.barrier()
     model, tokenizer = checkpoint.load(args.base, device, dtype)
-    model.recompute = args.recompute
+    model.recompute = lora.recompute(model) if args.recompute else None
     lora.add(model, args.rank, args.alpha, cli.TARGETS[args.targets])
     return model, tokenizer
 
@@ -415,7 +415,7 @@ def finish(model, out, args):
     """Write the adapter under its final name with a report, and say what to do with it."""
     ranks.unshard(model)
     if ranks.rank() == 0:
-        lora.save(model, out / "adapter", base=args.base)
+        lora_files.save(model, out / "adapter", base=args.base)
     ranks.barrier()
     if ranks.rank() == 0:
         report.write(out)

@@ -60,7 +60,7 @@ from pathlib import Path
 
 import torch
 
-from slm import BadInput, checkpoint, lora, problems, report, training
+from slm import BadInput, checkpoint, lora, lora_files, problems, report, training
 from slm.episode import user
 from slm.losses import pack, score, sft_loss
 from slm.prompts import SOLVER
@@ -165,7 +165,7 @@ def main(args):
     torch.manual_seed(args.seed)  # the adapter's initial values
 
     model, tokenizer = checkpoint.load(args.model, device, torch.float32 if args.full else dtype)
-    model.recompute = args.recompute
+    model.recompute = lora.recompute(model) if args.recompute else None
     if not args.full:
         lora.add(model, args.rank, args.alpha, cli.TARGETS[args.targets], args.dropout)
     args.max_length = min(args.max_length, model.config.positions)
@@ -245,7 +245,7 @@ def finish(model, tokenizer, out, args):
     if ranks.rank() == 0 and args.full:
         checkpoint.save(model, tokenizer, result)
     elif ranks.rank() == 0:
-        lora.save(model, result, base=args.model)
+        lora_files.save(model, result, base=args.model)
     ranks.barrier()
     if ranks.rank() == 0:
         *_, last = readable_rows(out / "metrics.jsonl")

@@ -1,6 +1,6 @@
 """What answers: a model on this machine, or a server. Both have submit, step, pending and close."""
 
-from slm import checkpoint, lora
+from slm import checkpoint, lora, lora_files
 from slm.runs.device import pick_device
 from slm.sampling import Sampler
 from slm.teachers import Endpoint
@@ -19,5 +19,6 @@ def open_backend(args):
         for given in args.adapter:
             role, _, folder = given.rpartition("=")
             refuse_roles("--adapter", [role] if role else [])
-            lora.load(model, checkpoint.resolve(folder), adapters.setdefault(role or "*", role or "all"))
+            adapters[role or "*"] = role or "all"
+            lora_files.load(model, checkpoint.resolve(folder), adapters[role or "*"])
     return Sampler(model, tokenizer), adapters

@@ -4,36 +4,25 @@ else.
 A name is `tiny` (inside this package), a directory, or a hub id such as Qwen/Qwen2.5-Math-1.5B, which is
 downloaded once. Weights are read one tensor at a time straight into their place, so the peak is the model
 plus one tensor; pickles are never opened. Files appear under their final name only when they are complete.
-
-A safetensors file is 8 bytes N (little endian), N bytes of JSON {name: {dtype, shape, data_offsets: [begin,
-end]}}, then the data (huggingface.co/docs/safetensors, "Format"). It is read and written here and not by the
-library: mapped pages count twice while a tensor is converted, its writer copies the whole model, and neither
-names a cut file or a full disk as such.
 """
 
-import json
-import math
-import os
 import re
-import shutil
-import struct
-import uuid
-from contextlib import contextmanager
 from pathlib import Path
 
+import huggingface_hub
 import torch
+from huggingface_hub import errors
 from torch import nn
 
-from slm import BadInput
+from slm import BadInput, lora, lora_files
 from slm.model import Config, Qwen2
 from slm.runs.files import read_json, write_json
+from slm.tensors import ADAPTER, CONFIG, SafeTensors, atomic_directory, check_tensors, write_safetensors
 from slm.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-CONFIG, ADAPTER, GENERATION = "config.json", "adapter_config.json", "generation_config.json"
+WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 # ---- names to directories ----------------------------------------------------------------------------------
@@ -62,8 +51,6 @@ def download(hub_id: str) -> Path:
     """The cached copy of a model on the hub, fetched first, with progress bars, if it is not there. Cache
     folder, mirror, token and offline mode are huggingface_hub's own: HF_HOME, HF_ENDPOINT, HF_TOKEN,
     HF_HUB_OFFLINE."""
-    import huggingface_hub
-    from huggingface_hub import errors
     wanted = ["*.json", "*.safetensors", "*.jinja", "merges.txt"]
     try:
         path = Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=wanted))
@@ -90,15 +77,14 @@ def load(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     the adapter, active under the name "default"."""
     directory = resolve(name)
     if (directory / ADAPTER).is_file() and not any((directory / name).is_file() for name in (WEIGHTS, INDEX)):
-        from slm import lora
         base = read_json(directory / ADAPTER).get("base_model_name_or_path")
         try:
             model, tokenizer = load(base or "", device, dtype)
         except BadInput as e:
             raise BadInput(f"{directory / ADAPTER}: base_model_name_or_path {base!r}: {e}") from None
-        lora.load(model, directory)
+        lora_files.load(model, directory)
         return model, tokenizer
-    config = Config.from_hf(read_json(directory / CONFIG), str(directory / CONFIG))
+    config = read_config(read_json(directory / CONFIG), str(directory / CONFIG))
     tokenizer = Tokenizer.load(directory)
     if tokenizer.largest >= config.vocab:
         raise BadInput(f"{directory}: the tokenizer has id {tokenizer.largest}, the model {config.vocab} ids")
@@ -106,6 +92,47 @@ def load(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
         model = Qwen2(config)
     read_weights(model, directory, device, dtype)
     return model.eval(), tokenizer
+
+
+def read_config(config: dict, where: str = "config.json") -> Config:
+    """Read a Hugging Face `config.json`. BadInput names what this model does not do."""
+    def refuse(key, value, expected):
+        raise BadInput(f"{where}: {key} is {value!r}, expected {expected}")
+
+    if config.get("model_type") != "qwen2":
+        refuse("model_type", config.get("model_type"), "'qwen2', the one architecture this project runs")
+    for key in SIZES:
+        if not isinstance(config.get(key), int) or config[key] < 1:
+            refuse(key, config.get(key), "a whole number of 1 or more")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        refuse("rope scaling", kind, "none: scaled rope is not supported")
+    only = {"hidden_act": "silu", "use_sliding_window": False, "quantization_config": None}
+    for key, supported in only.items():
+        if config.get(key, supported) != supported:
+            refuse(key, config[key], f"{supported!r}; nothing else is supported")
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    head_size = config.get("head_dim") or hidden // heads
+    if heads % kv_heads or head_size % 2:
+        refuse("num_key_value_heads", kv_heads, f"a divisor of {heads} query heads, of an even size each")
+    return Config(*(config[key] for key in SIZES), kv_heads, head_size,
+                  positions=config.get("max_position_embeddings", 32768),
+                  rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+                  norm_eps=config.get("rms_norm_eps", 1e-6), tied=config.get("tie_word_embeddings", False),
+                  bias=config.get("attention_bias", True))
+
+
+def config_json(c: Config) -> dict:
+    """The `config.json` that transformers (4 and 5) and `read_config` read."""
+    sizes = (c.vocab, c.hidden, c.intermediate, c.layers, c.heads)
+    out = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **dict(zip(SIZES, sizes)),
+           "num_key_value_heads": c.kv_heads, "head_dim": c.head_size, "hidden_act": "silu",
+           "max_position_embeddings": c.positions, "rope_theta": c.rope_theta,
+           "rms_norm_eps": c.norm_eps, "tie_word_embeddings": c.tied, "attention_dropout": 0.0,
+           "use_sliding_window": False, "use_cache": True}
+    return out if c.bias else {**out, "attention_bias": False}
 
 
 def read_weights(model: Qwen2, directory: Path, device, dtype: torch.dtype) -> None:
@@ -120,7 +147,7 @@ def read_weights(model: Qwen2, directory: Path, device, dtype: torch.dtype) -> N
     for name in wanted:
         path, _, leaf = name.rpartition(".")
         tensor = holder[name].read(name).to(device, dtype)
-        setattr(model.get_submodule(path), leaf, nn.Parameter(tensor))
+        model.get_submodule(path).register_parameter(leaf, nn.Parameter(tensor))
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -138,60 +165,6 @@ def weight_files(directory: Path) -> list[Path]:
     raise BadInput(f"{directory}: no {WEIGHTS} and no {INDEX}{hint}")
 
 
-def check_tensors(where: Path, wanted: dict[str, tuple], found: dict[str, tuple]) -> None:
-    """BadInput that lists every missing, unexpected and wrongly shaped tensor at once."""
-    faults = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in found]
-    faults += [f"unexpected {name} {shape}" for name, shape in found.items() if name not in wanted]
-    faults += [f"{name} is {found[name]}, expected {shape}" for name, shape in wanted.items()
-               if found.get(name, shape) != shape]
-    if faults:
-        raise BadInput(f"{where}: {len(faults)} tensors do not fit the config: {'; '.join(faults)}")
-
-
-class SafeTensors:
-    """A safetensors file: the `shapes` of its tensors by name, and `read` for one of them. BadInput if the
-    file is cut, is not of this format, or holds something other than floating-point numbers."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            size = path.stat().st_size
-            with open(path, "rb") as f:
-                length, = struct.unpack("<Q", f.read(8))
-                if length > size:
-                    raise ValueError(f"it promises a header of {length} bytes and has {size}")
-                header = json.loads(f.read(length))
-            header.pop("__metadata__", None)
-            self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-            self.codes = {name: entry["dtype"] for name, entry in header.items()}
-            self.spans = {name: [8 + length + x for x in entry["data_offsets"]]
-                          for name, entry in header.items()}
-        except FileNotFoundError:
-            raise BadInput(f"{path}: no such file") from None
-        except (ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
-            raise BadInput(f"{path}: not a safetensors file, or a broken one ({e})") from None
-        if (end := max((span[1] for span in self.spans.values()), default=0)) > size:
-            raise BadInput(f"{path}: cut short, {size} bytes where its header promises {end}; copy it again")
-        for name, (begin, end) in self.spans.items():
-            if self.codes[name] not in DTYPES:
-                raise BadInput(f"{path}: {name} is {self.codes[name]}, expected one of {', '.join(DTYPES)}")
-            needed = math.prod(self.shapes[name]) * DTYPES[self.codes[name]].itemsize
-            if end - begin != needed:
-                raise BadInput(f"{path}: {name} has {end - begin} bytes, expected {needed}")
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in the dtype that it is stored in."""
-        out = torch.empty(self.shapes[name], dtype=DTYPES[self.codes[name]])
-        rest = memoryview(out.view(-1).view(torch.uint8).numpy())
-        with open(self.path, "rb", buffering=0) as f:
-            f.seek(self.spans[name][0])
-            while rest:  # one read gives at most 2 GiB
-                if not (got := f.readinto(rest)):
-                    raise BadInput(f"{self.path}: ended inside {name}; it changed while it was read")
-                rest = rest[got:]
-        return out
-
-
 # ---- saving ------------------------------------------------------------------------------------------------
 
 def save(model: Qwen2, tokenizer: Tokenizer, directory: str | Path, shard_bytes: int = 5_000_000_000) -> None:
@@ -200,14 +173,13 @@ def save(model: Qwen2, tokenizer: Tokenizer, directory: str | Path, shard_bytes:
     What the configs beside the tokenizer say beyond what we know is kept. The directory appears, or replaces
     an older one, when it is complete.
     """
-    adapters = getattr(model, "lora", None)
-    if adapters and set(adapters.specs) - set(adapters.merged):
-        raise ValueError("the model has an adapter: merge it first, or write it with lora.save")
+    if lora.names(model):
+        raise ValueError("the model has an adapter: merge it first, or write it with lora_files.save")
     origin = tokenizer.directory
     config = {key: value for key, value in read_json(origin / CONFIG, {}).items()
               if key not in ("rope_parameters", "rope_scaling", "dtype")}
     dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
-    config |= model.config.to_hf() | {"torch_dtype": dtype}
+    config |= config_json(model.config) | {"torch_dtype": dtype}
     generation = read_json(origin / GENERATION, {}) | {"eos_token_id": sorted(tokenizer.stop_ids)}
     tensors = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
     with atomic_directory(directory) as temporary:
@@ -232,46 +204,3 @@ def _write_shards(directory: Path, tensors: dict[str, torch.Tensor], shard_bytes
         place.update(dict.fromkeys(shard, file))
     total = sum(tensor.nbytes for tensor in tensors.values())
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": place})
-
-
-def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write tensors one at a time, so that the peak is one tensor. OSError if the disk is full."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begins on a multiple of 8
-    with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            f.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        f.flush()
-        os.fsync(f.fileno())
-
-
-@contextmanager
-def atomic_directory(directory: str | Path):
-    """A temporary directory beside the final one. It takes the final name when the block ends well, in
-    place of an older model or adapter there, and vanishes when the block raises. BadInput if something else
-    is in the way."""
-    directory = Path(directory)
-    ours = (directory / CONFIG).is_file() or (directory / ADAPTER).is_file()
-    if directory.exists() and not ours and not (directory.is_dir() and not any(directory.iterdir())):
-        raise BadInput(f"{directory}: holds something other than a model, choose a new name")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}"
-    temporary.mkdir()
-    try:
-        yield temporary
-        if directory.exists():
-            older = Path(f"{temporary}.old")
-            directory.rename(older)
-            temporary.rename(directory)
-            shutil.rmtree(older)
-        else:
-            temporary.rename(directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -377,12 +377,12 @@ def test_a_stopped_comparison_goes_on_without_asking_twice(tmp_path, monkeypatch
 def test_an_adapter_serves_its_role_and_no_other(tiny, tmp_path):
     import torch
 
-    from slm import lora
+    from slm import lora, lora_files
     model, _ = tiny
     lora.add(model, r=4)
     for p in lora.parameters(model):
         torch.nn.init.normal_(p, 0, 0.5)
-    lora.save(model, tmp_path, base="tiny")
+    lora_files.save(model, tmp_path, base="tiny")
     texts = {}
     for given in ((), (f"checker={tmp_path}",), (str(tmp_path),)):
         backend, adapters = agents.open_backend(SimpleNamespace(

@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slm import BadInput, checkpoint, lora
-from slm.checkpoint import TINY, SafeTensors, write_safetensors
+from slm import BadInput, checkpoint, lora, lora_files
+from slm.checkpoint import TINY
+from slm.tensors import SafeTensors, write_safetensors
 from slm.tokenizer import Tokenizer
 
 
@@ -213,9 +214,9 @@ def test_an_adapter_directory_loads_its_base_and_itself(tmp_path):
     model, _ = checkpoint.load("tiny")
     lora.add(model, r=2)
     torch.nn.init.normal_(lora.parameters(model)[1])
-    lora.save(model, tmp_path / "adapter", base="tiny")
+    lora_files.save(model, tmp_path / "adapter", base="tiny")
     again, tokenizer = checkpoint.load(tmp_path / "adapter")
-    assert lora.names(again) == ["default"] and again.lora.active == "default"
+    assert lora.names(again) == ["default"] and lora.active(again) == "default"
     assert torch.equal(lora.parameters(again)[1], lora.parameters(model)[1])
     assert tokenizer.directory == TINY
 
@@ -223,7 +224,7 @@ def test_an_adapter_directory_loads_its_base_and_itself(tmp_path):
 def test_an_adapter_without_its_base_says_where_it_looked(random_model, tmp_path):
     model = random_model()
     lora.add(model, r=2)
-    lora.save(model, tmp_path / "adapter", base="/not/there")
+    lora_files.save(model, tmp_path / "adapter", base="/not/there")
     with pytest.raises(BadInput, match=r"adapter_config\.json: base_model_name_or_path '/not/there'"):
         checkpoint.load(tmp_path / "adapter")
 

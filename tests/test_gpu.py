@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from test_sampler import Letters, build, forward_logprobs, ids_of, run, some_requests
 
-from slm import lora, model
+from slm import checkpoint, lora, model
 from slm.attention import Packed
 from slm.episode import Request, Sampling
-from slm.sampling import Sampler
+from slm.sampling import Sampler, fast
 from slm.sampling.draw import choose
+from slm.sampling.flash import FlashDecode
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 BIG = {"hidden": 256, "intermediate": 512, "heads": 4, "kv_heads": 2, "head_size": 64, "positions": 512}
@@ -29,8 +30,8 @@ def random(*shape, dtype=torch.bfloat16, std=1.0):
 def test_fused_operations_give_the_bits_of_single_ones(tokens):
     x, delta, weight = random(tokens, 256), random(tokens, 256), random(256)
     cos, sin = model.rope(torch.arange(tokens, device="cuda"), 1e6, 64, torch.bfloat16)
-    for function, arguments in ((model.norm, (x, None, weight, 1e-6)), (model.norm, (x, delta, weight, 1e-6)),
-                                (model.rotate, (x.view(-1, 4, 64), cos, sin)), (model.gated, (x, delta))):
+    for function, arguments in ((fast.norm, (x, None, weight, 1e-6)), (fast.norm, (x, delta, weight, 1e-6)),
+                                (fast.turn, (x.view(-1, 4, 64), cos, sin)), (fast.gated, (x, delta))):
         single = function(*arguments)
         with torch.inference_mode():
             fused = function(*arguments)
@@ -54,7 +55,8 @@ def test_fused_drawing_draws_the_same():
 def test_float32_greedy_equals_transformers_on_the_gpu():
     transformers = pytest.importorskip("transformers")
     ours = on_gpu(seed=3, **BIG)
-    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**ours.config.to_hf())).cuda().eval()
+    config = transformers.Qwen2Config(**checkpoint.config_json(ours.config))
+    theirs = transformers.Qwen2ForCausalLM(config).cuda().eval()
     theirs.load_state_dict(ours.state_dict(), strict=False)
     requests = some_requests(20, seed=3, temperatures=(0.0,))
     for request, group in zip(requests, Sampler(ours, Letters()).generate(requests, progress=False)):
@@ -89,7 +91,7 @@ def test_bfloat16_stays_near_the_training_forward_on_the_gpu(options):
     requests = [Request(ids=system + r.ids, n=r.n, sampling=r.sampling)
                 for r in some_requests(24, seed=5, temperatures=(1.0,))]
     sampler = Sampler(ours, Letters(), **options)
-    assert sampler.cache.flash
+    assert sampler.decode_by is FlashDecode
     for _ in range(2):
         mean, largest = difference(ours, sampler.generate(requests, progress=False))
         print(f"|dlogp| {mean:.4f}, at most {largest:.3f}")

@@ -169,8 +169,8 @@ def test_tokens_outside_the_mask_have_no_gradient(model, mask):
     final = []
 
     def keep(module, args, out):
-        final.append(out[1].detach().requires_grad_())
-        return out[0], final[-1]
+        final.append(out.detach().requires_grad_())
+        return final[-1]
 
     model.model.norm.register_forward_hook(keep)
     logp, _ = score(model, ids, [mask])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from slm import checkpoint, lora
+from slm import checkpoint, lora, lora_files
 from slm.attention import Packed
 from slm.checkpoint import TINY
 from slm.episode import Reply, Request, Sampling
@@ -158,7 +158,7 @@ def test_adapters_of_peft_load_here(tmp_path, options):
     peer.save_pretrained(tmp_path / "adapter")
     ids = torch.arange(150)
     base = ours(model, ids)
-    lora.load(model, tmp_path / "adapter")
+    lora_files.load(model, tmp_path / "adapter")
     within(f"logits of peft's adapter, {options}", difference(ours(model, ids), theirs(peer, ids)), 2e-4)
     with lora.off(model):
         assert torch.equal(ours(model, ids), base)
@@ -173,7 +173,7 @@ def test_our_adapters_load_in_peft(tmp_path, options):
     lora.add(model, r=4, alpha=12, **options)
     for p in lora.parameters(model):
         torch.nn.init.normal_(p, 0, 0.1)
-    lora.save(model, tmp_path / "adapter", base=directory)
+    lora_files.save(model, tmp_path / "adapter", base=directory)
     peer = peft.PeftModel.from_pretrained(peer, tmp_path / "adapter").eval()
     ids = torch.arange(150)
     within(f"logits of our adapter in peft, {options}", difference(ours(model, ids), theirs(peer, ids)), 2e-4)
@@ -191,7 +191,7 @@ def test_what_peft_can_and_we_cannot_is_refused_by_name(tmp_path, change):
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **change)
     peft.get_peft_model(peer, config).save_pretrained(tmp_path / "adapter")
     with pytest.raises(checkpoint.BadInput, match=next(iter(change))):
-        lora.load(model, tmp_path / "adapter")
+        lora_files.load(model, tmp_path / "adapter")
 
 
 # ---- tokenizer and chat ------------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ def test_real_adapters_both_ways(real_model, tmp_path):
     torch.manual_seed(0)
     for p in lora.parameters(model):
         torch.nn.init.normal_(p, 0, 0.02)
-    lora.save(model, tmp_path / "adapter", base=directory)
+    lora_files.save(model, tmp_path / "adapter", base=directory)
     peer = peft.PeftModel.from_pretrained(load_peer(directory), tmp_path / "adapter").eval()
     ids = torch.tensor(tok.chat([{"role": "user", "content": questions(1)[0]}]))
     apart, apart_in_peft = ours(model, ids), theirs(peer, ids)

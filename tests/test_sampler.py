@@ -10,16 +10,17 @@ from itertools import chain
 import pytest
 import torch
 
-from slm import BadInput, attention, lora
+from slm import BadInput, checkpoint, lora
 from slm.attention import Packed
 from slm.episode import Request, Sampling
 from slm.losses import token_logprobs, warp
 from slm.model import Config, Qwen2
-from slm.sampling import Sampler
-from slm.sampling import drafts as draft
-from slm.sampling import graphs as gpu
+from slm.sampling import Sampler, drafts, graphs, slots
+from slm.sampling import flash as flash_room
 from slm.sampling import sampler as module
+from slm.sampling.cache import KVCache
 from slm.sampling.draw import categorical, uniform
+from slm.sampling.flash import FlashDecode, FlashPrefill
 
 torch.set_num_threads(1)
 
@@ -93,7 +94,8 @@ COMPANY = [{}, {"max_batch": 1}, {"max_batch": 5}, {"cache_tokens": 300},
 def test_greedy_equals_transformers_token_for_token(shape):
     transformers = pytest.importorskip("transformers")
     model = build(seed=len(shape), **shape)
-    peer = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**model.config.to_hf())).eval()
+    config = transformers.Qwen2Config(**checkpoint.config_json(model.config))
+    peer = transformers.Qwen2ForCausalLM(config).eval()
     peer.load_state_dict(model.state_dict(), strict=False)
     requests = some_requests(9, temperatures=(0.0,))
     expected = []
@@ -185,8 +187,8 @@ def test_drafts_change_no_reply_and_save_steps(options, monkeypatch):
     plain = Sampler(model, Letters(), **options)
     plain.drafts = None
     expected = plain.generate(requests, progress=False)
-    monkeypatch.setattr(draft, "ROWS", 99)
-    monkeypatch.setattr(draft, "FIXED", 1e9)  # whatever is guessed is tried
+    monkeypatch.setattr(drafts, "ROWS", 99)
+    monkeypatch.setattr(drafts, "FIXED", 1e9)  # whatever is guessed is tried
     sampler = Sampler(model, Letters(), **options)
     replies = sampler.generate(requests, progress=False)
     assert ids_of(replies) == ids_of(expected)
@@ -210,7 +212,7 @@ def test_a_reply_that_ends_inside_a_draft_ends_there():
 
 
 def flash(cache, layer, q, bounds, starts, seen, most):
-    """What KVCache.attend promises, one sequence and query at a time."""
+    """What flash.flash promises, one sequence and query at a time."""
     keys, values = (x.reshape(-1, cache.size) for x in cache.kv[:, layer])
     out = torch.full_like(q, torch.nan)
     assert all(x.dtype == torch.int32 and x.is_contiguous() for x in (bounds, starts, seen))
@@ -239,21 +241,23 @@ def test_the_way_of_a_gpu_changes_nothing(options, with_flash, monkeypatch):
         recorded.append(len(controls.last))
         return Graph(), results
 
-    monkeypatch.setattr(gpu, "record", record)
+    monkeypatch.setattr(graphs, "record", record)
     recorded, model, requests = [], build(seed=6), some_requests(30, seed=8)
     requests += some_requests(4, seed=9, temperatures=(1.0,), top_k=7)
     expected = run(model, requests)
     sampler = Sampler(model, Letters(), **options)
-    sampler.recorded, sampler.burst, sampler.cache.spare, sampler.drafts = gpu.Recordings(), 4, 1, None
-    sampler.cache.flash = with_flash
-    monkeypatch.setattr(attention.KVCache, "attend", flash)
+    sampler.recorded, sampler.burst, sampler.cache.spare, sampler.drafts = graphs.Recordings(), 4, 1, None
+    sampler.slots.recorded = True
+    if with_flash:
+        sampler.prefill_by, sampler.decode_by = FlashPrefill, FlashDecode
+        monkeypatch.setattr(flash_room, "flash", flash)
     sampler.cache.clear()
     for _ in range(2):  # the second time from kept prefixes
         replies = sampler.generate(requests, progress=False)
         assert ids_of(replies) == ids_of(expected)
         for got, want in zip(chain(*replies), chain(*expected)):
             assert got.logprobs == pytest.approx(want.logprobs, abs=1e-5) and got.finish == want.finish
-    assert options or set(recorded) <= {*module.ROWS, sampler.cache.slots}
+    assert options or set(recorded) <= {*slots.ROWS, sampler.cache.slots}
 
 
 # ---- what is computed, and with which weights ------------------------------------------------------------
@@ -361,10 +365,11 @@ def test_each_row_has_its_own_adapter():
         lora.add(model, r=4, alpha=4, name=name)
         for p in lora.parameters(model, name):
             torch.nn.init.normal_(p, std=0.2)
-    model.lora.active = None
     prompts = [r.ids for r in some_requests(9)]
     names = [None, "solver", "checker"] * 3
-    mixed = run(model, [Request(ids=ids, adapter=a, sampling=Sampling(12)) for ids, a in zip(prompts, names)])
+    requests = [Request(ids=ids, adapter=a, sampling=Sampling(12)) for ids, a in zip(prompts, names)]
+    with lora.off(model):
+        mixed = run(model, requests)
     for ids, name, group in zip(prompts, names, mixed):
         with lora.use(model, name):
             assert group[0].ids == run(model, [Request(ids=ids, sampling=Sampling(12))])[0][0].ids
@@ -382,14 +387,16 @@ def test_a_row_s_adapter_includes_its_head():
         lora.add(model, r=4, alpha=4, name=name, targets=["lm_head", "v_proj"])
         for p in lora.parameters(model, name):
             torch.nn.init.normal_(p, std=0.3)
-    model.lora.active = None
     requests = [replace(r, adapter=name) for r, name in zip(some_requests(9, temperatures=(0.0,)),
                                                             [None, "solver", "checker"] * 3)]
-    for request, group in zip(requests, run(model, requests)):
+    with lora.off(model):
+        replies = run(model, requests)
+    for request, group in zip(requests, replies):
         merged = copy.deepcopy(model)
         if request.adapter:
             lora.merge(merged, request.adapter)
-        assert ids_of([group]) == ids_of(run(merged, [replace(request, adapter=None)]))
+        with lora.off(merged):
+            assert ids_of([group]) == ids_of(run(merged, [replace(request, adapter=None)]))
 
 
 # ---- how a reply ends ------------------------------------------------------------------------------------
@@ -402,9 +409,6 @@ class Script(torch.nn.Module):
         self.config = Config(vocab, hidden=8, intermediate=8, layers=1, heads=1, kv_heads=1, head_size=8,
                              positions=100)
         self.text = torch.nn.Parameter(torch.tensor([float(ord(c)) for c in text] + [0.0] * 100))
-
-    def join(self):
-        pass
 
     def forward(self, ids, positions, attend):
         return self.text[positions + 1][:, None]
@@ -469,7 +473,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch):
 
     class Greedy(module.Decode):
         def __call__(self, layer, q, k, v):
-            if layer == 1 and self.shape[0] > 4:
+            if layer == 1 and len(self.counts) > 4:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return super().__call__(layer, q, k, v)
 
@@ -477,7 +481,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(monkeypatch):
     sampler = Sampler(model, Letters(), max_batch=32)
     with pytest.warns(UserWarning, match="out of memory"):
         replies = sampler.generate(requests, progress=False)
-    assert ids_of(replies) == expected and 1 < sampler.max_batch <= 4
+    assert ids_of(replies) == expected and 1 < sampler.slots.max_rows <= 4
 
 
 def test_out_of_memory_with_one_row_is_raised(monkeypatch):
@@ -491,7 +495,7 @@ def test_out_of_memory_with_one_row_is_raised(monkeypatch):
 
 def test_out_of_memory_while_rows_move_loses_no_reply(monkeypatch):
     model, requests = build(), some_requests(12)
-    expected, move, calls = ids_of(run(model, requests)), attention.KVCache.move, []
+    expected, move, calls = ids_of(run(model, requests)), KVCache.move, []
 
     def failing(cache, *arguments):
         calls.append(arguments)
@@ -499,7 +503,7 @@ def test_out_of_memory_while_rows_move_loses_no_reply(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return move(cache, *arguments)
 
-    monkeypatch.setattr(attention.KVCache, "move", failing)
+    monkeypatch.setattr(KVCache, "move", failing)
     with pytest.warns(UserWarning, match="out of memory"):
         assert ids_of(run(model, requests)) == expected
     assert len(calls) > 4
@@ -538,15 +542,16 @@ def test_ctrl_c_between_the_end_of_a_reply_and_its_handing_out_keeps_it(monkeypa
 
 def test_nan_logits_name_the_request_and_the_step(monkeypatch):
     model = build()
-    logits, calls = model.logits, []
+    sampler, calls = Sampler(model, Letters()), []
+    logits = sampler.network.logits
 
-    def poisoned(hidden):
+    def poisoned(hidden, chosen):
         calls.append(0)
-        out = logits(hidden)
+        out = logits(hidden, chosen)
         if len(calls) == 4:
             out[1] = float("nan")
         return out
 
-    monkeypatch.setattr(model, "logits", poisoned)
+    monkeypatch.setattr(sampler.network, "logits", poisoned)
     with pytest.raises(FloatingPointError, match=r"request 1, sample 0: .* NaN at token 3 .*step 2"):
-        run(model, [Request(ids=[5, i + 1], sampling=Sampling(20, 1.0)) for i in range(3)])
+        sampler.generate([Request(ids=[5, i + 1], sampling=Sampling(20, 1.0)) for i in range(3)], False)

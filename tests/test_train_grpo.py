@@ -9,7 +9,7 @@ import torch
 from small import write_small
 
 import train_grpo
-from slm import checkpoint, lora, losses
+from slm import checkpoint, lora, lora_files, losses
 from slm.episode import Episode, Turn
 from slm.runs import rundir
 from slm.workflows import WORKFLOWS
@@ -44,7 +44,7 @@ def test_the_reward_rises_and_the_ratio_starts_at_one(small, tmp_path, monkeypat
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[-1]["kl"] > 0.01
     assert (tmp_path / "run" / "report.html").is_file()
     model, _ = checkpoint.load(tmp_path / "run" / "adapter")
-    assert model.lora.active == "default"
+    assert lora.active(model) == "default"
 
 
 def test_a_run_stopped_and_resumed_ends_on_the_same_bits(small, tmp_path, monkeypatch):
@@ -76,7 +76,7 @@ def test_an_sft_adapter_is_merged_and_the_reference_is_the_merged_model(small, t
     with torch.no_grad():
         for p in lora.parameters(model):
             p.normal_(std=0.3)
-    lora.save(model, tmp_path / "sft", base=small)
+    lora_files.save(model, tmp_path / "sft", base=small)
     ids, masks = [[5, 6, 7, 8, 9]], [[0, 1, 1, 1, 1]]
     expected = losses.score(model, ids, masks)[0]
     args = SimpleNamespace(model=small, adapter=str(tmp_path / "sft"), resume=False, recompute=False, rank=4,

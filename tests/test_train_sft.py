@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from small import write_small
 
 import train_sft
-from slm import BadInput, checkpoint, training
+from slm import BadInput, checkpoint, lora, training
 from slm.runs import rundir
 from slm.tokenizer import Tokenizer
 
@@ -99,7 +99,7 @@ def test_the_loss_falls_and_the_adapter_loads(small, data, tmp_path, capsys):
     assert "<<" in (said := capsys.readouterr().out) and "predicted peak" in said and "next: python" in said
     assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "metrics.png").is_file()
     model, _ = checkpoint.load(tmp_path / "run" / "adapter")
-    assert model.lora.active == "default"
+    assert lora.active(model) == "default"
 
 
 def test_full_fine_tuning_saves_a_model_directory(small, data, tmp_path):

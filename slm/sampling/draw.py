@@ -9,7 +9,7 @@ would need one for each entry of the vocabulary.)
 import torch
 import torch.nn.functional as F
 
-from slm.gpu import fused
+from slm.sampling.graphs import fused
 
 
 class Controls:

@@ -133,7 +133,10 @@ def store(model, out: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    config = model.config.to_hf() | {"eos_token_id": VOCABULARY - 3, "torch_dtype": "bfloat16"}
+    from slm import checkpoint
+
+    config = checkpoint.config_json(model.config)
+    config |= {"eos_token_id": VOCABULARY - 3, "torch_dtype": "bfloat16"}
     (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     stops = {"eos_token_id": [VOCABULARY - 1, VOCABULARY - 3], "do_sample": False}
     (out / "generation_config.json").write_text(json.dumps(stops, indent=1) + "\n", encoding="utf-8")

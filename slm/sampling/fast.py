@@ -1,0 +1,278 @@
+"""The network of model.py, arranged so that sampling is fast: the same tensors in another order of work.
+
+`Fast` runs all layers in one flat function. Layers that read the same input (q, k and v; gate and up) have
+their weights side by side in memory, so they are one product. The A of every adapter lies right behind these
+weights, so A x comes with the same product. `Plain` is the model as it stands, for weights that FSDP has
+spread. tests/test_fast.py holds the two equal, token for token.
+
+Weights are the model's own: `arrange` moves a parameter's data into the joint memory, and the parameter stays
+a view of it, so an optimizer step is seen at once. Adapters are copied; `refresh` looks, before a batch of
+requests, whether any parameter changed, and copies them again.
+
+LOG.md has the table of what each piece saves, measured with bench/pieces.py.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slm import lora
+from slm.model import Qwen2, rope, rotate
+from slm.sampling.graphs import fused
+
+SMALL = 2 ** 18  # multiplications: a smaller product is faster in float32, bfloat16 has a fixed cost of 13 us
+Rows = list[tuple[str | None, int]]  # the adapter (or None) of consecutive tokens, and how many these are
+
+
+@contextlib.contextmanager
+def one_thread(when: bool) -> Iterator[None]:
+    """Small products on a CPU: waking another core takes longer (0.1 ms) than its share of the work."""
+    threads = torch.get_num_threads()
+    if when:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if when:
+            torch.set_num_threads(threads)
+
+
+# ---- the network as it stands ------------------------------------------------------------------------------
+
+class Plain:
+    """The model as it stands. `versions` tells whether anything changed since `refresh` last looked."""
+    moves = None  # changes when a tensor moves that a recording may use
+
+    def __init__(self, model: nn.Module):
+        self.model, self.versions, self.parameters = model, None, []
+
+    def refresh(self) -> bool:
+        """Whether any weight changed since the last call: its identity, its place or its version."""
+        before, self.parameters = self.versions, list(self.model.parameters())  # kept: ids stay theirs
+        self.versions = [(id(p), p.data_ptr(), p._version) for p in self.parameters]
+        return self.versions != before
+
+    def choose(self, rows: Rows):
+        """What `hidden` and `logits` need to know of the adapters of consecutive tokens."""
+        return rows
+
+    def hidden(self, ids: Tensor, positions: Tensor, attend, chosen) -> Tensor:
+        """ids, positions (T,) -> hidden states after the last norm (T, D), without dropout."""
+        training = self.model.training
+        if training:
+            self.model.eval()
+        try:
+            with lora.use(self.model, chosen):
+                return self.model(ids, positions, attend)
+        finally:
+            if training:
+                self.model.train()
+
+    def logits(self, hidden: Tensor, chosen) -> Tensor:
+        """hidden (N, D) -> (N, V)."""
+        with lora.use(self.model, chosen):
+            return self.model.logits(hidden)
+
+
+# ---- the network rearranged --------------------------------------------------------------------------------
+
+@fused
+def norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + delta, both (T, D), and its RMSNorm: one kernel on a GPU."""
+    x = x if delta is None else x + delta
+    return x, weight * F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+@fused
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up"""
+    return F.silu(gate) * up
+
+
+turn = fused(rotate)
+
+
+def by_columns(x: Tensor) -> bool:
+    """Whether products of x (T, in) are faster as (W x')'. On a CPU in bfloat16 the second factor is repacked
+    at each call, and with some dozens of tokens x is smaller than W. The result lies in memory column by
+    column. To add that to rows would cost what it gained, so the residual stream then lies so as well."""
+    return x.is_cpu and x.dtype == torch.bfloat16 and 32 <= len(x) <= 128
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W' + bias."""
+    return torch.mm(weight, x.t()).t() if bias is None and by_columns(x) else F.linear(x, weight, bias)
+
+
+class Chosen:
+    """Which adapters act on which tokens. member: (T or 1, adapters) of 0 and 1, None if there is only one
+    adapter and it acts on all tokens."""
+
+    def __init__(self, member: Tensor | None):
+        self.member, self.masks = member, {}
+
+    def mask(self, owner: tuple[int, ...]) -> Tensor:
+        """(T or 1, R): 1 where a column of A x, whose adapter is owner[column], counts for a token."""
+        if owner not in self.masks:
+            self.masks[owner] = self.member[:, list(owner)]
+        return self.masks[owner]
+
+
+class Joint:
+    """Layers that read the same input: weight (size + R, in) holds their weights side by side, then the A of
+    all their adapters; B (size, R) holds s B of each adapter in the rows of its layer."""
+
+    def __init__(self, layers: list[nn.Linear]):
+        self.layers, self.sizes = layers, [layer.out_features for layer in layers]
+        self.size, self.room = sum(self.sizes), -1  # -1: not arranged yet
+        self.owner, self.B, self.moves = (), None, 0
+
+    def arrange(self, specs: dict[str, lora.Spec]) -> None:
+        """Bring weights and adapters into place. moves counts how often a tensor had to move for that."""
+        found = [(name, i) for name in specs for i, layer in enumerate(self.layers)
+                 if isinstance(layer, lora.LoRALinear) and name in layer.lora_A]
+        room = sum(specs[name].r for name, _ in found)
+        moved = room != self.room or not self._in_place()
+        if moved:
+            self._place(room)
+        names, owner, at = list(specs), [], 0
+        B = self.weight.new_zeros(self.size, room, dtype=torch.float32)
+        for name, i in found:
+            r, layer, start = specs[name].r, self.layers[i], sum(self.sizes[:i])
+            self.weight[self.size + at:self.size + at + r] = layer.lora_A[name]
+            B[start:start + self.sizes[i], at:at + r] = layer.lora_B[name] * specs[name].scale
+            owner += [names.index(name)] * r
+            at += r
+        self.owner = tuple(owner)
+        self.exact = B.t().contiguous() if B.is_cpu else None
+        if moved:
+            self.B, self.moves = B.to(self.weight.dtype), self.moves + 1
+        else:
+            self.B.copy_(B)
+
+    def _in_place(self) -> bool:
+        """False after the model was moved or given other parameters."""
+        at, bias_at = self.weight.data_ptr(), 0 if self.bias is None else self.bias.data_ptr()
+        for layer in self.layers:
+            weight, bias = layer.weight, layer.bias
+            if weight.dtype != self.weight.dtype or weight.data_ptr() != at:
+                return False
+            if bias is not None and bias.data_ptr() != bias_at:
+                return False
+            at += weight.nbytes
+            bias_at += 0 if bias is None else bias.nbytes
+        return True
+
+    def _place(self, room: int) -> None:
+        self.room = room
+        self.weight = self._joined([layer.weight for layer in self.layers])
+        bias = self.layers[0].bias is not None
+        self.bias = self._joined([layer.bias for layer in self.layers]) if bias else None
+        # without adapters the product leaves them out: its bits may depend on its shape
+        self.base = self.weight[:self.size], self.bias[:self.size] if bias else None
+
+    def _joined(self, parameters: list[nn.Parameter]) -> Tensor:
+        old = [p.data for p in parameters]
+        new = torch.cat([*old, old[0].new_zeros(self.room, *old[0].shape[1:])])
+        for p, part in zip(parameters, new.split([*self.sizes, self.room])):
+            p.data = part
+        return new
+
+    def __call__(self, x: Tensor, chosen: Chosen | None) -> Tensor:
+        """x (T, in) -> the outputs of the layers side by side (T, size), adapters included."""
+        if chosen is None or not self.room:
+            return product(x, *self.base)
+        y, h = product(x, self.weight, self.bias).split_with_sizes([self.size, self.room], -1)
+        if chosen.member is not None:
+            h = h * chosen.mask(self.owner)
+        if x.is_cpu and len(x) * self.B.numel() < SMALL:
+            return y.add_(h.float() @ self.exact)
+        if by_columns(x):
+            return y.t().addmm_(self.B, h.t()).t()
+        return y.addmm_(h, self.B.t())
+
+
+JOINTS: WeakKeyDictionary[Qwen2, list[Joint]] = WeakKeyDictionary()  # samplers of one model share them
+
+
+class Fast(Plain):
+    """The same functions as Plain's over rearranged weights, without gradients."""
+
+    def __init__(self, model: Qwen2):
+        super().__init__(model)
+        self.names: list[str] = []
+        self.layers: list[Joint] = JOINTS.setdefault(model, [])
+
+    def refresh(self) -> bool:
+        changed = super().refresh()
+        if changed:
+            self.arrange()
+            super().refresh()  # arranging moves parameters, which is no change
+        return changed
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def arrange(self) -> None:
+        """Bring every group of layers into place, with the adapters that are on the model now."""
+        groups = []
+        for layer in self.model.model.layers:
+            a, mlp = layer.self_attn, layer.mlp
+            groups += [[a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [mlp.gate_proj, mlp.up_proj],
+                       [mlp.down_proj]]
+        groups += [] if self.model.config.tied else [[self.model.lm_head]]
+        if groups != [joint.layers for joint in self.layers]:
+            self.layers[:] = [Joint(group) for group in groups]
+        self.names, self.uniform = lora.names(self.model), {}
+        specs = {name: lora.spec(self.model, name) for name in self.names}
+        for joint in self.layers:
+            joint.arrange(specs)
+        self.moves = self.names, [(id(joint), joint.moves) for joint in self.layers]
+
+    def choose(self, rows: Rows) -> Chosen | None:
+        used = {name for name, _ in rows}
+        if used == {None}:
+            return None
+        if not used <= {None, *self.names}:
+            self.arrange()  # an adapter that came after the last look
+        if len(used) > 1:
+            return self._chosen(rows)
+        if rows[0][0] not in self.uniform:  # kept: recordings use its tensors
+            self.uniform[rows[0][0]] = Chosen(None) if len(self.names) == 1 else self._chosen(rows[:1])
+        return self.uniform[rows[0][0]]
+
+    def _chosen(self, rows: Rows) -> Chosen:
+        embeddings = self.model.model.embed_tokens.weight
+        member = [[float(name == other) for other in self.names] for name, _ in rows]
+        member = torch.tensor(member, device=embeddings.device, dtype=embeddings.dtype)
+        if len(rows) > 1:
+            counts = torch.tensor([count for _, count in rows], device=embeddings.device)
+            member = member.repeat_interleave(counts, 0)
+        return Chosen(member)
+
+    def hidden(self, ids: Tensor, positions: Tensor, attend, chosen: Chosen | None) -> Tensor:
+        c, model = self.model.config, self.model.model
+        queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
+        x = F.embedding(ids, model.embed_tokens.weight)
+        if by_columns(x):
+            x = x.t().contiguous().t()
+        cos, sin = rope(positions, c.rope_theta, c.head_size, x.dtype)
+        delta = None  # what the last block adds to x; the next norm does it
+        for i, layer in enumerate(model.layers):
+            qkv, o, gate_up, down = self.layers[4 * i:4 * i + 4]
+            x, n = norm(x, delta, layer.input_layernorm.weight, c.norm_eps)
+            qk, v = qkv(n, chosen).split_with_sizes([queries + keys, keys], -1)
+            qk = turn(qk.unflatten(-1, (-1, c.head_size)), cos, sin)
+            out = attend(i, qk[:, :c.heads], qk[:, c.heads:], v.unflatten(-1, (-1, c.head_size)))
+            x, n = norm(x, o(out.flatten(-2), chosen), layer.post_attention_layernorm.weight, c.norm_eps)
+            gate, up = gate_up(n, chosen).split_with_sizes([c.intermediate, c.intermediate], -1)
+            delta = down(gated(gate, up), chosen)
+        return norm(x, delta, model.norm.weight, c.norm_eps)[1]
+
+    def logits(self, hidden: Tensor, chosen: Chosen | None) -> Tensor:
+        if self.model.config.tied:
+            return F.linear(hidden, self.model.model.embed_tokens.weight)
+        return self.layers[-1](hidden, chosen)
