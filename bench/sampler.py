@@ -170,7 +170,7 @@ def watched(sampler, weights: int, device) -> list[dict]:
         return inner(*args)
 
     def step():
-        rows, before, start = sampler.slots[:sampler.running], rounds[0], clock(device)
+        rows, before, start = sampler.slots.live, rounds[0], clock(device)
         held = [len(row.tokens) for row in rows]
         decode()
         n, new = rounds[0] - before, [len(row.tokens) - many for row, many in zip(rows, held)]

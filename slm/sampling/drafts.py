@@ -1,15 +1,15 @@
 """Guesses of what a row will write next, looked up in what was written before.
 
-A decoding step reads all the weights, however few tokens it computes. So beside its last token a row can have
-a *draft* of the next ones computed in the same step. A token is drawn at each of these places as always (same
-logits, same random number), and draws count up to the first that differs from the draft. Replies are what
-they would be without: a draft only saves steps. This is speculative decoding (Leviathan et al. 2023,
-arXiv:2211.17192); since random numbers belong to places in the reply, there is nothing to correct for.
+A decoding step reads all the weights, however few tokens it computes. So one step can compute a row's last
+token and a *draft* of the tokens that may follow. The sampler draws a token at each of these places as always
+(same logits, same random number), and keeps what it drew up to the first token that differs from the draft.
+Replies are the same as without drafts: a draft only saves steps. This is speculative decoding (Leviathan et
+al. 2023, arXiv:2211.17192). Random numbers belong to places in the reply, so nothing needs correction.
 
 The guess is the token that came last time after the same few tokens, in any prompt or reply (prompt lookup,
-Saxena 2023): small models repeat the question, themselves and each other. How often that comes true is
-counted for each length of context and for how many times in a row it was right, and a draft ends where its
-chance is no longer worth the computation.
+Saxena 2023): small models repeat the question, themselves and each other. Drafts counts how often guesses
+come true, apart for each length of context and for how many times in a row the guess was right. A draft ends
+when the chance of its next token is no longer worth the computation.
 
 Not covered: drafts by a second model or by extra heads.
 """
@@ -26,7 +26,7 @@ class Drafts:
     def __init__(self):
         self.followers: dict[tuple, tuple] = {}  # context -> (the token after it, times right in a row)
         self.came_true = {(n, sure): [1, 2] for n in CONTEXTS for sure in range(SURE + 1)}  # [true, all]
-        self.expected = self.counted = 1.0       # of all tokens in drafts: how many should have and have
+        self.expected = self.counted = 1.0  # tokens of drafts: how many should have come true, how many did
 
     def learn(self, tokens: list[int], start: int) -> None:
         """tokens[start:] are new: remember what came after what, and count which guesses were right."""

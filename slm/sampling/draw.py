@@ -15,8 +15,9 @@ from slm.sampling.graphs import fused
 class Controls:
     """What rows (B,) need to draw their next tokens, on the device; draw() moves it on to the token after.
 
-    rows: (last token, its position, key, tokens drawn so far, Sampling) of each. size: rows are added up to
-    here that draw at position `outside` and are ignored.
+    rows: (last token, its position, key, tokens drawn so far, Sampling) of each. size: how many rows a
+    recorded batch has at least; rows that are missing stand at position `outside`, and nobody looks at what
+    they draw.
     """
 
     def __init__(self, rows: list[tuple], device, size: int = 0, outside: int = 0):

@@ -62,9 +62,11 @@ class Recordings:
             self.kept, self.places = {}, places
 
     def replay(self, key: tuple, run, state):
-        """Do what run() does, which reads and changes the tensors of `state`, and return its results. The
-        state that was recorded under this key takes the place of this one (its take() copies what is in it)
-        and comes first: go on with that."""
+        """Do what run() does and return (state, *its results). run() reads and changes the tensors of `state`.
+
+        A recording works on its own tensors. So the first state that came with a key stays with it, and a
+        later one is copied into it (state.take). The caller goes on with the state returned.
+        """
         if key not in self.kept:
             self.kept[key] = state, *record(run, state, [graph for _, graph, _ in self.kept.values()])
         own, graph, results = self.kept[key]
