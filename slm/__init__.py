@@ -8,8 +8,8 @@ file.
 
 import os
 
-# A thread of PyTorch that sleeps needs about 60 us to wake up, which is often longer than the work it wakes up
-# for. With this setting an idle thread checks for new work for about 0.1 ms before it sleeps. OpenMP reads the
+# A sleeping thread of PyTorch needs about 60 us to wake up, often longer than the work that it wakes up for.
+# With this setting an idle thread checks for new work for about 0.1 ms before it sleeps. OpenMP reads the
 # setting when torch is loaded, so slm must be imported before torch.
 if os.environ.get("OMP_WAIT_POLICY", "").upper() != "ACTIVE":
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
