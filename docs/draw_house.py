@@ -8,6 +8,7 @@ the same bytes. The functions at the top, which read the tree, serve that test t
 """
 
 import ast
+import functools
 import sys
 import textwrap
 from dataclasses import dataclass
@@ -41,12 +42,18 @@ def modules(root: Path) -> dict[str, Path]:
     return found
 
 
+@functools.cache
+def syntax(source: str) -> tuple[ast.AST, ...]:
+    """Every node of a Python source, the module first. Cached: every check of the house reads every file."""
+    return tuple(ast.walk(ast.parse(source)))
+
+
 def imports(root: Path) -> list[Import]:
     """Every import of one of our modules by another, in the order of the files and lines."""
     known = modules(root)
     found = []
     for importer, path in known.items():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in syntax(path.read_text()):
             for package, name in imported(node, importer, path.name == "__init__.py"):
                 full = f"{package}.{name}" if package else name
                 target = full if full in known else package
@@ -71,7 +78,7 @@ def imported(node: ast.AST, importer: str, is_package: bool) -> list[tuple[str, 
 
 def door(path: Path) -> list[str]:
     """The names in a room's `__all__`, as its __init__.py lists them; [] if it has none."""
-    for node in ast.parse(path.read_text()).body:
+    for node in syntax(path.read_text()):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             return list(ast.literal_eval(node.value))
     return []
@@ -99,14 +106,16 @@ def edges(root: Path) -> list[tuple[str, str]]:
 # ---- Placing the rooms -------------------------------------------------------------------------------------
 
 WIDTH, MARGIN = 960, 14
-STEP = {"scripts": 29, "core": 26, "engine": 17}  # pixels from one room's left side to the next's
-ROW, BOX, LINE, CHARACTER = 31, 25, 15, 8.0
+STEP = {"scripts": 29, "core": 26, "engine": 17}  # pixels from one room's left side to the next's, at most
+ENGINE = 530  # where the engine rooms begin: more core modules make narrower steps
+ROW, BOX, LINE = 30, 25, 15
+CHARACTER, SMALL = 8.0, 6.2  # widths of a letter, at most, since every reader's font is another one
 ROOF, HEADER, GAP = 74, 34, 12
 
 
 @dataclass
 class Box:
-    """A room in the picture: its left upper corner, its size, and the lines of small print (its modules)."""
+    """A room in the picture: its left upper corner, its size, and the lines of small print below its name."""
     name: str
     floor: str
     x: float
@@ -114,7 +123,6 @@ class Box:
     width: float
     height: float
     small: list[str]
-    door: str = ""  # what the room exports
     lane: float = 0.0  # where its line on the right goes up
 
     @property
@@ -156,25 +164,26 @@ def place(root: Path) -> dict[str, Box]:
     right = WIDTH - MARGIN - 26 - 11 * len(going_up)  # where engine rooms end and the lanes begin
     x, y = MARGIN + 16.0, ROOF + HEADER
     for floor, rooms in floors(root).items():
+        start = x
         for name, listed in rooms.items():
             width = right - x if floor == "engine" else 22 + CHARACTER * len(name)
-            small = textwrap.wrap("  ".join(listed), int((width - 24) / 5.7)) if listed else []
-            height = BOX + LINE * len(small) + (4 if small else 0)
+            small = small_print(root, name, listed, width) if floor == "engine" else []
+            height = BOX + LINE * len(small) + (3 if small else 0)
             boxes[name] = Box(name, floor, x, y, width, height, small)
-            if floor == "engine":
-                boxes[name].door = doors(root, name, int((width - 28 - CHARACTER * len(name)) / 5.7))
-            x, y = x + STEP[floor], y + height + ROW - BOX
+            step = min(STEP[floor], (ENGINE - start) / len(rooms)) if floor == "core" else STEP[floor]
+            x, y = x + step, y + height + ROW - BOX
         y += HEADER + GAP
     for k, name in enumerate(reversed(going_up)):  # the lowest room has the lane nearest to the boxes
         boxes[name].lane = right + 20 + 11 * k
     return boxes
 
 
-def doors(root: Path, name: str, characters: int) -> str:
-    """What the picture says of a room's door, no longer than so many characters."""
+def small_print(root: Path, name: str, listed: list[str], width: float) -> list[str]:
+    """The lines below the name of an engine room: its door and its modules."""
     exported = ", ".join(door(root / "slm" / name / "__init__.py"))
     words = "every module is a door" if name.strip("/") in OPEN_ROOMS else exported and f"door: {exported}"
-    return textwrap.shorten(words, characters, placeholder=" \u2026")
+    letters = int((width - 22) / SMALL)
+    return textwrap.wrap(words, letters) + textwrap.wrap("inside:  " + "  ".join(listed), letters)
 
 
 def upward(root: Path) -> list[str]:
@@ -222,11 +231,9 @@ def text(x: float, y: float, words: str, kind: str, more: str = "") -> str:
 def draw_box(box: Box) -> list[str]:
     out = [f'<g class="{box.floor}" data-room="{box.name}">',
            f'<rect x="{box.x:g}" y="{box.y:g}" width="{box.width:g}" height="{box.height:g}" rx="6"/>',
-           f'<text x="{box.x + 11:g}" y="{box.y + 17:g}" class="name">{box.name}'
-           + (f'<tspan class="small" font-weight="400" dx="9">{escape(box.door)}</tspan>' if box.door else "")
-           + "</text>"]
+           text(box.x + 11, box.y + 17, box.name, "name")]
     for k, line in enumerate(box.small):
-        out.append(text(box.x + 11, box.y + BOX + 9 + LINE * k, line, "small", ' xml:space="preserve"'))
+        out.append(text(box.x + 11, box.y + BOX + 8 + LINE * k, line, "small", ' xml:space="preserve"'))
     return out + ["</g>"]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.draw_house import OPEN_ROOMS, SCRIPTS, door, draw, edges, imports, modules, room
+from docs.draw_house import OPEN_ROOMS, SCRIPTS, door, draw, edges, imports, modules, room, syntax
 
 ROOT = Path(__file__).parents[1]
 
@@ -155,9 +155,9 @@ def hung(root: Path) -> Iterator[tuple[str, int, str]]:
     self and cls. What a file's own classes declare may be set anywhere in that file: a check that reads no
     types cannot tell whose object x is."""
     for file in files(root):
-        tree = ast.parse((root / file).read_text())
-        own = declared(tree)
-        for node in ast.walk(tree):
+        source = (root / file).read_text()
+        own = declared(source)
+        for node in syntax(source):
             if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
                 if not is_self(node.value) and node.attr not in own:
                     yield file, node.lineno, ast.unparse(node)
@@ -166,10 +166,10 @@ def hung(root: Path) -> Iterator[tuple[str, int, str]]:
                     yield file, node.lineno, ast.unparse(node)
 
 
-def declared(tree: ast.AST) -> set[str]:
+def declared(source: str) -> set[str]:
     """The attributes of all classes in a file: names set in a class body, and those set on self or cls."""
     found = set()
-    for owner in ast.walk(tree):
+    for owner in syntax(source):
         if isinstance(owner, ast.ClassDef):
             for statement in owner.body:
                 targets = statement.targets if isinstance(statement, ast.Assign) else [
@@ -208,7 +208,7 @@ def short_docstrings(root: Path) -> list[str]:
     """The __init__ of an engine room explains the room."""
     faults = []
     for init in sorted((root / "slm").glob("*/__init__.py")):
-        lines = (ast.get_docstring(ast.parse(init.read_text())) or "").splitlines()
+        lines = (ast.get_docstring(syntax(init.read_text())[0]) or "").splitlines()
         if len([line for line in lines if line.strip()]) < DOCSTRING_LINES:
             faults.append(f"slm/{init.parent.name}/__init__.py explains its room in {len(lines)} lines")
     return faults
@@ -234,7 +234,7 @@ def files(root: Path) -> list[str]:
 
 def nodes(root: Path) -> Iterator[tuple[str, ast.AST]]:
     for file in files(root):
-        for node in ast.walk(ast.parse((root / file).read_text())):
+        for node in syntax((root / file).read_text()):
             yield file, node
 
 
