@@ -5,6 +5,7 @@ have none. Each check also has tests on a small tree with one planted fault, so 
 """
 
 import ast
+import functools
 import graphlib
 import re
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ ALLOWED = {
     "setattr(args, *)": "argparse's own way to do so",
     "model.recompute": "a switch of the network, which Qwen2 declares and explains",
     "ctx.*": "torch.autograd.Function keeps there what the backward pass needs",
+    "p.data": "PyTorch's own place for a parameter's numbers",
     "dynamo.config.*": "a setting of PyTorch's compiler",
     "session.trust_env": "a setting of requests",
     "t.*": "a setting of the tokenizers package",
@@ -151,12 +153,15 @@ def attributes_hung_on_others(root: Path) -> list[str]:
 
 
 def hung(root: Path) -> Iterator[tuple[str, int, str]]:
-    """Every `x.attr = ...` where no class of the same file declares attr, and every setattr, but not those on
-    self and cls. What a file's own classes declare may be set anywhere in that file: a check that reads no
+    """Every `x.attr = ...` where no class of the same room declares attr, and every setattr, but not those on
+    self and cls. What the classes of a room declare may be set anywhere in that room: a check that reads no
     types cannot tell whose object x is."""
-    for file in files(root):
-        source = (root / file).read_text()
-        own = declared(source)
+    for module, path in modules(root).items():
+        file, source = str(path.relative_to(root)), path.read_text()
+        own = set()
+        for other, neighbour in modules(root).items():
+            if room(other) == room(module):
+                own |= declared(neighbour.read_text())
         for node in syntax(source):
             if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
                 if not is_self(node.value) and node.attr not in own:
@@ -166,6 +171,7 @@ def hung(root: Path) -> Iterator[tuple[str, int, str]]:
                     yield file, node.lineno, ast.unparse(node)
 
 
+@functools.cache
 def declared(source: str) -> set[str]:
     """The attributes of all classes in a file: names set in a class body, and those set on self or cls."""
     found = set()
@@ -259,9 +265,10 @@ SMALL = {  # a tree without a fault
     "slm/model.py": "class Model:\n    def __init__(self):\n        self.size = 1\n\n\nModel().size = 2\n",
     "slm/grading/__init__.py": '"""One.\n\nTwo.\nThree.\n"""\nfrom slm.grading.grader import grade\n'
                                '__all__ = ["grade"]\n',
-    "slm/grading/grader.py": "from slm.grading.values import real\nfrom slm.model import Model\n\n\n"
+    "slm/grading/grader.py": "from slm.grading.values import Value, real\nfrom slm.model import Model\n\n"
+                             "Value().real = 2\n\n\n"
                              "def grade(text):\n    return [x for x in text if x]\n",
-    "slm/grading/values.py": "real = 1\n",
+    "slm/grading/values.py": "class Value:\n    real: int = 1\n\n\nreal = 1\n",
     "slm/runs/__init__.py": '"""One.\nTwo.\nThree."""\n',
     "slm/runs/cli.py": "def parser():\n    pass\n",
     "README.md": "| `eval.py` | x |\n| `agents.py` | x |\n| `slm/episode.py` | x |\n| `slm/model.py` | x |\n"
@@ -296,6 +303,7 @@ PLANTED = [  # the check, the file that is changed, what is added to it, a part 
     (nested_comprehensions, "slm/model.py", "print([sum(x for x in y) for y in []])\n", "model.py:7"),
     (walrus_in_ternary, "slm/model.py", "print(x if (x := 1) else 2)\n", "model.py:7"),
     (attributes_hung_on_others, "slm/episode.py", "grade.lora = 1\n", "grade.lora"),
+    (attributes_hung_on_others, "slm/grading/grader.py", "Model().size = 1\n", "Model().size"),
     (attributes_hung_on_others, "slm/episode.py", "for grade.x in []:\n    pass\n", "grade.x"),
     (attributes_hung_on_others, "slm/episode.py", "setattr(grade, 'lora', 1)\n", "setattr"),
     (attributes_hung_on_others, "slm/episode.py", "object.__setattr__(grade, 'lora', 1)\n", "setattr"),
