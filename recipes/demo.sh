@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The whole pipeline on the built-in model, offline, on two CPU cores: data, SFT, GRPO, agents, evaluation.
-# Everything is written to runs/demo (or $RUNS), anew each time. SEED=1 bash recipes/demo.sh for another seed.
+# It writes everything to runs/demo (or $RUNS) and removes first what an earlier demo left there.
+# Another seed: SEED=1 bash recipes/demo.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${PYTHON:-}" ]; then PYTHON=python3; [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; fi
 RUNS=${RUNS:-runs/demo}
 SEED=${SEED:-0}
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # threads that wait soon sleep: kinder to a busy machine
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # idle threads soon sleep: kinder to a busy machine
 if [ -e "$RUNS" ] && [ ! -e "$RUNS/data/settings.json" ]; then
   echo "error: $RUNS is there and holds no demo; choose another RUNS"; exit 2
 fi

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The report's pipeline on Qwen2.5-Math-1.5B: 19,473 problems (two have no gold answer), SFT, GRPO, agents,
-# evaluation. One GPU of 40 GB or more. Stage 1 needs the teachers' keys in the environment, as
-# recipes/report.toml names them; stages 2 to 5 need the hub (or local directories in the place of the names).
-# Started again after a stop, it goes on.
+# evaluation. It needs one GPU of 40 GB or more. Stage 1 needs the teachers' keys in the environment;
+# recipes/report.toml names the variables. Stages 2 to 5 need the hub, or local directories in place of the names.
+# If it was stopped, start it again: it goes on where it was.
 #
 #   bash recipes/paper.sh                 everything, in runs/paper
 #   MODEL=path/to/model BUDGET=20 bash recipes/paper.sh
@@ -13,7 +13,8 @@ MODEL=${MODEL:-Qwen/Qwen2.5-Math-1.5B}
 RUNS=${RUNS:-runs/paper}
 TEST=(--data gsm8k,math500 --limit 500 --max-tokens 2048)
 
-# stage FOLDER SCRIPT OPTIONS: left out when its page is there, continued when only its settings are
+# stage FOLDER SCRIPT OPTIONS runs one stage. A stage whose page is there is done, and is left out. A stage with
+# settings but no page was stopped, and goes on.
 stage() {
   local out="$RUNS/$1" resume=""; shift
   if [ -e "$out/report.html" ]; then return; fi
@@ -21,7 +22,8 @@ stage() {
   "$PYTHON" "$@" --out "$out" $resume
 }
 
-# 1. Data: round 1 asks one teacher for everything, round 2 another for what is left. It goes on by itself.
+# 1. Data: round 1 asks one teacher for everything, round 2 asks another for what is left. This script goes on
+# without --resume.
 "$PYTHON" make_data.py --data gsm8k,math --cascade recipes/report.toml --budget "${BUDGET:-50}" --out "$RUNS/data"
 
 # 2. SFT, LoRA and full: batch 128, 2 epochs, cosine, 1e-4 and 5e-5 are the defaults.
