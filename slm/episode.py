@@ -135,6 +135,8 @@ class TokenRecord:
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    advantage: float = 0.0
+    weight: float = 0.0
 
     def append(self, ids: list[int], logprobs: list[float] | None = None) -> None:
         self.ids += ids
@@ -158,6 +160,8 @@ class Episode:
     response: str = ""
     error: str | None = None
     failures: list[str] = field(default_factory=list)
+    reward: float | None = None
+    reason: str = ""
 
     @property
     def first_answer(self) -> str | None:
@@ -174,8 +178,8 @@ class Episode:
 
         >>> turns = [Turn("solver", [], "", "stop", [1, 2], [3], [-.5], 2, 1),
         ...          Turn("solver", [], "", "stop", [1, 2, 3, 9], [4], [-.1], 4, 1)]
-        >>> Episode("p", turns=turns).records()
-        [TokenRecord(ids=[1, 2, 3, 9, 4], mask=[0, 0, 1, 0, 1], logprobs=[0.0, 0.0, -0.5, 0.0, -0.1])]
+        >>> [(record.ids, record.mask, record.logprobs) for record in Episode("p", turns=turns).records()]
+        [([1, 2, 3, 9, 4], [0, 0, 1, 0, 1], [0.0, 0.0, -0.5, 0.0, -0.1])]
         """
         records: list[TokenRecord] = []
         for turn in self.turns:
