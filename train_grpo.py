@@ -100,76 +100,69 @@ from slm.episode import Episode, Sampling, TokenRecord, jobs_for, run_episodes, 
 from slm.grading import grade
 from slm.prompts import SOLVER
 from slm.runs import ranks
-from slm.runs.device import memory, parameter_counts, peak_memory, pick_device
+from slm.runs.device import memory, parameter_counts, peak_memory
 from slm.runs.files import readable_rows
-from slm.runs.rundir import RunDir, new_path, settled
+from slm.runs.rundir import RunDir
 from slm.sampling import Sampler
 from slm.sandbox import Sandbox
 
 
 def main(args):
     cli.resolve(args, PAPER, TINY)
-    algorithm, workflow = checked(args)
-    out = new_path(args.out, f"grpo-{cli.model_name(args.model)}", args.resume)
-    device, dtype, reason = pick_device(args.device, settled(out, args), args.model)
     args.data = args.data or ["tiny" if cli.is_small(args.model) else "gsm8k"]
-    args.out, args.dtype = str(out), str(dtype).removeprefix("torch.")  # all settings are resolved now
-    ranks.start_ranks(device)
-    torch.manual_seed(args.seed)  # the adapter's initial values
+    algorithm, workflow = checked(args)
+    device, dtype, words = training.settle(args, f"grpo-{cli.model_name(args.model)}")
     pool = problems.load_all(args.data, "train", args.limit)
     check_rewards(pool)
-    rundir = RunDir(out, vars(args), problems.fingerprint(pool), args.resume, log=ranks.rank() == 0)
-    policy, tokenizer, base = prepare(out, device, dtype, args)
+    rundir = RunDir(args.out, vars(args), problems.fingerprint(pool), args.resume, log=ranks.rank() == 0)
+    policy, tokenizer, base = prepare(rundir.path, device, dtype, args)
     pool = fitting(pool, tokenizer, policy.config.positions)
-    plan = batches(len(pool), args)
+    plan = training.batches(len(pool), args.batch, args.epochs, args.seed)
+    while len(plan) < args.steps:
+        plan += training.batches(len(pool), args.batch, 1, args.seed + len(plan))
+    plan = plan[:args.steps or None]
     if ranks.rank() == 0:
-        cli.show(vars(args))
-        introduce(policy, tokenizer, base, pool, plan, f"{device}, {args.dtype} ({reason})", args)
+        introduce(policy, tokenizer, base, pool, plan, words, args)
 
     trained, optimizer = training.start(policy, weight_decay=0.0)
     sampler = Sampler(policy, tokenizer)
     with contextlib.nullcontext() if args.workflow == "solver" else Sandbox() as sandbox:
         for step, lr, bar in training.steps(len(plan), rundir, trained, optimizer, args):
             batch, clock = [pool[i] for i in plan[step]], [time.perf_counter()]
-            rollout = roll_out(batch, step, policy, workflow, sampler, sandbox, algorithm, clock, args)
-            learned = update_policy(rollout, policy, optimizer, lr, algorithm, args)
+            episodes, records, divisor = roll_out(batch, step, policy, workflow, sampler, sandbox, algorithm,
+                                                  clock, args)
+            learned = update_policy(policy, records, divisor, optimizer, lr, algorithm, args)
             clock.append(time.perf_counter())
-            row = {"step": step + 1, **summary(rollout.episodes), **learned, "lr": lr,
-                   **shares(clock, rollout.episodes)}
+            row = {"step": step + 1, **summary(episodes), **learned, "lr": lr, **shares(clock, episodes)}
             rundir.log("metrics", row)
-            rundir.log("episodes", *lines(step + 1, rollout))
+            rundir.log("episodes", *[line(step + 1, e, own) for e, own in zip(episodes, records)])
             bar.set_postfix_str(f"reward {row['reward']:+.2f}, solved {row['solved']:.0%}, "
                                 f"{row['mean_tokens']:.0f} tokens, {row['tokens_per_s']:,} tok/s")
-    finish(policy, base, out, args)
+    finish(policy, base, rundir.path)
 
 
 # ---- a step: roll out ------------------------------------------------------------------------------------
 
-@dataclass
-class Rollout:
-    """What this rank sampled in one step."""
-    episodes: list[Episode]
-    records: list[list[TokenRecord]]  # of each episode, with advantage and weight; none without a reward
-    divisor: int                      # of the loss, over all ranks
-
-
-def roll_out(batch, step, policy, workflow, sampler, sandbox, algorithm, clock, args) -> Rollout:
+def roll_out(batch, step, policy, workflow, sampler, sandbox, algorithm, clock, args):
     """Sample K episodes of each problem, reward them, and compare each with the others of its problem.
-    `clock` gets the times when the sampling and the rest was done."""
-    mine = batch[ranks.rank()::ranks.world()]
+
+    Returns this rank's episodes, the token records of each (none without a reward), and the divisor of the
+    loss. `clock` gets the time after the sampling, and the time at the end."""
+    jobs = [job for job in jobs_for(batch, workflow, args.samples)
+            if job.group % ranks.world() == ranks.rank()]
     sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, stop_at_box=False)
     bar = None if cli.is_small(args.model) else f"step {step + 1}"
     with ranks.whole(policy):
-        episodes = run_episodes(jobs_for(mine, workflow, args.samples), sampler, sandbox, sampling=sampling,
-                                seed=seed_of(args.seed, "grpo", step), fixed=True, bar=bar)
+        episodes = run_episodes(jobs, sampler, sandbox, sampling=sampling, fixed=True, bar=bar,
+                                seed=seed_of(args.seed, "grpo", step))
         sampler.close()  # gives the cache's memory back, and no step depends on an earlier one's cache
     clock.append(time.perf_counter())
     for episode in episodes:
-        episode.reward, episode.reason = reward_of(episode, mine[episode.group].gold, args.no_box)
+        episode.reward, episode.reason = reward_of(episode, batch[episode.group].gold, args.no_box)
     records = [[] if e.reward is None else e.records(args.roles) for e in episodes]
     divisor = give_credit(episodes, records, algorithm, args.max_tokens)
     clock.append(time.perf_counter())
-    return Rollout(episodes, records, divisor)
+    return episodes, records, divisor
 
 
 def reward_of(episode: Episode, gold: str, no_box: float) -> tuple[float | None, str]:
@@ -187,48 +180,45 @@ def reward_of(episode: Episode, gold: str, no_box: float) -> tuple[float | None,
 def give_credit(episodes, records, algorithm: Algorithm, max_tokens: int) -> int:
     """Fill in the advantage and weight of every record; returns the divisor of the loss. What counts are the
     episodes of all ranks that have a reward."""
-    rewarded = [(e, own) for e, own in zip(episodes, records) if e.reward is not None]
-    everyone = ranks.gather([(ranks.rank(), e.group * ranks.world() + ranks.rank(), e.reward, length(own))
-                             for e, own in rewarded])
-    if not everyone:
+    scores = []
+    for episode, own in zip(episodes, records):
+        if episode.reward is not None:
+            tokens = sum(sum(record.mask) for record in own)
+            scores.append((episode.group, episode.sample, episode.reward, tokens))
+    scores = ranks.gather(scores)
+    if not scores:
         return 1
-    owners, groups, rewards, lengths = zip(*everyone)
-    advantages = losses.advantages(torch.tensor(rewards), torch.tensor(groups), algorithm.advantage).tolist()
-    weights, divisor = losses.token_weights(torch.tensor(lengths), algorithm.normalise, max_tokens)
-    first = owners.index(ranks.rank()) if rewarded else 0
-    for i, (_, own) in enumerate(rewarded, first):
+    groups, samples, rewards, tokens = zip(*scores)
+    advantages = losses.advantages(torch.tensor(rewards), torch.tensor(groups), algorithm.advantage)
+    weights, divisor = losses.token_weights(torch.tensor(tokens), algorithm.normalise, max_tokens)
+    credit = dict(zip(zip(groups, samples), zip(advantages.tolist(), weights.tolist())))
+    for episode, own in zip(episodes, records):
         for record in own:
-            record.advantage, record.weight = advantages[i], weights[i].item()
+            record.advantage, record.weight = credit[episode.group, episode.sample]
     return max(1, divisor)
-
-
-def length(records: list[TokenRecord]) -> int:
-    """How many tokens of an episode are trained."""
-    return sum(sum(record.mask) for record in records)
 
 
 # ---- a step: update the policy ---------------------------------------------------------------------------
 
-def update_policy(rollout: Rollout, policy, optimizer, lr: float, algorithm: Algorithm, args) -> dict:
-    """--updates optimizer steps on what was rolled out; returns what metrics.jsonl tells, over all ranks.
+def update_policy(policy, records, divisor: int, optimizer, lr: float, algorithm: Algorithm, args) -> dict:
+    """--updates optimizer steps on each episode's records; returns what metrics.jsonl tells, over all ranks.
 
     Without a KL penalty, a record whose advantage is 0 has no gradient. It is left out of the work, but its
     tokens stay in the divisor."""
-    every = [record for own in rollout.records for record in own]
-    active = [record for record in every if record.advantage or args.kl > 0]
+    active = [record for own in records for record in own if record.advantage or args.kl > 0]
     if not ranks.summed({"active": len(active)})["active"]:
         return {"skipped": 1}
     first = {}
     for _ in range(args.updates):
         sums, gap = {}, 0.0
-        for records in training.micro_batches(policy, active, args.micro_tokens):
-            loss, part, part_gap = micro_batch_loss(policy, records, algorithm, args)
-            (loss / rollout.divisor).backward()
+        for members in training.micro_batches(policy, active, args.micro_tokens):
+            loss, part, part_gap = micro_batch_loss(policy, members, algorithm, args)
+            (loss / divisor).backward()
             sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
             gap = max(gap, part_gap)
         norm = training.update(optimizer, lr, args.clip)
         sums = ranks.summed(sums)
-        loss, tokens = sums.pop("loss") / rollout.divisor, sums.pop("tokens")
+        loss, tokens = sums.pop("loss") / divisor, sums.pop("tokens")
         means = {name: value / tokens for name, value in sums.items()}
         learned = {"loss": loss, **means, "dlogp_max": max(ranks.gather([gap])), "grad_norm": norm,
                    "learned_tokens": int(tokens)}
@@ -335,19 +325,12 @@ def fitting(pool, tokenizer, context: int) -> list:
     return fit
 
 
-def batches(n: int, args) -> list[list[int]]:
-    """Problem numbers of every step: --epochs over n problems, or --steps steps."""
-    plan = training.batches(n, args.batch, args.epochs, args.seed)
-    while len(plan) < args.steps:
-        plan += training.batches(n, args.batch, 1, args.seed + len(plan))
-    return plan[:args.steps or None]
-
-
 # ---- what a person reads ---------------------------------------------------------------------------------
 
 def introduce(policy, tokenizer, base: str, pool, plan, device: str, args):
     """Print what the run will do, before it starts."""
     parameters, updated = parameter_counts(policy)
+    cli.show(vars(args))
     print(f"device: {device}")
     print(f"policy: {base} with a new LoRA of rank {args.rank} on {args.targets}, {parameters:,} parameters, "
           f"{updated:,} trained; reference: the same with the adapter off")
@@ -382,26 +365,24 @@ def summary(episodes: list[Episode]) -> dict:
 
 
 def shares(clock: list[float], episodes: list[Episode]) -> dict:
-    """Seconds of the step, what shares of them its parts took, and tokens sampled a second of sampling."""
-    spans = [end - start for start, end in pairwise(clock)]
-    parts = zip(("generate_share", "score_share", "learn_share"), spans)
-    return {"seconds": round(sum(spans), 3),
-            "tokens_per_s": round(sum(e.tokens_out for e in episodes) / spans[0]),
-            **{name: round(span / sum(spans), 3) for name, span in parts}}
+    """Seconds of the step, the share that each of its parts took, and tokens sampled a second of sampling."""
+    seconds = clock[-1] - clock[0]
+    spans = {part: end - start for part, (start, end) in zip(("generate", "score", "learn"), pairwise(clock))}
+    tokens = sum(e.tokens_out for e in episodes)
+    return {"seconds": round(seconds, 3), "tokens_per_s": round(tokens / spans["generate"]),
+            **{f"{part}_share": round(span / seconds, 3) for part, span in spans.items()}}
 
 
-def lines(step: int, rollout: Rollout) -> list[dict]:
-    """The episodes for episodes.jsonl."""
-    rows = []
-    for e, records in zip(rollout.episodes, rollout.records):
-        turns = [{"role": t.role, "reply": {"text": t.reply.text, "finish": t.reply.finish}} for t in e.turns]
-        rows.append({"step": step, "problem": e.problem_id, "sample": e.sample, "reward": e.reward,
-                     "reason": e.reason, "answer": e.answer, "tokens": e.tokens_out,
-                     "advantage": records[0].advantage if records else None, "turns": turns})
-    return rows
+def line(step: int, episode: Episode, records: list[TokenRecord]) -> dict:
+    """An episode for episodes.jsonl."""
+    return {"step": step, "problem": episode.problem_id, "sample": episode.sample, "reward": episode.reward,
+            "reason": episode.reason, "answer": episode.answer, "tokens": episode.tokens_out,
+            "advantage": records[0].advantage if records else None,
+            "turns": [{"role": turn.role, "reply": {"text": turn.reply.text, "finish": turn.reply.finish}}
+                      for turn in episode.turns]}
 
 
-def finish(policy, base: str, out, args):
+def finish(policy, base: str, out):
     """Write the adapter under its final name with a report, and print what to do with it."""
     with ranks.whole(policy):
         if ranks.rank() == 0:

@@ -5,14 +5,12 @@
     python train_sft.py --model Qwen/Qwen2.5-Math-1.5B --data runs/data-gsm8k-math/records.jsonl
     torchrun --nproc_per_node 8 train_sft.py ...                the same on 8 GPUs
 
-Data: JSON lines. A row has `question` and `response` (make_data.py writes such rows; the standard prompt is
-put around the question), or it has `messages`, a list of role and content. The loss is the mean of -log p
-over the tokens of every response or assistant message and the token that ends it. Rows longer than
---max-length are left out and counted.
+Data: JSON lines. A row has `question` and `response`, as make_data.py writes them (the standard prompt is put
+around the question), or it has `messages`, a list of role and content. Every response or assistant message is
+trained, with the token that ends it. Rows longer than --max-length are left out and counted.
 
-A step trains on --batch rows. They are packed without padding into micro-batches of --micro-tokens. A loss is
-a sum, divided by the number of trained tokens in the batch, so micro-batches don't change the gradient. Not
-covered: evaluation during training, early stopping.
+A step trains on --batch rows, packed without padding into micro-batches of --micro-tokens. The loss of each
+is a sum, divided by the number of trained tokens in the batch: micro-batches don't change the gradient.
 """
 
 from slm.runs import cli
@@ -65,8 +63,8 @@ from slm import BadInput, checkpoint, lora, losses, problems, report, training
 from slm.episode import TokenRecord, user
 from slm.prompts import SOLVER
 from slm.runs import files, ranks
-from slm.runs.device import memory, parameter_counts, peak_memory, pick_device
-from slm.runs.rundir import RunDir, new_path, settled
+from slm.runs.device import memory, parameter_counts, peak_memory
+from slm.runs.rundir import RunDir
 
 
 def main(args):
@@ -76,12 +74,8 @@ def main(args):
         raise BadInput("--data is missing: records of make_data.py, or gsm8k for its worked solutions")
     args.data = args.data or [newest()]
     conversations = [talk for data in args.data for talk in read(data, args.limit)]
-    out = new_path(args.out, f"sft-{cli.model_name(args.model)}-{how}", args.resume)
-    device, dtype, reason = pick_device(args.device, settled(out, args), args.model)
-    args.out, args.dtype = str(out), str(dtype).removeprefix("torch.")  # all settings are resolved now
-    ranks.start_ranks(device)
+    device, dtype, words = training.settle(args, f"sft-{cli.model_name(args.model)}-{how}")
 
-    torch.manual_seed(args.seed)  # the adapter's initial values
     model, tokenizer = checkpoint.load(args.model, device, torch.float32 if args.full else dtype)
     model.recompute = args.recompute
     if not args.full:
@@ -89,10 +83,9 @@ def main(args):
     rows = fitting(tokenizer, conversations, min(args.max_length, model.config.positions), args.train_on)
     plan = training.batches(len(rows), args.batch, args.epochs, args.seed)
     data = files.fingerprint([(row.ids, row.mask) for row in rows])
-    rundir = RunDir(out, vars(args), data, args.resume, log=ranks.rank() == 0)
+    rundir = RunDir(args.out, vars(args), data, args.resume, log=ranks.rank() == 0)
     if ranks.rank() == 0:
-        cli.show(vars(args))
-        introduce(model, tokenizer, rows, plan, f"{device}, {args.dtype} ({reason})", args)
+        introduce(model, tokenizer, rows, plan, words, args)
 
     trained, optimizer = training.start(model, args.weight_decay)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.full and dtype == torch.bfloat16)
@@ -102,7 +95,7 @@ def main(args):
             row = one_step(model, [rows[i] for i in plan[step]], optimizer, lr, args)
         rundir.log("metrics", {"step": step + 1, **row})
         bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:,} tok/s")
-    finish(model, tokenizer, out, args)
+    finish(model, tokenizer, rundir.path, args)
 
 
 def one_step(model, batch: list[TokenRecord], optimizer, lr: float, args) -> dict:
@@ -169,14 +162,12 @@ def messages_of(row: dict, where: str) -> list[dict]:
     messages = row.get("messages")
     if not isinstance(messages, list):
         raise BadInput(f"{where}: expected question and response, or messages; found {', '.join(row)}")
-    roles = [m["role"] for m in messages if is_message(m)]
-    if len(roles) < len(messages) or "assistant" not in roles:
-        raise BadInput(f"{where}: messages must be a list of role and content, at least one of the assistant")
+    for m in messages:
+        if not (isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)):
+            raise BadInput(f"{where}: messages must be a list of role and content")
+    if not any(m["role"] == "assistant" for m in messages):
+        raise BadInput(f"{where}: expected messages with at least one of the assistant")
     return messages
-
-
-def is_message(m) -> bool:
-    return isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
 
 
 def encode(tokenizer, messages: list[dict], train_on: str = "response") -> TokenRecord:
@@ -213,6 +204,7 @@ def introduce(model, tokenizer, rows, plan, device: str, args):
     """Print what the run will do, before it starts."""
     tokens, trained = sum(len(row.ids) for row in rows), sum(sum(row.mask) for row in rows)
     parameters, updated = parameter_counts(model)
+    cli.show(vars(args))
     print(f"device: {device}")
     print(f"model: {args.model}, {parameters:,} parameters, {updated:,} trained "
           f"({'all' if args.full else f'LoRA rank {args.rank} on {args.targets}'})")
@@ -241,9 +233,8 @@ def finish(model, tokenizer, out, args):
         print(f"loss {last['loss']:.4f} after {last['step']} steps, peak memory "
               f"{peak_memory(model):.1f} GB; the result is {result}; curves: {report.write(out)}")
         result = shlex.quote(str(result))
-        print(f"next: python eval.py --model {result}")
         policy = f"--model {result}" if args.full else f"--model {args.model} --adapter {result}"
-        print(f"  or: python train_grpo.py {policy}")
+        print(f"next: python eval.py --model {result}\n  or: python train_grpo.py {policy}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
-        w = weight.to(_matmul_dtype(hidden))
+        kind = hidden.device.type
+        w = weight.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype)
         logp = hidden.new_zeros(len(hidden), dtype=torch.float32)
         entropy = torch.zeros_like(logp)
         frozen = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
@@ -66,8 +67,6 @@ class _TokenLogprobs(torch.autograd.Function):
         w = weight.to(ctx.dtype)
         grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        if not grad.any():
-            return grad_hidden, grad_weight, None, None, None
         for i in range(0, len(hidden), ctx.chunk):
             rows = slice(i, i + ctx.chunk)
             h = hidden[rows].to(w.dtype)
@@ -110,11 +109,6 @@ def score(model, ids: list[list[int]], masks: list[list[int]], temperature: floa
     trained = torch.tensor([m for x in masks for m in x]).nonzero().squeeze(1).to(device)
     hidden = model(flat, attend.positions, attend)
     return token_logprobs(model, hidden[trained - 1], flat[trained], temperature)
-
-
-def _matmul_dtype(x: torch.Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 # ---- supervised ------------------------------------------------------------------------------------------
@@ -185,10 +179,8 @@ def sequence_clipped(logp, old, advantage, sequence, low: float, high: float) ->
     """GSPO (Zheng et al. 2025, arXiv 2507.18071, eq. 5-7): one ratio per sequence, exp(mean of logp - old),
     clipped as above. `sequence` (N,) int numbers each token's sequence. Every token carries its sequence's
     value, so weights of 1 / length give the paper's sum."""
-    count = int(sequence.max()) + 1 if len(sequence) else 0
-    zeros = torch.zeros(count, device=logp.device)
-    length = zeros.index_add(0, sequence, torch.ones_like(logp)).clamp(min=1)
-    mean = zeros.index_add(0, sequence, logp - old) / length
+    length = sequence.bincount().clamp(min=1)
+    mean = torch.zeros(len(length), device=logp.device).index_add(0, sequence, logp - old) / length
     return clipped(mean[sequence], torch.zeros_like(logp), advantage, low, high)
 
 
@@ -213,17 +205,15 @@ def kl(logp, ref, kind: str = "k3") -> torch.Tensor:
 def token_weights(lengths: torch.Tensor, how: str, max_tokens: int = 1) -> tuple[torch.Tensor, int]:
     """Trained tokens of each sequence (S,) -> (weight of one token of each (S,), divisor of the sum).
 
-    `lengths` are those of the episodes that count: the episodes of the whole batch that have a reward, of all
-    prompts and ranks. A failed episode must not be among them. One that has a reward but no trained token is:
-    it has length 0, adds nothing to the sum, and counts in the divisor of `sequence` and `constant`.
+    What counts are the episodes of the whole batch that have a reward, so failed ones must not be in
+    `lengths`. An episode with a reward and no trained token has length 0 and counts in the divisor.
 
     token     sum / tokens of the batch. DAPO (arXiv 2503.14476, eq. 8) divides by the tokens of each prompt's
-              group, then takes the mean over prompts; here a prompt weighs as much as it has tokens
+              group and takes the mean over prompts; here a prompt weighs as much as it has tokens
     sequence  mean over sequences of each one's mean token: GRPO (arXiv 2402.03300, eq. 3). A token of a short
               sequence weighs more than one of a long sequence
-    constant  sum / (sequences * max_tokens): Dr. GRPO (arXiv 2503.20783, section 3.2); a token's weight does
-              not depend on lengths. RLOO (arXiv 2402.14740, eq. 5-6) divides the sum by sequences only: with
-              `constant` its gradient is the paper's divided by max_tokens
+    constant  sum / (sequences * max_tokens): Dr. GRPO (arXiv 2503.20783, section 3.2), free of length bias.
+              RLOO (arXiv 2402.14740) divides by sequences only, so this is its sum divided by max_tokens
     """
     one = torch.ones(len(lengths), device=lengths.device)
     if how == "token":

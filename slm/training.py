@@ -1,7 +1,9 @@
 """What both trainers share: everything about a step except what its loss is.
 
-A trainer draws up its plan with `batches`, spreads its model and makes the optimizer with `start`, and loops:
+A trainer settles where and on what it runs, makes a plan (which rows in which step), and loops:
 
+    device, dtype, words = settle(args, name)
+    plan = batches(len(rows), args.batch, args.epochs, args.seed)
     trained, optimizer = start(model, weight_decay)
     for step, lr, bar in steps(len(plan), rundir, trained, optimizer, args):
         for records in micro_batches(model, batch, micro_tokens):
@@ -30,7 +32,19 @@ from slm import BadInput
 from slm.episode import TokenRecord
 from slm.losses import pack
 from slm.runs import ranks
-from slm.runs.rundir import RunDir
+from slm.runs.device import pick_device
+from slm.runs.rundir import RunDir, new_path, settled
+
+
+def settle(args, name: str) -> tuple[torch.device, torch.dtype, str]:
+    """Decide args.out (default runs/<name>) and args.dtype, so that settings.json tells them; join the other
+    ranks and seed what is drawn before the first step -> (device, dtype, both in words)."""
+    out = new_path(args.out, name, args.resume)
+    device, dtype, reason = pick_device(args.device, settled(out, args), args.model)
+    args.out, args.dtype = str(out), str(dtype).removeprefix("torch.")
+    ranks.start_ranks(device)
+    torch.manual_seed(args.seed)  # an adapter's initial values
+    return device, dtype, f"{device}, {args.dtype} ({reason})"
 
 
 def batches(n: int, size: int, epochs: int, seed: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ from slm import checkpoint, lora, losses
 from slm.episode import Episode, Reply, TokenRecord, Turn
 from slm.runs import rundir
 from slm.workflows import WORKFLOWS
-from train_grpo import ALGORITHMS, Rollout, reward_of
+from train_grpo import ALGORITHMS, reward_of
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,8 @@ def episode(response="", error=None, ids=(3, 4)):
 
 def credit(episodes, algorithm):
     """Rewards, then advantages: the records of each episode, and the divisor."""
-    for e in episodes:
+    for i, e in enumerate(episodes):
+        e.sample = i
         e.reward, e.reason = reward_of(e, "12", -1.0)
     records = [[] if e.reward is None else e.records() for e in episodes]
     return records, train_grpo.give_credit(episodes, records, ALGORITHMS[algorithm], 10)
@@ -182,8 +183,8 @@ def test_the_step_is_the_same_for_every_cut_into_micro_batches(random_model, alg
         args = SimpleNamespace(temperature=0.8, kl=0.1, kl_kind="k3", micro_tokens=micro, clip=1e9, updates=1)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         before = {n: p.detach().clone() for n, p in trained.items()}
-        row = train_grpo.update_policy(Rollout([], [records], 7), model, torch.optim.SGD(trained.values()),
-                                       1.0, ALGORITHMS[algorithm], args)
+        row = train_grpo.update_policy(model, [records], 7, torch.optim.SGD(trained.values()), 1.0,
+                                       ALGORITHMS[algorithm], args)
         found.append((row, {n: p.detach() - before[n] for n, p in trained.items()}))
         with torch.no_grad():
             for n, p in trained.items():
