@@ -1,24 +1,22 @@
-"""Stage 3: reinforcement learning from checked answers (GRPO and its relatives), single turn or through a
-workflow.
+"""Stage 3: reinforcement learning from checked answers: GRPO and its relatives, through any workflow.
 
     python train_grpo.py                                             the built-in model, minutes
     python train_grpo.py --adapter runs/sft-tiny-lora/adapter        from the fine-tuned adapter
     python train_grpo.py --workflow python_tools --adapter ...       trains what agents.py runs
     python train_grpo.py --model Qwen/Qwen2.5-Math-1.5B --adapter DIR --data gsm8k
 
-A step is roll_out, then update_policy. roll_out samples K episodes of each problem of a batch, gives +1 for a
-right final box and -1 for anything else, and compares each reward with the others of the same problem: this
-is the episode's advantage. update_policy makes the sampled tokens more likely where the advantage is positive
-and less likely where it is negative, and keeps the policy near the reference by a KL penalty.
+A step is roll_out, then update_policy. roll_out samples K episodes of each problem, gives 1 for a right final
+box and -1 for anything else, and compares each reward with the others of its problem: this is the advantage.
+update_policy makes sampled tokens more likely if their advantage is positive, less likely if it is negative,
+and keeps the policy near the reference by a KL penalty.
 
-The policy is the model with a new LoRA adapter. The reference, the model before this run, is the same model
-with the adapter off. An SFT adapter is merged first. Sampling and loss use one distribution, so the ratio
-between them is 1 at the start of each step; the metric dlogp shows how far rounding moves it. An episode
-whose sampling failed has no reward and counts nowhere.
+The policy is the model with a new LoRA adapter; an SFT adapter is merged first. The reference is the same
+model with the new adapter off. Sampling and loss use one distribution, so the ratio between them is 1 at the
+start of each step; the metric dlogp shows how far rounding moves it. If an episode's sampling fails, it has
+no reward and counts nowhere. Not covered: a value model, asynchronous rollouts, top-p or top-k sampling.
 
 What to watch: reward and solve rate rise, entropy falls slowly, kl (with --kl) grows slowly. The loss means
-little: its value is near 0 by construction. Not covered: a value model, asynchronous rollouts, top-p or
-top-k in sampling (the loss would be another).
+little: its value is near 0 by construction.
 """
 
 from dataclasses import dataclass
@@ -69,8 +67,7 @@ def options():
     g.add_argument("--no-box", type=cli.number(-1, 1), default=-1.0,
                    help="reward without a final box; the report's -0.5 pays for silence (default -1)")
     g = p.add_argument_group("objective")
-    g.add_argument("--algorithm", choices=ALGORITHMS, default="grpo",
-                   help="(default grpo; losses.py names the papers)")
+    g.add_argument("--algorithm", choices=ALGORITHMS, default="grpo", help="(default grpo; see losses.py)")
     g.add_argument("--kl", type=cli.number(0), help=f"weight of the KL penalty ({both('kl')})")
     g.add_argument("--kl-kind", choices=("k1", "k2", "k3"), default="k3", help="its estimator (default k3)")
     g.add_argument("--updates", type=cli.positive, default=1, help="optimizer steps a batch (default 1)")
@@ -90,7 +87,6 @@ if __name__ == "__main__":
 import contextlib
 import shlex
 import time
-from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -99,9 +95,8 @@ from slm import BadInput, checkpoint, lora, losses, problems, report, training, 
 from slm.episode import Episode, Sampling, TokenRecord, jobs_for, run_episodes, seed_of, user
 from slm.grading import grade
 from slm.prompts import SOLVER
-from slm.runs import ranks
+from slm.runs import files, ranks
 from slm.runs.device import memory, parameter_counts, peak_memory
-from slm.runs.files import readable_rows
 from slm.runs.rundir import RunDir
 from slm.sampling import Sampler
 from slm.sandbox import Sandbox
@@ -148,8 +143,7 @@ def roll_out(batch, step, policy, workflow, sampler, sandbox, algorithm, clock, 
 
     Returns this rank's episodes, the token records of each (none without a reward), and the divisor of the
     loss. `clock` gets the time after the sampling, and the time at the end."""
-    jobs = [job for job in jobs_for(batch, workflow, args.samples)
-            if job.group % ranks.world() == ranks.rank()]
+    jobs = [j for j in jobs_for(batch, workflow, args.samples) if j.group % ranks.world() == ranks.rank()]
     sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, stop_at_box=False)
     bar = None if cli.is_small(args.model) else f"step {step + 1}"
     with ranks.whole(policy):
@@ -166,8 +160,7 @@ def roll_out(batch, step, policy, workflow, sampler, sandbox, algorithm, clock, 
 
 
 def reward_of(episode: Episode, gold: str, no_box: float) -> tuple[float | None, str]:
-    """Reward and reason: +1 for a right answer in a box, -1 for a wrong one, `no_box` for none, None when the
-    sampling failed."""
+    """(reward, reason): 1 for a right box, -1 for a wrong one, `no_box` for none, None if sampling failed."""
     broken = next((turn.reply.error for turn in episode.turns if turn.reply.error), None)
     if broken or not episode.turns:
         return None, f"failed: {broken or episode.error}"
@@ -219,9 +212,8 @@ def update_policy(policy, records, divisor: int, optimizer, lr: float, algorithm
         norm = training.update(optimizer, lr, args.clip)
         sums = ranks.summed(sums)
         loss, tokens = sums.pop("loss") / divisor, sums.pop("tokens")
-        means = {name: value / tokens for name, value in sums.items()}
-        learned = {"loss": loss, **means, "dlogp_max": max(ranks.gather([gap])), "grad_norm": norm,
-                   "learned_tokens": int(tokens)}
+        learned = {"loss": loss, **{name: value / tokens for name, value in sums.items()},
+                   "dlogp_max": max(ranks.gather([gap])), "grad_norm": norm, "learned_tokens": int(tokens)}
         first = first or learned  # only the first update starts from the policy that sampled
     return {**learned, "dlogp": first["dlogp"], "dlogp_max": first["dlogp_max"]}
 
@@ -252,18 +244,16 @@ def micro_batch_loss(policy, records: list[TokenRecord], algorithm: Algorithm, a
         penalty = losses.kl(logp, reference, args.kl_kind)
         kl = {"kl": penalty.detach().sum()}
     total = ((loss + args.kl * penalty) * weight).sum()
-    gap = (logp.detach() - old).abs()
-    ratio = (logp.detach() - old).exp()
+    gap, ratio = (logp.detach() - old).abs(), (logp.detach() - old).exp()
     cut = ((ratio > 1 + algorithm.high) & (advantage > 0)) | ((ratio < 1 - algorithm.low) & (advantage < 0))
     sums = {"loss": total.detach(), **kl, "entropy": entropy.sum(), "dlogp": gap.sum(),
             "clipped": cut.sum() if algorithm.ratio == "token" else 0.0, "tokens": len(logp)}
-    largest = gap.max().item() if len(gap) else 0.0
-    return total, {name: float(value) for name, value in sums.items()}, largest
+    return total, {name: float(value) for name, value in sums.items()}, max(gap.tolist(), default=0.0)
 
 
 # ---- before the first step -------------------------------------------------------------------------------
 
-def checked(args) -> tuple[Algorithm, Callable]:
+def checked(args):
     """(algorithm, workflow). BadInput for what this script can't train, before a run directory is claimed."""
     for folder in (args.model, args.adapter):
         if folder and not args.resume:
@@ -276,8 +266,7 @@ def checked(args) -> tuple[Algorithm, Callable]:
 
 
 def check_rewards(pool) -> None:
-    """Gold answers must be rewarded, and other problems' golds mostly not. Otherwise grader and data do not
-    fit together, and no training would help."""
+    """Refuse problems whose gold answers the grader does not accept: no training would help."""
     some = pool[:50]
     right = [grade(f"\\boxed{{{p.gold}}}", p.gold, strict=True).correct for p in some]
     wrong = [grade(f"\\boxed{{{q.gold}}}", p.gold, strict=True).correct for p, q in pairwise(some)]
@@ -290,9 +279,9 @@ def check_rewards(pool) -> None:
 
 
 def prepare(out, device, dtype, args):
-    """(policy, tokenizer, base). The policy is the base with a new adapter; the base is --model, or this with
-    its SFT adapter merged in float32. A merged base is kept in <run>/base, since the new adapter belongs to
-    it; it is also the reference."""
+    """(policy, tokenizer, base). The base is --model, with an SFT adapter merged in float32 if there is one.
+    A merged base is kept in <run>/base, because the new adapter belongs to it. The policy is the base with a
+    new adapter; the reference is the base."""
     merged = args.adapter or (checkpoint.resolve(args.model) / "adapter_config.json").is_file()
     base = str((out / "base").resolve()) if merged else args.model
     if merged and not (args.resume and (out / "base").is_dir()):
@@ -341,8 +330,7 @@ def introduce(policy, tokenizer, base: str, pool, plan, device: str, args):
 
 
 def summary(episodes: list[Episode]) -> dict:
-    """What the episodes of all ranks were like. Means are over those with a reward; `failed` counts the
-    others."""
+    """What the episodes of all ranks were like. `failed` counts those without a reward."""
     rewarded = [e for e in episodes if e.reward is not None]
     turns = [turn for e in episodes for turn in e.turns]
     rewards: dict[int, set] = {}
@@ -354,13 +342,10 @@ def summary(episodes: list[Episode]) -> dict:
         "tokens": sum(e.tokens_out for e in episodes), "episodes": len(episodes),
         "cut": sum(turn.reply.finish == "length" for turn in turns), "turns": len(turns),
         "even": sum(len(values) == 1 for values in rewards.values()), "groups": len(rewards)})
-
-    def share(part: str, whole: str) -> float:
-        return n[part] / n[whole] if n[whole] else 0.0
-
-    return {"reward": share("reward", "rewarded"), "solved": share("solved", "rewarded"),
-            "no_answer": share("no box", "episodes"), "truncated": share("cut", "turns"),
-            "mean_tokens": share("tokens", "episodes"), "zero_spread": share("even", "groups"),
+    rewarded = max(1, n["rewarded"])
+    return {"reward": n["reward"] / rewarded, "solved": n["solved"] / rewarded,
+            "no_answer": n["no box"] / n["episodes"], "truncated": n["cut"] / max(1, n["turns"]),
+            "mean_tokens": n["tokens"] / n["episodes"], "zero_spread": n["even"] / max(1, n["groups"]),
             "failed": int(n["episodes"] - n["rewarded"])}
 
 
@@ -373,29 +358,27 @@ def shares(clock: list[float], episodes: list[Episode]) -> dict:
             **{f"{part}_share": round(span / seconds, 3) for part, span in spans.items()}}
 
 
-def line(step: int, episode: Episode, records: list[TokenRecord]) -> dict:
+def line(step: int, e: Episode, records: list[TokenRecord]) -> dict:
     """An episode for episodes.jsonl."""
-    return {"step": step, "problem": episode.problem_id, "sample": episode.sample, "reward": episode.reward,
-            "reason": episode.reason, "answer": episode.answer, "tokens": episode.tokens_out,
-            "advantage": records[0].advantage if records else None,
-            "turns": [{"role": turn.role, "reply": {"text": turn.reply.text, "finish": turn.reply.finish}}
-                      for turn in episode.turns]}
+    turns = [{"role": t.role, "reply": {"text": t.reply.text, "finish": t.reply.finish}} for t in e.turns]
+    return {"step": step, "problem": e.problem_id, "sample": e.sample, "reward": e.reward, "reason": e.reason,
+            "answer": e.answer, "tokens": e.tokens_out,
+            "advantage": records[0].advantage if records else None, "turns": turns}
 
 
 def finish(policy, base: str, out):
     """Write the adapter under its final name with a report, and print what to do with it."""
-    with ranks.whole(policy):
-        if ranks.rank() == 0:
-            lora.save(policy, out / "adapter", base=base)
-    ranks.barrier()
+    ranks.unshard(policy)
     if ranks.rank() == 0:
+        lora.save(policy, out / "adapter", base=base)
         report.write(out)
-        if all("skipped" in row for row in readable_rows(out / "metrics.jsonl")):
+        if all("skipped" in row for row in files.readable_rows(out / "metrics.jsonl")):
             print("nothing was learned: in no step did the samples of a problem differ in reward, or the "
                   "--roles never spoke; episodes.jsonl shows what was said")
-        print(f"peak memory {peak_memory(policy):.1f} GB; the result is {out / 'adapter'}")
-        print(f"curves and samples: {out / 'report.html'}")
-        print(f"next: python eval.py --model {shlex.quote(str(out / 'adapter'))}")
+        print(f"peak memory {peak_memory(policy):.1f} GB; the result is {out / 'adapter'}\n"
+              f"curves and samples: {out / 'report.html'}\n"
+              f"next: python eval.py --model {shlex.quote(str(out / 'adapter'))}")
+    ranks.barrier()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Stage 2: supervised fine-tuning on worked solutions, LoRA or full, solver or verifier data.
 
     python train_sft.py                                         the built-in model, a minute
-    python train_sft.py --full
     python train_sft.py --model Qwen/Qwen2.5-Math-1.5B --data runs/data-gsm8k-math/records.jsonl
     torchrun --nproc_per_node 8 train_sft.py ...                the same on 8 GPUs
 
@@ -39,8 +38,7 @@ def options():
     cli.adapter_options(g)
     g.add_argument("--dropout", type=cli.number(0, 0.99), help=f"on the adapter's input ({both('dropout')})")
     g = p.add_argument_group("optimization")
-    g.add_argument("--lr", type=cli.number(0, 10),
-                   help="learning rate (default LoRA 1e-4, full 5e-5; tiny 1e-2, 1e-3)")
+    g.add_argument("--lr", type=cli.number(0, 10), help="(default LoRA 1e-4, full 5e-5; tiny 1e-2, 1e-3)")
     g.add_argument("--batch", type=cli.positive, help=f"sequences a step ({both('batch')})")
     g.add_argument("--epochs", type=cli.positive, help=f"({both('epochs')})")
     g.add_argument("--weight-decay", type=cli.number(0), help=f"({both('weight_decay')})")
@@ -75,7 +73,6 @@ def main(args):
     args.data = args.data or [newest()]
     conversations = [talk for data in args.data for talk in read(data, args.limit)]
     device, dtype, words = training.settle(args, f"sft-{cli.model_name(args.model)}-{how}")
-
     model, tokenizer = checkpoint.load(args.model, device, torch.float32 if args.full else dtype)
     model.recompute = args.recompute
     if not args.full:
@@ -101,8 +98,7 @@ def main(args):
 def one_step(model, batch: list[TokenRecord], optimizer, lr: float, args) -> dict:
     """One optimizer step on the mean loss of the batch's trained tokens; returns what metrics.jsonl tells."""
     began = time.perf_counter()
-    count = sum(sum(row.mask) for row in batch)
-    loss = 0.0
+    count, loss = sum(sum(row.mask) for row in batch), 0.0
     for rows in training.micro_batches(model, batch[ranks.rank()::ranks.world()], args.micro_tokens):
         logp, _ = losses.score(model, [row.ids for row in rows], [row.mask for row in rows])
         loss_sum, _ = losses.sft_loss(logp)
@@ -112,9 +108,9 @@ def one_step(model, batch: list[TokenRecord], optimizer, lr: float, args) -> dic
     loss = ranks.summed({"loss": loss})["loss"]
     if not math.isfinite(loss):
         raise BadInput(f"the loss is {loss}: lower --lr {args.lr}, or use --dtype float32")
-    tokens = sum(len(row.ids) for row in batch)
+    tokens, seconds = sum(len(row.ids) for row in batch), time.perf_counter() - began
     return {"loss": loss, "grad_norm": norm, "tokens": tokens, "trained_tokens": count, "lr": lr,
-            "tokens_per_s": round(tokens / (time.perf_counter() - began))}
+            "tokens_per_s": round(tokens / seconds)}
 
 
 # ---- data ------------------------------------------------------------------------------------------------
@@ -162,11 +158,9 @@ def messages_of(row: dict, where: str) -> list[dict]:
     messages = row.get("messages")
     if not isinstance(messages, list):
         raise BadInput(f"{where}: expected question and response, or messages; found {', '.join(row)}")
-    for m in messages:
-        if not (isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)):
-            raise BadInput(f"{where}: messages must be a list of role and content")
-    if not any(m["role"] == "assistant" for m in messages):
-        raise BadInput(f"{where}: expected messages with at least one of the assistant")
+    kinds = [(type(m.get("role")), type(m.get("content"))) for m in messages if isinstance(m, dict)]
+    if kinds != [(str, str)] * len(messages) or not any(m["role"] == "assistant" for m in messages):
+        raise BadInput(f"{where}: messages must be a list of role and content, at least one of the assistant")
     return messages
 
 
@@ -222,12 +216,11 @@ def introduce(model, tokenizer, rows, plan, device: str, args):
 def finish(model, tokenizer, out, args):
     """Write the result under its final name, and print what to do with it."""
     result = out / ("model" if args.full else "adapter")
-    with ranks.whole(model):
-        if ranks.rank() == 0 and args.full:
-            checkpoint.save(model, tokenizer, result)
-        elif ranks.rank() == 0:
-            lora.save(model, result, base=args.model)
-    ranks.barrier()
+    ranks.unshard(model)
+    if ranks.rank() == 0 and args.full:
+        checkpoint.save(model, tokenizer, result)
+    elif ranks.rank() == 0:
+        lora.save(model, result, base=args.model)
     if ranks.rank() == 0:
         *_, last = files.readable_rows(out / "metrics.jsonl")
         print(f"loss {last['loss']:.4f} after {last['step']} steps, peak memory "
@@ -235,6 +228,7 @@ def finish(model, tokenizer, out, args):
         result = shlex.quote(str(result))
         policy = f"--model {result}" if args.full else f"--model {args.model} --adapter {result}"
         print(f"next: python eval.py --model {result}\n  or: python train_grpo.py {policy}")
+    ranks.barrier()
 
 
 if __name__ == "__main__":

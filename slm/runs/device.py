@@ -3,7 +3,7 @@
 import os
 import resource
 import sys
-import time
+import timeit
 
 import torch
 
@@ -40,18 +40,17 @@ def pick_device(device: str = "auto", dtype: str = "auto", model: str | None = N
 def _cpu_dtype(model: str | None):
     if model is not None and is_small(model):
         return torch.float32, f"CPU, {torch.get_num_threads()} threads; the model is small"
-    rate = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        seconds = []
-        for _ in range(6):
-            start = time.perf_counter()
-            torch.mm(a, b)
-            seconds.append(time.perf_counter() - start)
-        rate[dtype] = 2 * 256 * 1024 ** 2 / min(seconds) / 1e9
-    best = torch.bfloat16 if rate[torch.bfloat16] > 1.3 * rate[torch.float32] else torch.float32
-    return best, (f"CPU, {torch.get_num_threads()} threads; matrix products here: float32 "
-                  f"{rate[torch.float32]:.0f}, bfloat16 {rate[torch.bfloat16]:.0f} GFLOP/s")
+    full, half = _matrix_rate(torch.float32), _matrix_rate(torch.bfloat16)
+    return torch.bfloat16 if half > 1.3 * full else torch.float32, (
+        f"CPU, {torch.get_num_threads()} threads; matrix products here: float32 {full:.0f}, bfloat16 {half:.0f} "
+        "GFLOP/s")
+
+
+def _matrix_rate(dtype: torch.dtype) -> float:
+    """GFLOP/s of matrix products on this CPU."""
+    a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    seconds = min(timeit.repeat(lambda: torch.mm(a, b), number=1, repeat=6))
+    return 2 * 256 * 1024 ** 2 / seconds / 1e9
 
 
 def peak_memory(model) -> float:
@@ -69,8 +68,7 @@ def parameter_counts(model) -> tuple[int, int]:
 
 
 def memory(model, tokens: int) -> str:
-    """Predicted peak memory of a training step on `tokens` tokens, in words: weights, gradients and moments,
-    activations.
+    """Predicted peak memory of a training step on `tokens` tokens, in words.
 
     The backward pass needs about 9 D + 2 (H + K) E + 5 F numbers for each token and layer, F being the
     feed-forward width. With `recompute` it keeps those of one layer, and D numbers for each of the others.

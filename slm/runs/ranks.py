@@ -1,7 +1,6 @@
 """Several processes under torchrun: who is who, sums over all of them, and weights spread with PyTorch's FSDP2.
 
-A process that runs alone has rank 0 of 1. Every function here then does nothing, or returns what it was
-given.
+A process that runs alone has rank 0 of 1. The functions here then do nothing, or return what they got.
 """
 
 import contextlib
@@ -53,8 +52,6 @@ def summed(values: dict[str, float]) -> dict[str, float]:
     return dict(zip(values, sums.tolist()))
 
 
-# ---- sharded weights -------------------------------------------------------------------------------------
-
 def shard(model) -> None:
     """Split weights, gradients and moments over the ranks with PyTorch's FSDP2. Gradients are summed, not
     averaged, because the losses divide by the global count."""
@@ -66,12 +63,19 @@ def shard(model) -> None:
         part.set_force_sum_reduction_for_comms(True)  # gloo has no other
 
 
-@contextlib.contextmanager
-def whole(model):
-    """Inside, every rank holds the full weights: to sample without the other ranks, or to save them."""
+def unshard(model) -> list:
+    """Give every rank the full weights; returns the parts of the model that were sharded."""
     parts = [part for part in model.modules() if hasattr(part, "reshard")]
     for part in parts:
         part.unshard()
+    return parts
+
+
+@contextlib.contextmanager
+def whole(model):
+    """Inside, every rank holds the full weights, so that it can sample without the other ranks. For files,
+    use unshard: weights that were handed to safetensors can't be sharded again."""
+    parts = unshard(model)
     yield
     for part in parts:
         part.reshard()
