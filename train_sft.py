@@ -1,17 +1,15 @@
 """Stage 2: supervised fine-tuning on worked solutions, LoRA or full, solver or verifier data.
 
     python train_sft.py                                         the built-in model, a minute
-    python train_sft.py --full
     python train_sft.py --model Qwen/Qwen2.5-Math-1.5B --data runs/data-gsm8k-math/records.jsonl
     torchrun --nproc_per_node 8 train_sft.py ...                the same on 8 GPUs
 
-Data: JSON lines with `question` and `response` (what make_data.py writes; the standard prompt is put around
-the question), or with `messages`: a list of role and content, where every assistant message is trained on.
-The loss is taken on responses and the token that ends them. Rows longer than --max-length are left out and
-counted.
+Data: JSON lines. A row has `question` and `response`, as make_data.py writes them (the standard prompt is put
+around the question), or it has `messages`, a list of role and content. Every response or assistant message is
+trained, with the token that ends it. Rows longer than --max-length are left out and counted.
 
-A batch is --batch sequences; it is packed without padding and cut into micro-batches of --micro-tokens.
-Losses are sums, divided by the batch's number of trained tokens: the cut does not change the gradient.
+A step trains on --batch rows, packed without padding into micro-batches of --micro-tokens. The loss of each
+is a sum, divided by the number of trained tokens in the batch: micro-batches don't change the gradient.
 """
 
 from slm.runs import cli
@@ -40,8 +38,7 @@ def options():
     cli.adapter_options(g)
     g.add_argument("--dropout", type=cli.number(0, 0.99), help=f"on the adapter's input ({both('dropout')})")
     g = p.add_argument_group("optimization")
-    g.add_argument("--lr", type=cli.number(0, 10),
-                   help="learning rate (default LoRA 1e-4, full 5e-5; tiny 1e-2, 1e-3)")
+    g.add_argument("--lr", type=cli.number(0, 10), help="(default LoRA 1e-4, full 5e-5; tiny 1e-2, 1e-3)")
     g.add_argument("--batch", type=cli.positive, help=f"sequences a step ({both('batch')})")
     g.add_argument("--epochs", type=cli.positive, help=f"({both('epochs')})")
     g.add_argument("--weight-decay", type=cli.number(0), help=f"({both('weight_decay')})")
@@ -60,20 +57,67 @@ from pathlib import Path
 
 import torch
 
-from slm import BadInput, checkpoint, lora, lora_files, problems, report, training
-from slm.episode import user
-from slm.losses import pack, score, sft_loss
+from slm import BadInput, checkpoint, lora, lora_files, losses, problems, report, training
+from slm.episode import TokenRecord, user
 from slm.prompts import SOLVER
 from slm.runs import files, ranks
-from slm.runs.device import memory, parameters, peak_memory, pick_device
-from slm.runs.files import readable_rows
-from slm.runs.rundir import RunDir, new_path, settled
+from slm.runs.device import memory, parameter_counts, peak_memory
+from slm.runs.rundir import RunDir
+
+
+def main(args):
+    how = "full" if args.full else "lora"
+    cli.resolve(args, {**PAPER, "lr": RATES["paper"][how]}, {**TINY, "lr": RATES["tiny"][how]})
+    if args.data is None and not cli.is_small(args.model):
+        raise BadInput("--data is missing: records of make_data.py, or gsm8k for its worked solutions")
+    args.data = args.data or [newest()]
+    conversations = [talk for data in args.data for talk in read(data, args.limit)]
+    device, dtype, words = training.settle(args, f"sft-{cli.model_name(args.model)}-{how}")
+    model, tokenizer = checkpoint.load(args.model, device, torch.float32 if args.full else dtype)
+    model.recompute = lora.recompute(model) if args.recompute else None
+    if not args.full:
+        lora.add(model, args.rank, args.alpha, cli.TARGETS[args.targets], args.dropout)
+    rows = fitting(tokenizer, conversations, min(args.max_length, model.config.positions), args.train_on)
+    plan = training.batches(len(rows), args.batch, args.epochs, args.seed)
+    data = files.fingerprint([(row.ids, row.mask) for row in rows])
+    rundir = RunDir(args.out, vars(args), data, args.resume, log=ranks.rank() == 0)
+    if ranks.rank() == 0:
+        introduce(model, tokenizer, rows, plan, words, args)
+
+    trained, optimizer = training.start(model, args.weight_decay)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.full and dtype == torch.bfloat16)
+    model.train()
+    for step, lr, bar in training.steps(len(plan), rundir, trained, optimizer, args):
+        with autocast:
+            row = one_step(model, [rows[i] for i in plan[step]], optimizer, lr, args)
+        rundir.log("metrics", {"step": step + 1, **row})
+        bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:,} tok/s")
+    finish(model, tokenizer, rundir.path, args)
+
+
+def one_step(model, batch: list[TokenRecord], optimizer, lr: float, args) -> dict:
+    """One optimizer step on the mean loss of the batch's trained tokens; returns what metrics.jsonl tells."""
+    began = time.perf_counter()
+    count, loss = sum(sum(row.mask) for row in batch), 0.0
+    for rows in training.micro_batches(model, batch[ranks.rank()::ranks.world()], args.micro_tokens):
+        logp, _ = losses.score(model, [row.ids for row in rows], [row.mask for row in rows])
+        loss_sum, _ = losses.sft_loss(logp)
+        (loss_sum * (1 / count)).backward()
+        loss += loss_sum.item() * (1 / count)
+    norm = training.update(optimizer, lr, args.clip)
+    loss = ranks.summed({"loss": loss})["loss"]
+    if not math.isfinite(loss):
+        raise BadInput(f"the loss is {loss}: lower --lr {args.lr}, or use --dtype float32")
+    tokens, seconds = sum(len(row.ids) for row in batch), time.perf_counter() - began
+    return {"loss": loss, "grad_norm": norm, "tokens": tokens, "trained_tokens": count, "lr": lr,
+            "tokens_per_s": round(tokens / seconds)}
+
 
 # ---- data ------------------------------------------------------------------------------------------------
 
 def newest() -> str:
     """The records of the newest run of make_data.py, or else the tiny world's own solutions."""
-    made = sorted(Path("runs").glob("data-*/records.jsonl"), key=lambda p: p.stat().st_mtime)
+    made = sorted(Path("runs").glob("data-*/records.jsonl"), key=lambda path: path.stat().st_mtime)
     if not made:
         print("no run of make_data.py found: training on the tiny world's own solutions")
     return str(made[-1]) if made else "tiny"
@@ -81,17 +125,18 @@ def newest() -> str:
 
 def read(data: str, limit: int | None) -> list[list[dict]]:
     """The conversations of a file of records, or the worked solutions of a problem set."""
-    if (path := Path(data)).is_file():
+    path = Path(data)
+    if path.is_file():
         rows = files.read_rows(path)
         if not rows:
             raise BadInput(f"{path}: no rows; expected JSON lines with question and response, or messages")
-        first = set(rows[0][1])
-        if first & {"response", "messages"} or not first & {"answer", "gold"}:
+        names = set(rows[0][1])
+        if names & {"response", "messages"} or not names & {"answer", "gold"}:
             return [messages_of(row, f"{path} line {n}") for n, row in rows[:limit]]
-    known = [p for p in problems.load(data, "train", limit) if p.solution]
-    if not known:
+    solved = [p for p in problems.load(data, "train", limit) if p.solution]
+    if not solved:
         raise BadInput(f"--data {data}: problems without solutions; make_data.py gets them from a teacher")
-    return [conversation(p.question, written_out(p)) for p in known]
+    return [conversation(p.question, written_out(p)) for p in solved]
 
 
 def conversation(question: str, response: str) -> list[dict]:
@@ -105,7 +150,7 @@ def written_out(problem) -> str:
 
 
 def messages_of(row: dict, where: str) -> list[dict]:
-    """A record as a conversation. BadInput, naming where it stands, if it is none."""
+    """A record as a conversation. BadInput, naming `where` it stands, for any other row."""
     if isinstance(row.get("question"), str) and isinstance(row.get("response"), str):
         if not (row["question"].strip() and row["response"].strip()):
             raise BadInput(f"{where}: the question or the response is empty")
@@ -113,15 +158,15 @@ def messages_of(row: dict, where: str) -> list[dict]:
     messages = row.get("messages")
     if not isinstance(messages, list):
         raise BadInput(f"{where}: expected question and response, or messages; found {', '.join(row)}")
-    is_text = lambda m: isinstance(m, dict) and all(isinstance(m.get(k), str) for k in ("role", "content"))
-    if not all(map(is_text, messages)) or not any(m["role"] == "assistant" for m in messages):
+    kinds = [(type(m.get("role")), type(m.get("content"))) for m in messages if isinstance(m, dict)]
+    if kinds != [(str, str)] * len(messages) or not any(m["role"] == "assistant" for m in messages):
         raise BadInput(f"{where}: messages must be a list of role and content, at least one of the assistant")
     return messages
 
 
-def encode(tokenizer, messages: list[dict], train_on: str = "response") -> tuple[list[int], list[int]]:
-    """A conversation -> ids and mask; 1 on assistant messages and their end token, with `all` on
-    everything."""
+def encode(tokenizer, messages: list[dict], train_on: str = "response") -> TokenRecord:
+    """A conversation as tokens. The mask is 1 on assistant messages and their end tokens; with `all` it is 1
+    on everything but the first token, which nothing predicts."""
     ids, mask = [], []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -132,129 +177,58 @@ def encode(tokenizer, messages: list[dict], train_on: str = "response") -> tuple
         reply = [*tokenizer.encode(message["content"]), tokenizer.end_of_turn]
         mask += [0] * (len(prompt) - len(ids)) + [1] * len(reply)
         ids = prompt + reply
-    if train_on == "all":
-        mask = [0] + [1] * (len(ids) - 1)
-    return ids, mask
+    return TokenRecord(ids, mask if train_on == "response" else [0] + [1] * (len(ids) - 1))
 
 
-def fitting(tokenizer, conversations, args) -> list[tuple[list[int], list[int]]]:
-    """Encoded rows of at most --max-length tokens; says how many are longer."""
-    rows = [encode(tokenizer, messages, args.train_on) for messages in conversations]
-    fit = [row for row in rows if len(row[0]) <= args.max_length]
+def fitting(tokenizer, conversations, longest: int, train_on: str) -> list[TokenRecord]:
+    """Encoded rows of at most `longest` tokens. Prints how many are longer; BadInput when all are."""
+    rows = [encode(tokenizer, messages, train_on) for messages in conversations]
+    fit = [row for row in rows if len(row.ids) <= longest]
     if len(fit) < len(rows):
         print(f"left out: {len(rows) - len(fit)} of {len(rows)} rows are longer than --max-length "
-              f"{args.max_length} (the longest has {max(len(ids) for ids, _ in rows)} tokens)")
+              f"{longest} (the longest has {max(len(row.ids) for row in rows)} tokens)")
     if not fit:
-        raise BadInput(f"--max-length {args.max_length}: all {len(rows)} rows are longer")
+        raise BadInput(f"--max-length {longest}: all {len(rows)} rows are longer")
     return fit
 
 
-# ---- training --------------------------------------------------------------------------------------------
+# ---- what a person reads ---------------------------------------------------------------------------------
 
-def main(args):
-    how = "full" if args.full else "lora"
-    cli.resolve(args, {**PAPER, "lr": RATES["paper"][how]}, {**TINY, "lr": RATES["tiny"][how]})
-    if args.data is None and not cli.is_small(args.model):
-        raise BadInput("--data is missing: records of make_data.py, or gsm8k for its worked solutions")
-    args.data = args.data or [newest()]
-    conversations = [c for data in args.data for c in read(data, args.limit)]
-    out = new_path(args.out, f"sft-{cli.model_name(args.model)}-{how}", args.resume)
-    args.out = str(out)
-    device, dtype, reason = pick_device(args.device, settled(out, args), args.model)
-    ranks.start_ranks(device)
-    torch.manual_seed(args.seed)  # the adapter's initial values
-
-    model, tokenizer = checkpoint.load(args.model, device, torch.float32 if args.full else dtype)
-    model.recompute = lora.recompute(model) if args.recompute else None
-    if not args.full:
-        lora.add(model, args.rank, args.alpha, cli.TARGETS[args.targets], args.dropout)
-    args.max_length = min(args.max_length, model.config.positions)
-    rows = fitting(tokenizer, conversations, args)
-    steps = training.batches(len(rows), args.batch, args.epochs, args.seed)
-
-    args.dtype = str(dtype).removeprefix("torch.")
-    rundir = RunDir(out, vars(args), files.fingerprint(rows), args.resume, log=ranks.rank() == 0)
-    if ranks.rank() == 0:
-        cli.show(vars(args))
-        introduce(model, tokenizer, rows, steps, device, dtype, reason, args)
-    train(model, rows, steps, rundir, device, dtype, args)
-    finish(model, tokenizer, out, args)
-
-
-def introduce(model, tokenizer, rows, steps, device, dtype, reason, args):
-    """What is about to happen, before it does."""
-    tokens, trained = (sum(len(ids) for ids, _ in rows), sum(sum(mask) for _, mask in rows))
-    every, updated = (sum(p.numel() for p in ps) for ps in parameters(model))
-    print(f"device: {device}, {str(dtype).removeprefix('torch.')} ({reason})")
-    print(f"model: {args.model}, {every:,} parameters, {updated:,} trained "
+def introduce(model, tokenizer, rows, plan, device: str, args):
+    """Print what the run will do, before it starts."""
+    tokens, trained = sum(len(row.ids) for row in rows), sum(sum(row.mask) for row in rows)
+    parameters, updated = parameter_counts(model)
+    cli.show(vars(args))
+    print(f"device: {device}")
+    print(f"model: {args.model}, {parameters:,} parameters, {updated:,} trained "
           f"({'all' if args.full else f'LoRA rank {args.rank} on {args.targets}'})")
     print(f"data: {', '.join(args.data)}: {len(rows):,} rows, {tokens:,} tokens, "
           f"{trained / tokens:.0%} in the loss")
-    print(f"work: {args.epochs} epochs, {len(steps)} steps of {args.batch} rows, "
+    print(f"work: {args.epochs} epochs, {len(plan)} steps of {args.batch} rows, "
           f"{args.epochs * tokens:,} tokens; {memory(model, args.micro_tokens)}")
     sizes = model.model.embed_tokens.weight.detach().float().norm(dim=1)
     if not args.full and sizes[tokenizer.end_of_turn] < 0.5 * sizes.median():
         print("note: the token that ends an answer has a small embedding, as if this model never met it. "
               "LoRA does not train embeddings: answers may not end; prefer --full")
-    print("the first row, trained tokens marked:\n" + training.marked(tokenizer, *rows[0]))
-
-
-def train(model, rows, steps, rundir, device, dtype, args):
-    """All steps from the last checkpoint on."""
-    ranks.shard(model)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), weight_decay=args.weight_decay)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.full and dtype == torch.bfloat16)
-    model.train()
-    for step, bar in training.steps(len(steps), rundir, trained, optimizer, args):
-        began = time.perf_counter()
-        lr = args.lr * training.cosine(step, len(steps), args.warmup)
-        with autocast:
-            row = one_step(model, [rows[i] for i in steps[step]], trained, optimizer, lr, args)
-        rate = row["tokens"] / (time.perf_counter() - began)
-        rundir.log("metrics", {"step": step + 1, **row, "lr": lr, "tokens_per_s": round(rate)})
-        bar.set_postfix_str(f"loss {row['loss']:.3f}, {rate:,.0f} tok/s")
-
-
-def one_step(model, batch, trained, optimizer, lr, args) -> dict:
-    """One optimizer step on a batch of (ids, mask): sums over micro-batches and ranks, one division."""
-    count = sum(sum(mask) for _, mask in batch)
-    mine = batch[ranks.rank()::ranks.world()]
-    weight = 1 / count if mine else 0.0  # a rank without a row still has to meet the others
-    mine = mine or batch[:1]
-    micro = pack([len(ids) for ids, _ in mine], args.micro_tokens)
-    loss_sum = 0.0
-    for i, members in enumerate(micro):
-        ranks.last_micro_batch(model, i == len(micro) - 1)
-        logp, _ = score(model, [mine[j][0] for j in members], [mine[j][1] for j in members])
-        loss, _ = sft_loss(logp)
-        (loss * weight).backward()
-        loss_sum += loss.item() * weight
-    norm = training.update(optimizer, trained.values(), lr, args.clip)
-    loss = ranks.summed({"loss": loss_sum}, logp.device)["loss"]
-    if not math.isfinite(loss):
-        raise BadInput(f"the loss is {loss}: lower --lr {args.lr}, or use --dtype float32")
-    tokens = sum(len(ids) for ids, _ in batch)
-    return {"loss": loss, "grad_norm": norm, "tokens": tokens, "trained_tokens": count}
+    print("the first row, trained tokens marked:\n" + training.marked(tokenizer, rows[0].ids, rows[0].mask))
 
 
 def finish(model, tokenizer, out, args):
-    """Write the result under its final name, and say what to do with it."""
+    """Write the result under its final name, and print what to do with it."""
     result = out / ("model" if args.full else "adapter")
     ranks.unshard(model)
     if ranks.rank() == 0 and args.full:
         checkpoint.save(model, tokenizer, result)
     elif ranks.rank() == 0:
         lora_files.save(model, result, base=args.model)
-    ranks.barrier()
     if ranks.rank() == 0:
-        *_, last = readable_rows(out / "metrics.jsonl")
+        *_, last = files.readable_rows(out / "metrics.jsonl")
         print(f"loss {last['loss']:.4f} after {last['step']} steps, peak memory "
               f"{peak_memory(model):.1f} GB; the result is {result}; curves: {report.write(out)}")
         result = shlex.quote(str(result))
-        print(f"next: python eval.py --model {result}")
-        print("  or: python train_grpo.py " + (f"--model {result}" if args.full else
-                                               f"--model {args.model} --adapter {result}"))
+        policy = f"--model {result}" if args.full else f"--model {args.model} --adapter {result}"
+        print(f"next: python eval.py --model {result}\n  or: python train_grpo.py {policy}")
+    ranks.barrier()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Log-probabilities, advantages and every training objective, as pure functions.
 
-Losses come back as sums, to be divided once per optimizer step by a global count: how the batch was cut into
-micro-batches, or spread over ranks, then does not change the gradient. Log-probs are (N,) float32 over the
-trained tokens only. Not covered: value functions and token-level rewards, so no PPO critic and no GAE.
+Losses are sums. The trainer divides them once per optimizer step by a count over the whole batch, so neither
+micro-batches nor ranks change the gradient. Log-probs have shape (N,), float32, in nats: one for each trained
+token. Not covered: value functions and token-level rewards, so no PPO critic and no GAE.
 """
 
 import torch
@@ -18,9 +18,9 @@ def token_logprobs(model, hidden: torch.Tensor, targets: torch.Tensor, temperatu
                    chunk: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden (N, D), targets (N,) -> log-probs of the targets, entropies, both (N,) float32, in nats.
 
-    Row i of hidden predicts targets[i]. The (N, V) logits exist `chunk` rows at a time, here and in the
-    backward pass (V is 151,936 for Qwen: 8k tokens would be 5 GB, twice). No gradient flows through the
-    entropy.
+    Row i of hidden predicts targets[i]. Only `chunk` rows of the (N, V) logits exist at a time, here and in
+    the backward pass. (V is 151,936 for Qwen: the logits of 8k tokens would be 5 GB, twice.) No gradient
+    flows through the entropy. BadInput for an adapter on the output head.
     """
     head = model.model.embed_tokens if model.config.tied else model.lm_head
     if getattr(head, "lora_A", None):
@@ -33,17 +33,18 @@ def token_logprobs(model, hidden: torch.Tensor, targets: torch.Tensor, temperatu
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """d logp_t / d hidden_t = (W[target] - softmax_t W) / temperature. Where the head is frozen (LoRA) that
-    direction does not depend on the incoming gradient: the forward pass keeps it, (N, D), and the backward
-    pass only scales it. A trained head needs the softmax again for its own gradient, so there it is
-    recomputed."""
+    """d logp_t / d hidden_t = (W[target] - softmax_t W) / temperature. The incoming gradient only scales this
+    direction, (N, D), so with a frozen head (LoRA) the forward pass computes and keeps it. A trained head
+    needs the softmax for its own gradient, so there the backward pass computes it again."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, chunk):
-        w = weight.to(_matmul_dtype(hidden))
-        logp, entropy = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
+        kind = hidden.device.type
+        w = weight.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype)
+        logp = hidden.new_zeros(len(hidden), dtype=torch.float32)
+        entropy = torch.zeros_like(logp)
         frozen = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
-        direction = torch.empty_like(hidden) if frozen else None
+        direction = torch.zeros_like(hidden) if frozen else None
         for i in range(0, len(hidden), chunk):
             rows = slice(i, i + chunk)
             logits = warp(F.linear(hidden[rows].to(w.dtype), w).float(), temperature)
@@ -64,9 +65,9 @@ class _TokenLogprobs(torch.autograd.Function):
         if direction is not None:
             return (direction * grad[:, None]).to(hidden.dtype), None, None, None, None
         w = weight.to(ctx.dtype)
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for i in range(0, len(hidden) if grad.any() else 0, ctx.chunk):
+        for i in range(0, len(hidden), ctx.chunk):
             rows = slice(i, i + ctx.chunk)
             h = hidden[rows].to(w.dtype)
             p = warp(F.linear(h, w).float(), ctx.temperature).softmax(-1)
@@ -80,8 +81,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def pack(lengths: list[int], tokens: int) -> list[list[int]]:
-    """Cut sequences into micro-batches of at most `tokens` tokens (or of one sequence), like lengths
-    together.
+    """Lengths of sequences -> micro-batches, as lists of places in `lengths`. A micro-batch has at most
+    `tokens` tokens, or one longer sequence; it holds sequences of like length.
 
     >>> pack([5, 90, 6, 100], tokens=110)
     [[0, 2, 1], [3]]
@@ -100,7 +101,7 @@ def pack(lengths: list[int], tokens: int) -> list[list[int]]:
 def score(model, ids: list[list[int]], masks: list[list[int]], temperature: float = 1.0):
     """Sequences and their masks (1 = trained) -> log-prob and entropy of each trained token (N,), in order.
 
-    A sequence's first token is predicted by nothing, so its mask must be 0.
+    Nothing predicts a sequence's first token, so its mask must be 0.
     """
     device = next(model.parameters()).device
     attend = Packed([len(x) for x in ids], device)
@@ -108,11 +109,6 @@ def score(model, ids: list[list[int]], masks: list[list[int]], temperature: floa
     trained = torch.tensor([m for x in masks for m in x]).nonzero().squeeze(1).to(device)
     hidden = model(flat, attend.positions, attend)
     return token_logprobs(model, hidden[trained - 1], flat[trained], temperature)
-
-
-def _matmul_dtype(x: torch.Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 # ---- supervised ------------------------------------------------------------------------------------------
@@ -137,8 +133,9 @@ def advantages(rewards: torch.Tensor, groups: torch.Tensor, kind: str) -> torch.
     batch  (r - mean) / std over all episodes at once: what the report's code did; has no group baseline
     none   r itself: the report's formula
 
-    An episode that failed has reward NaN: it gets 0 and is left out of every mean. std is the unbiased one; a
-    spread of zero gives 0.
+    An episode that failed has reward NaN: it gets 0 and counts in no mean. std is the unbiased one. Equal
+    rewards give exactly 0: a reward within 1e-5 of the mean, relative to the reward, counts as the mean,
+    because float32 rounds the mean of -0.3, -0.3 and -0.3.
 
     >>> advantages(torch.tensor([1., -1., 1., 1.]), torch.tensor([0, 0, 1, 1]), "mean")
     tensor([ 1., -1.,  0.,  0.])
@@ -146,17 +143,21 @@ def advantages(rewards: torch.Tensor, groups: torch.Tensor, kind: str) -> torch.
     ok = ~rewards.isnan()
     if kind == "none":
         return torch.where(ok, rewards, 0.0)
-    where = torch.zeros_like(groups) if kind == "batch" else groups.unique(return_inverse=True)[1]
-    sums = lambda x: torch.zeros_like(rewards).index_add_(0, where[ok], x[ok])[where]
-    n = sums(torch.ones_like(rewards))
-    centred = rewards - sums(rewards) / n
+    group = torch.zeros_like(groups) if kind == "batch" else groups.unique(return_inverse=True)[1]
+
+    def group_sum(x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(rewards).index_add_(0, group[ok], x[ok])[group]
+
+    n = group_sum(torch.ones_like(rewards))
+    centred = rewards - group_sum(rewards) / n
+    centred = torch.where(centred.abs() > 1e-5 * rewards.abs(), centred, 0.0)
     if kind == "loo":
         result = torch.where(n > 1, centred * n / (n - 1), 0.0)  # equals r - (sum - r) / (n - 1)
     elif kind == "mean":
         result = centred
     elif kind in ("std", "batch"):
-        std = (sums(centred ** 2) / (n - 1).clamp(min=1)).sqrt()
-        result = torch.where(std > 1e-6, centred / std.clamp(min=1e-6), 0.0)
+        std = (group_sum(centred ** 2) / (n - 1).clamp(min=1)).sqrt()
+        result = torch.where(std > 0, centred / std, 0.0)
     else:
         raise ValueError(f"advantage {kind!r}: expected std, mean, loo, batch or none")
     return torch.where(ok, result, 0.0)
@@ -175,13 +176,11 @@ def clipped(logp, old, advantage, low: float, high: float) -> torch.Tensor:
 
 
 def sequence_clipped(logp, old, advantage, sequence, low: float, high: float) -> torch.Tensor:
-    """GSPO (Zheng et al. 2025, arXiv 2507.18071, eq. 5-7): one ratio a sequence, exp(mean of logp - old),
-    clipped as above. `sequence` (N,) int is each token's sequence. Every token carries its sequence's value,
-    so weights of 1 / length give the paper's sum."""
-    count = int(sequence.max()) + 1 if len(sequence) else 0
-    zeros = torch.zeros(count, device=logp.device)
-    length = zeros.index_add(0, sequence, torch.ones_like(logp)).clamp(min=1)
-    mean = zeros.index_add(0, sequence, logp - old) / length
+    """GSPO (Zheng et al. 2025, arXiv 2507.18071, eq. 5-7): one ratio per sequence, exp(mean of logp - old),
+    clipped as above. `sequence` (N,) int numbers each token's sequence. Every token carries its sequence's
+    value, so weights of 1 / length give the paper's sum."""
+    length = sequence.bincount().clamp(min=1)
+    mean = torch.zeros(len(length), device=logp.device).index_add(0, sequence, logp - old) / length
     return clipped(mean[sequence], torch.zeros_like(logp), advantage, low, high)
 
 
@@ -204,12 +203,17 @@ def kl(logp, ref, kind: str = "k3") -> torch.Tensor:
 
 
 def token_weights(lengths: torch.Tensor, how: str, max_tokens: int = 1) -> tuple[torch.Tensor, int]:
-    """Trained tokens of each sequence (S,) -> (weight of one token of each sequence (S,), global divisor).
+    """Trained tokens of each sequence (S,) -> (weight of one token of each (S,), divisor of the sum).
 
-    token     every token alike: sum / tokens. DAPO (arXiv 2503.14476, eq. 8)
-    sequence  mean over sequences of their mean token: GRPO (arXiv 2402.03300, eq. 3); short ones weigh more a
-    token
-    constant  sum / (sequences * max_tokens): Dr. GRPO (arXiv 2503.20783, section 3.2), free of length bias
+    What counts are the episodes of the whole batch that have a reward, so failed ones must not be in
+    `lengths`. An episode with a reward and no trained token has length 0 and counts in the divisor.
+
+    token     sum / tokens of the batch. DAPO (arXiv 2503.14476, eq. 8) divides by the tokens of each prompt's
+              group and takes the mean over prompts; here a prompt weighs as much as it has tokens
+    sequence  mean over sequences of each one's mean token: GRPO (arXiv 2402.03300, eq. 3). A token of a short
+              sequence weighs more than one of a long sequence
+    constant  sum / (sequences * max_tokens): Dr. GRPO (arXiv 2503.20783, section 3.2), free of length bias.
+              RLOO (arXiv 2402.14740) divides by sequences only, so this is its sum divided by max_tokens
     """
     one = torch.ones(len(lengths), device=lengths.device)
     if how == "token":

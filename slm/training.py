@@ -1,27 +1,86 @@
-"""The step loop that both trainers share: batches, learning rate, update, checkpoints, resume."""
+"""What both trainers share: everything about a step except what its loss is.
+
+A trainer settles where and on what it runs, makes a plan (which rows in which step), and loops:
+
+    device, dtype, words = settle(args, name)
+    plan = batches(len(rows), args.batch, args.epochs, args.seed)
+    trained, optimizer = start(model, weight_decay)
+    for step, lr, bar in steps(len(plan), rundir, trained, optimizer, args):
+        for records in micro_batches(model, batch, micro_tokens):
+            (loss of these records, divided by the count of the whole batch).backward()
+        update(optimizer, lr, clip)
+
+`steps` seeds the step, gives its learning rate, saves checkpoints, and goes on from the newest one with
+--resume: the continued run ends on the same bits as an unbroken one. All this holds for one process and for
+several under torchrun: losses are sums, so neither micro-batches nor ranks change the gradient.
+
+Not covered: mixed precision with a loss scale, evaluation in the middle of a run.
+"""
 
 import contextlib
+import itertools
 import math
 import random
 import signal
 import sys
+from collections.abc import Iterator
 
 import torch
 from tqdm import tqdm
 
 from slm import BadInput
-from slm.runs.ranks import local, rank, spread_like, summed, world
-from slm.runs.rundir import RunDir
+from slm.episode import TokenRecord
+from slm.losses import pack
+from slm.runs import ranks
+from slm.runs.device import pick_device
+from slm.runs.rundir import RunDir, new_path, settled
+
+
+def settle(args, name: str) -> tuple[torch.device, torch.dtype, str]:
+    """Decide args.out (default runs/<name>) and args.dtype, so that settings.json tells them; join the other
+    ranks and seed what is drawn before the first step -> (device, dtype, both in words)."""
+    out = new_path(args.out, name, args.resume)
+    device, dtype, reason = pick_device(args.device, settled(out, args), args.model)
+    args.out, args.dtype = str(out), str(dtype).removeprefix("torch.")
+    ranks.start_ranks(device)
+    torch.manual_seed(args.seed)  # an adapter's initial values
+    return device, dtype, f"{device}, {args.dtype} ({reason})"
 
 
 def batches(n: int, size: int, epochs: int, seed: int) -> list[list[int]]:
-    """Row numbers of every step: each epoch in its own order, its last batch as small as it comes."""
+    """Row numbers of every step. Each epoch has its own order; its last batch may be smaller than `size`."""
     steps = []
     for epoch in range(epochs):
         order = list(range(n))
         random.Random(f"{seed}/{epoch}").shuffle(order)
         steps += [order[i:i + size] for i in range(0, n, size)]
     return steps
+
+
+def start(model, weight_decay: float) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
+    """Spread the model over the ranks -> (its trained parameters by name, AdamW for them)."""
+    ranks.shard(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return trained, torch.optim.AdamW(trained.values(), weight_decay=weight_decay)
+
+
+def steps(total: int, rundir: RunDir, trained: dict, optimizer, args) -> Iterator[tuple[int, float, tqdm]]:
+    """Yield (step, its learning rate, progress bar) from the newest checkpoint on. A checkpoint is saved
+    every args.save_every steps, at the end, and after Ctrl-C, which then leaves as KeyboardInterrupt."""
+    device = next(iter(trained.values())).device
+    state = rundir.load(device) if args.resume else None
+    first = restore(state, trained, optimizer) if state else 0
+    bar = tqdm(total=total, initial=first, unit="step", disable=ranks.rank() > 0)
+    with Interrupt() as stop, bar:
+        for step in range(first, total):
+            torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + ranks.rank())  # for dropout
+            yield step, args.lr * cosine(step, total, args.warmup), bar
+            bar.update()
+            stopped = ranks.summed({"stop": stop.asked})["stop"] > 0
+            if stopped or (step + 1) % args.save_every == 0 or step + 1 == total:
+                rundir.save(training_state(step + 1, trained, optimizer))
+            if stopped:
+                raise KeyboardInterrupt
 
 
 def cosine(step: int, total: int, warmup: float) -> float:
@@ -33,35 +92,28 @@ def cosine(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, total - first)))
 
 
-def update(optimizer, parameters, lr: float, clip: float) -> float:
+def micro_batches(model, records: list[TokenRecord], tokens: int) -> Iterator[list[TokenRecord]]:
+    """Yield this rank's records in micro-batches of at most `tokens` tokens (or of one record).
+
+    The ranks add up their gradients in the backward pass of the last micro-batch, and each of them must take
+    part. So a rank that has no record gets a stand-in: two tokens, none of them trained, gradient 0."""
+    records = records or [TokenRecord(ids=[0, 0], mask=[0, 0])]
+    parts = pack([len(record.ids) for record in records], tokens)
+    for n, part in enumerate(parts, 1):
+        ranks.last_micro_batch(model, n == len(parts))
+        yield [records[i] for i in part]
+
+
+def update(optimizer, lr: float, clip: float) -> float:
     """One optimizer step with the gradients' norm cut to `clip`; returns the norm before the cut."""
-    parameters = list(parameters)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
-    norm = norm.full_tensor() if world() > 1 else norm
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # several ranks: each holds a part
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
-
-
-def steps(total: int, rundir: RunDir, trained: dict, optimizer, args):
-    """Yield (step, progress bar) from the last checkpoint on. After each step: a checkpoint every
-    args.save_every steps, at the end and after Ctrl-C, which then leaves as KeyboardInterrupt."""
-    device = next(iter(trained.values())).device
-    state = rundir.load(device) if args.resume else None
-    start = restore(state, trained, optimizer) if state else 0
-    bar = tqdm(total=total, initial=start, unit="step", disable=rank() > 0)
-    with Interrupt() as stop, bar:
-        for step in range(start, total):
-            torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + rank())  # for dropout
-            yield step, bar
-            bar.update()
-            stopped = summed({"stop": float(stop.asked)}, device)["stop"] > 0
-            if stopped or (step + 1) % args.save_every == 0 or step + 1 == total:
-                rundir.save(training_state(step + 1, trained, optimizer))
-            if stopped:
-                raise KeyboardInterrupt
 
 
 class Interrupt:
@@ -85,36 +137,47 @@ class Interrupt:
             signal.signal(s, handler)
 
 
-# ---- trained tensors and optimizer: out of a model and back in, exactly ----------------------------------
-
-def training_state(step: int, parameters: dict[str, torch.nn.Parameter], optimizer) -> dict:
-    """What RunDir.save needs to continue after `step` steps; of sharded tensors this rank's part."""
-    moments = [{k: local(v) for k, v in optimizer.state.get(p, {}).items()} for p in parameters.values()]
-    tensors = {n: local(p.detach()) for n, p in parameters.items()}
+def training_state(step: int, trained: dict[str, torch.nn.Parameter], optimizer) -> dict:
+    """What RunDir.save needs to continue after `step` steps. It holds this rank's part of sharded tensors."""
+    tensors = {name: _local(p.detach()) for name, p in trained.items()}
+    moments = []
+    for p in trained.values():
+        moments.append({name: _local(value) for name, value in optimizer.state.get(p, {}).items()})
     return {"step": step, "parameters": tensors, "moments": moments}
 
 
-def restore(state: dict, parameters: dict[str, torch.nn.Parameter], optimizer) -> int:
-    """Put a training_state back; returns its step."""
-    if set(state["parameters"]) != set(parameters):
+def restore(state: dict, trained: dict[str, torch.nn.Parameter], optimizer) -> int:
+    """Put a training_state back; returns its step. BadInput when it holds other tensors."""
+    if set(state["parameters"]) != set(trained):
         raise BadInput("the checkpoint holds other tensors than this run trains")
     with torch.no_grad():
-        for (name, p), moments in zip(parameters.items(), state["moments"]):
-            local(p).copy_(state["parameters"][name])
+        for (name, p), moments in zip(trained.items(), state["moments"]):
+            _local(p).copy_(state["parameters"][name])
             if moments:
-                optimizer.state[p] = {k: spread_like(p, v) for k, v in moments.items()}
+                optimizer.state[p] = {name: _sharded_like(p, value) for name, value in moments.items()}
     return state["step"]
 
 
+def _local(x: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
+def _sharded_like(p: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a moment, as a tensor that is sharded like parameter p."""
+    if not hasattr(p, "to_local") or not part.dim():  # the count of steps has no dimension
+        return part
+    return type(p.data).from_local(part, p.device_mesh, p.placements)
+
+
+# ---- what a person reads ---------------------------------------------------------------------------------
+
 def marked(tokenizer, ids: list[int], mask: list[int]) -> str:
-    """The text of a sequence with its trained tokens in green, or between > and < where colours don't
-    show."""
+    """The text of a sequence with its trained tokens in green; where the output shows no colours, between
+    >> and <<."""
     start, end = ("\033[32m", "\033[0m") if sys.stdout.isatty() else (">>", "<<")
-    text, i = "", 0
-    while i < len(ids):
-        j = next((k for k in range(i, len(ids)) if mask[k] != mask[i]), len(ids))
-        piece = tokenizer.decode(ids[i:j], skip_special=False)
-        text, i = text + (f"{start}{piece}{end}" if mask[i] else piece), j
+    text = ""
+    for trained, run in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]):
+        piece = tokenizer.decode([token for token, _ in run], skip_special=False)
+        text += f"{start}{piece}{end}" if trained else piece
     return text
-
-

@@ -102,6 +102,36 @@ def test_a_frozen_head_gives_the_same_gradient(model):
     assert torch.allclose(*grads, atol=1e-6)
 
 
+@pytest.fixture
+def poisoned():
+    """Fresh memory holds NaN: what is read before it is written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("trained_head", [False, True])
+@pytest.mark.parametrize("rows", [0, 9])
+def test_an_incoming_gradient_of_zero_gives_zero(poisoned, model, trained_head, rows):
+    assert torch.empty(3).isnan().all()
+    weight = model.model.embed_tokens.weight.requires_grad_(trained_head)
+    hidden = torch.ones(rows, 32, requires_grad=True)
+    logp, _ = token_logprobs(model, hidden, torch.arange(rows), 0.8, 4)
+    (0.0 * logp.sum()).backward()
+    assert torch.equal(hidden.grad, torch.zeros(rows, 32))
+    assert weight.grad is None or not weight.grad.any()
+
+
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_no_value_and_no_gradient_comes_from_memory_that_nobody_wrote(poisoned, model, trained_head):
+    model.model.embed_tokens.weight.requires_grad_(trained_head)
+    logp, entropy = score(model, *draw(model, [8, 5]))
+    loss = sequence_clipped(logp, logp.detach(), torch.ones(9), torch.tensor([0] * 6 + [1] * 3), 0.2, 0.2)
+    (loss + kl(logp, logp.detach())).sum().backward()
+    assert entropy.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_an_adapter_on_the_head_is_refused_not_ignored():
     untied = Qwen2(Config(97, 32, intermediate=48, layers=1, heads=4, kv_heads=2, head_size=8, tied=False))
     lora.add(untied, r=2, targets=["lm_head"])
@@ -198,6 +228,21 @@ def test_advantages_by_hand():
 @pytest.mark.parametrize("kind", ["std", "mean", "loo"])
 def test_a_group_without_spread_and_a_single_sample_get_nothing(kind):
     assert advantages(torch.ones(5), torch.tensor([0, 0, 0, 1, 2]), kind).tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("kind", ["std", "mean", "loo", "batch"])
+@pytest.mark.parametrize("reward", [-0.3, 0.1, 1e-9, 12345.678])
+def test_a_spread_of_rounding_size_is_none(kind, reward):
+    for size in (2, 3, 7, 100, 1000):
+        groups = torch.zeros(size, dtype=torch.long)
+        assert advantages(torch.full((size,), reward), groups, kind).tolist() == [0] * size
+
+
+@pytest.mark.parametrize("kind", ["std", "mean", "loo", "batch"])
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e6])
+def test_a_real_spread_counts_however_small_the_rewards(kind, unit):
+    found = advantages(torch.tensor([1.0, 1.0, 1.0, 1.001]) * unit, torch.zeros(4, dtype=torch.long), kind)
+    assert (found[:3] < 0).all() and found[3] > 0
 
 
 @pytest.mark.parametrize("kind", ["std", "mean", "loo", "batch", "none"])

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from slm import BadInput, training
 from slm.runs import rundir
@@ -93,7 +96,7 @@ def test_parameters_and_moments_come_back_to_the_bit(tmp_path):
         for n in numbers:
             torch.manual_seed(n)
             (model(torch.randn(4, 3)) ** 2).mean().backward()
-            training.update(optimizer, model.parameters(), 0.01 * training.cosine(n, 6, 0.2), clip=1.0)
+            training.update(optimizer, 0.01 * training.cosine(n, 6, 0.2), clip=1.0)
 
     def fresh():
         torch.manual_seed(0)
@@ -111,6 +114,28 @@ def test_parameters_and_moments_come_back_to_the_bit(tmp_path):
         assert training.restore(state, named, optimizer) == k
         steps(model, optimizer, range(k, 6))
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters()))
+
+
+def test_a_sharded_state_is_plain_tensors_and_comes_back():
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        def sharded():
+            model = torch.nn.Linear(3, 2)
+            fully_shard(model)
+            return model, torch.optim.AdamW(model.parameters()), dict(model.named_parameters())
+
+        model, optimizer, named = sharded()
+        model(torch.randn(4, 3)).sum().backward()
+        training.update(optimizer, 0.1, clip=1.0)
+        state = training.training_state(1, named, optimizer)
+        tensors = [*state["parameters"].values(), *(t for m in state["moments"] for t in m.values())]
+        assert not any(isinstance(t, DTensor) for t in tensors)
+        other, optimizer, others = sharded()
+        assert training.restore(state, others, optimizer) == 1
+        assert all(torch.equal(named[n].full_tensor(), others[n].full_tensor()) for n in named)
+        assert all(isinstance(optimizer.state[p]["exp_avg"], DTensor) for p in other.parameters())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_schedule_warms_up_in_optimizer_steps_and_ends_near_zero():

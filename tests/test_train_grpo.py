@@ -10,10 +10,10 @@ from small import write_small
 
 import train_grpo
 from slm import checkpoint, lora, lora_files, losses
-from slm.episode import Episode, Turn
+from slm.episode import Episode, Reply, TokenRecord, Turn
 from slm.runs import rundir
 from slm.workflows import WORKFLOWS
-from train_grpo import ALGORITHMS, Sample, judge
+from train_grpo import ALGORITHMS, reward_of
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def small(tmp_path_factory):
 
 def odd(episode, gold, no_box):
     """An easy reward: most of the sampled ids are odd."""
-    ids = [i for turn in episode.turns for i in turn.ids]
+    ids = [i for turn in episode.turns for i in turn.reply.ids]
     return (1.0 if sum(i % 2 for i in ids) > len(ids) / 2 else -1.0), "easy"
 
 
@@ -36,7 +36,7 @@ def train(small, out, *options, steps=4):
 
 
 def test_the_reward_rises_and_the_ratio_starts_at_one(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_grpo, "judge", odd)
+    monkeypatch.setattr(train_grpo, "reward_of", odd)
     rows = train(small, tmp_path / "run", "--kl", "0.01", "--lr", "0.005", steps=20)
     first, last = (sum(r["reward"] for r in part) / 3 for part in (rows[:3], rows[-3:]))
     assert last > first + 0.4, (first, last)
@@ -48,7 +48,7 @@ def test_the_reward_rises_and_the_ratio_starts_at_one(small, tmp_path, monkeypat
 
 
 def test_a_run_stopped_and_resumed_ends_on_the_same_bits(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_grpo, "judge", odd)
+    monkeypatch.setattr(train_grpo, "reward_of", odd)
     whole = train(small, tmp_path / "whole")
     log = rundir.RunDir.log
 
@@ -81,18 +81,18 @@ def test_an_sft_adapter_is_merged_and_the_reference_is_the_merged_model(small, t
     expected = losses.score(model, ids, masks)[0]
     args = SimpleNamespace(model=small, adapter=str(tmp_path / "sft"), resume=False, recompute=False, rank=4,
                            alpha=8, targets="qv")
-    policy, _ = train_grpo.prepare(tmp_path / "run", torch.device("cpu"), torch.float32, args)
+    policy, _, base = train_grpo.prepare(tmp_path / "run", torch.device("cpu"), torch.float32, args)
     assert "merged" in capsys.readouterr().out
     with lora.off(policy):
         assert torch.allclose(losses.score(policy, ids, masks)[0], expected, atol=1e-5)
     assert torch.allclose(losses.score(policy, ids, masks)[0], expected, atol=1e-5)
-    assert args.base == str(tmp_path / "run" / "base")
+    assert base == str(tmp_path / "run" / "base")
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_every_workflow_can_be_trained(small, tmp_path, monkeypatch, name):
     rewards = itertools.cycle((1.0, -1.0))
-    monkeypatch.setattr(train_grpo, "judge", lambda *_: (next(rewards), "turns"))
+    monkeypatch.setattr(train_grpo, "reward_of", lambda *_: (next(rewards), "turns"))
     row, = train(small, tmp_path / "run", "--workflow", name, "--batch", "1", "--samples", "2", steps=1)
     assert row["learned_tokens"] > 0 and row["dlogp_max"] < 1e-4 and row["grad_norm"] > 0
 
@@ -100,7 +100,7 @@ def test_every_workflow_can_be_trained(small, tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("rewards, learns", [((-1.0, -1.0), False), ((1.0, -1.0), True)])
 def test_a_run_that_learned_nothing_says_so(small, tmp_path, monkeypatch, capsys, rewards, learns):
     turn = itertools.cycle(rewards)
-    monkeypatch.setattr(train_grpo, "judge", lambda *_: (next(turn), "turns"))
+    monkeypatch.setattr(train_grpo, "reward_of", lambda *_: (next(turn), "turns"))
     rows = train(small, tmp_path / "run", "--batch", "1", "--samples", "2", "--kl", "0", steps=1)
     assert "kl" not in rows[0]  # not measured, so not 0.0
     assert ("nothing was learned" not in capsys.readouterr().out) == learns
@@ -109,40 +109,58 @@ def test_a_run_that_learned_nothing_says_so(small, tmp_path, monkeypatch, capsys
 # ---- rewards and credit ----------------------------------------------------------------------------------
 
 def episode(response="", error=None, ids=(3, 4)):
-    turn = Turn("solver", [], response, "stop", [1, 2], list(ids), [-1.0] * len(ids), 2, len(ids))
-    turn.error = error
-    return Episode("p", turns=[turn], response=response)
+    reply = Reply(response, list(ids), [-1.0] * len(ids), prompt_ids=[1, 2], error=error)
+    return Episode("p", turns=[Turn("solver", [], reply)], response=response)
+
+
+def credit(episodes, algorithm):
+    """Rewards, then advantages: the records of each episode, and the divisor."""
+    for i, e in enumerate(episodes):
+        e.sample = i
+        e.reward, e.reason = reward_of(e, "12", -1.0)
+    records = [[] if e.reward is None else e.records() for e in episodes]
+    return records, train_grpo.give_credit(episodes, records, ALGORITHMS[algorithm], 10)
 
 
 @pytest.mark.parametrize("given, reward", [
     (episode("So \\boxed{12}."), 1.0), (episode("So \\boxed{13}."), -1.0), (episode("It is 12."), -0.5),
     (episode(""), -0.5)])
 def test_only_a_right_box_is_rewarded(given, reward):
-    assert judge(given, "12", no_box=-0.5)[0] == reward
+    assert reward_of(given, "12", no_box=-0.5)[0] == reward
 
 
 def test_a_failed_episode_has_no_reward_and_moves_nobody():
-    reward, reason = judge(episode(error="connection lost"), "12", -1.0)
-    assert reward != reward and "connection lost" in reason
-    args = SimpleNamespace(samples=3, roles=None, no_box=-1.0, max_tokens=10)
-    problem = SimpleNamespace(gold="12")
+    reward, reason = reward_of(episode(error="connection lost"), "12", -1.0)
+    assert reward is None and "connection lost" in reason
     episodes = [episode("\\boxed{12}"), episode("\\boxed{1}"), episode(error="lost")]
-    scores = train_grpo.scored(episodes, [problem], args)
-    rows = [(0, s.group, s.reward, s.tokens) for s in scores]
-    divisor = train_grpo.give_credit(scores, rows, ALGORITHMS["dapo"], args)
-    assert divisor == 4 and not scores[2].samples
-    assert [s.samples[0].advantage for s in scores[:2]] == pytest.approx([0.7071, -0.7071], abs=1e-3)
+    records, divisor = credit(episodes, "dapo")
+    assert divisor == 4 and not records[2]
+    assert [own[0].advantage for own in records[:2]] == pytest.approx([0.7071, -0.7071], abs=1e-3)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_failed_episode_does_not_shrink_the_step(algorithm):
+    """With and without a failed one, the others have the same advantages and weights over the divisor."""
+    good = [episode("\\boxed{12}"), episode("\\boxed{1}"), episode("\\boxed{2}", ids=(5, 6, 7))]
+    share = []
+    for episodes in (good, [episode(error="lost"), *good, episode(error="lost")]):
+        records, divisor = credit(episodes, algorithm)
+        share.append([(own[0].advantage, own[0].weight / divisor) for own in records if own])
+    assert share[0] == share[1]
+
+
+def test_a_batch_of_failed_episodes_has_nothing_to_learn():
+    assert credit([episode(error="lost"), episode(error="lost")], "grpo") == ([[], []], 1)
 
 
 def test_the_token_that_ends_an_answer_is_trained_and_tool_output_is_not():
     solve = episode("a", ids=(3, 4, 2))
-    later = Turn("solver", [], "b", "stop", [1, 2, 3, 4, 2, 77, 78], [5, 2], [-0.5, -0.2], 7, 2)
-    solve.turns.append(later)
-    args = SimpleNamespace(samples=1, roles=None, no_box=-1.0, max_tokens=10)
-    (sample,) = train_grpo.scored([solve], [SimpleNamespace(gold="1")], args)[0].samples
-    assert sample.ids == [1, 2, 3, 4, 2, 77, 78, 5, 2]
-    assert sample.mask == [0, 0, 1, 1, 1, 0, 0, 1, 1]
-    assert sample.old == [-1.0, -1.0, -1.0, -0.5, -0.2]
+    later = Reply("b", [5, 2], [-0.5, -0.2], prompt_ids=[1, 2, 3, 4, 2, 77, 78])
+    solve.turns.append(Turn("solver", [], later))
+    ((record,),), _ = credit([solve], "grpo")
+    assert record.ids == [1, 2, 3, 4, 2, 77, 78, 5, 2]
+    assert record.mask == [0, 0, 1, 1, 1, 0, 0, 1, 1]
+    assert [p for p, m in zip(record.logprobs, record.mask) if m] == [-1.0, -1.0, -1.0, -0.5, -0.2]
 
 
 # ---- learning --------------------------------------------------------------------------------------------
@@ -159,13 +177,14 @@ def test_the_step_is_the_same_for_every_cut_into_micro_batches(random_model, alg
     for micro in (1, 14, 1000):
         torch.manual_seed(0)
         ids = [torch.randint(0, 97, (n,)).tolist() for n in lengths]
-        samples = [Sample(x, [0, 0] + [1] * (len(x) - 2), torch.randn(len(x) - 2).tolist(), a, 0.5)
-                   for x, a in zip(ids, (1.0, -1.0, 0.5, 0.0, -0.7))]
-        args = SimpleNamespace(temperature=0.8, kl=0.1, kl_kind="k3", micro_tokens=micro, clip=1e9)
+        old = [[0.0, 0.0, *torch.randn(n - 2).tolist()] for n in lengths]
+        records = [TokenRecord(x, [0, 0] + [1] * (len(x) - 2), logprobs, a, 0.5)
+                   for x, logprobs, a in zip(ids, old, (1.0, -1.0, 0.5, 0.0, -0.7))]
+        args = SimpleNamespace(temperature=0.8, kl=0.1, kl_kind="k3", micro_tokens=micro, clip=1e9, updates=1)
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         before = {n: p.detach().clone() for n, p in trained.items()}
-        row = train_grpo.learn(model, samples, 7, trained, torch.optim.SGD(trained.values()), 1.0,
-                               ALGORITHMS[algorithm], args)
+        row = train_grpo.update_policy(model, [records], 7, torch.optim.SGD(trained.values()), 1.0,
+                                       ALGORITHMS[algorithm], args)
         found.append((row, {n: p.detach() - before[n] for n, p in trained.items()}))
         with torch.no_grad():
             for n, p in trained.items():

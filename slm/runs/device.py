@@ -3,7 +3,7 @@
 import os
 import resource
 import sys
-import time
+import timeit
 
 import torch
 
@@ -14,8 +14,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def pick_device(device: str = "auto", dtype: str = "auto", model: str | None = None):
-    """(torch.device, dtype, the reason in words). `model`: `tiny` and what was trained from it is too small
-    to gain from bfloat16 on a CPU. BadInput for a device this machine lacks."""
+    """(torch.device, dtype, the reason in words). `model` is a name: on a CPU, `tiny` and what was trained
+    from it are too small to gain from bfloat16. BadInput for a device that this machine lacks."""
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         device = next(name for name, there in found.items() if there)
@@ -23,7 +23,8 @@ def pick_device(device: str = "auto", dtype: str = "auto", model: str | None = N
         here = " and ".join(name for name, there in found.items() if there)
         raise BadInput(f"--device {device}: this machine (or this build of PyTorch) has only {here}")
     if device == "cuda":
-        torch.cuda.set_device(local := int(os.environ.get("LOCAL_RANK", 0)))
+        local = int(os.environ.get("LOCAL_RANK") or 0)
+        torch.cuda.set_device(local)
         major, minor = torch.cuda.get_device_capability()
         best, why = (torch.bfloat16, "has bf16 units") if major >= 8 else (torch.float32, "has no bf16 units")
         where, why = torch.device("cuda", local), f"{torch.cuda.get_device_name()} (SM {major}{minor}) {why}"
@@ -39,18 +40,17 @@ def pick_device(device: str = "auto", dtype: str = "auto", model: str | None = N
 def _cpu_dtype(model: str | None):
     if model is not None and is_small(model):
         return torch.float32, f"CPU, {torch.get_num_threads()} threads; the model is small"
-    rate = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        seconds = []
-        for _ in range(6):
-            start = time.perf_counter()
-            torch.mm(a, b)
-            seconds.append(time.perf_counter() - start)
-        rate[dtype] = 2 * 256 * 1024 ** 2 / min(seconds) / 1e9
-    best = torch.bfloat16 if rate[torch.bfloat16] > 1.3 * rate[torch.float32] else torch.float32
-    return best, (f"CPU, {torch.get_num_threads()} threads; matrix products here: float32 "
-                  f"{rate[torch.float32]:.0f}, bfloat16 {rate[torch.bfloat16]:.0f} GFLOP/s")
+    full, half = _matrix_rate(torch.float32), _matrix_rate(torch.bfloat16)
+    return torch.bfloat16 if half > 1.3 * full else torch.float32, (
+        f"CPU, {torch.get_num_threads()} threads; matrix products here: float32 {full:.0f}, "
+        f"bfloat16 {half:.0f} GFLOP/s")
+
+
+def _matrix_rate(dtype: torch.dtype) -> float:
+    """GFLOP/s of matrix products on this CPU."""
+    a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    seconds = min(timeit.repeat(lambda: torch.mm(a, b), number=1, repeat=6))
+    return 2 * 256 * 1024 ** 2 / seconds / 1e9
 
 
 def peak_memory(model) -> float:
@@ -61,23 +61,22 @@ def peak_memory(model) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def parameters(model) -> tuple[list, list]:
-    """All parameters, and those that are trained."""
-    every = list(model.parameters())
-    return every, [p for p in every if p.requires_grad]
+def parameter_counts(model) -> tuple[int, int]:
+    """(numbers in all of the model's parameters, numbers in those that are trained)."""
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    return sum(p.numel() for p in model.parameters()), sum(trained)
 
 
 def memory(model, tokens: int) -> str:
-    """Predicted peak memory of a training step, in words: weights, gradients and moments, activations of
-    `tokens`.
+    """Predicted peak memory of a training step on `tokens` tokens, in words.
 
-    Activations a token and layer: what the backward pass keeps, about 9 D + 2 (H + K) E + 5 times the
-    feed-forward width; with `recompute` one layer's and D for each of the others. Within about 25 % where it
-    was measured.
+    The backward pass needs about 9 D + 2 (H + K) E + 5 F numbers for each token and layer, F being the
+    feed-forward width. With `recompute` it keeps those of one layer, and D numbers for each of the others.
+    Measured peaks were within about 25 %.
     """
     c = model.config
     size = next(model.parameters()).element_size()
-    every, trained = (sum(p.numel() for p in ps) for ps in parameters(model))
+    every, trained = parameter_counts(model)
     layer = 9 * c.hidden + 2 * (c.heads + c.kv_heads) * c.head_size + 5 * c.intermediate
     kept = layer + c.hidden * c.layers if model.recompute else layer * c.layers
     parts = {"weights": every * size, "gradients and moments": trained * 12,

@@ -1,6 +1,6 @@
-"""Several processes under torchrun: who is who, sums over all of them, and weights spread with PyTorch's FSDP2.
+"""Several processes under torchrun: ranks, sums over all of them, and weights spread with PyTorch's FSDP2.
 
-Alone, every function here does nothing or returns what it was given.
+A process that runs alone has rank 0 of 1. The functions here then do nothing, or return what they got.
 """
 
 import contextlib
@@ -8,6 +8,16 @@ import os
 
 import torch
 import torch.distributed as dist
+
+STARTED = int(os.environ.get("WORLD_SIZE") or 1)  # processes that torchrun started
+if STARTED > 1:  # a single process need not wait 0.9 s for this import
+    from torch.distributed.fsdp import fully_shard
+
+
+def start_ranks(device: torch.device) -> None:
+    """Join the other processes that torchrun started."""
+    if STARTED > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def rank() -> int:
@@ -23,12 +33,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-def start_ranks(device: torch.device) -> None:
-    """Join the other processes when started by torchrun; alone, do nothing."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-
 def gather(rows: list) -> list:
     """The rows of all ranks, in the order of the ranks."""
     if world() == 1:
@@ -38,61 +42,48 @@ def gather(rows: list) -> list:
     return [row for part in parts for row in part]
 
 
-def summed(values: dict[str, float], device) -> dict[str, float]:
-    """Each value summed over the ranks."""
+def summed(values: dict[str, float]) -> dict[str, float]:
+    """Each value summed over the ranks. All ranks must give the same names in the same order."""
     if world() == 1:
         return values
-    t = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(t)
-    return dict(zip(values, t.tolist()))
-
-
-def spread_like(p, part):
-    """This rank's part of a moment, as a tensor that is spread over the ranks as p is."""
-    if not hasattr(p, "tolocal") or not part.dim():  # the count of steps has no dimension
-        return part
-    return type(p.data).fromlocal(part, p.device_mesh, p.placements)
-
-
-def local(x):
-    return x.tolocal() if hasattr(x, "tolocal") else x
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    sums = torch.tensor([float(value) for value in values.values()], dtype=torch.float64, device=device)
+    dist.all_reduce(sums)
+    return dict(zip(values, sums.tolist()))
 
 
 def shard(model) -> None:
-    """Split weights, gradients and moments over the ranks with PyTorch's FSDP2; alone, do nothing. Gradients
-    are summed, not averaged: the losses divide by the global count."""
+    """Split weights, gradients and moments over the ranks with PyTorch's FSDP2. Gradients are summed, not
+    averaged, because the losses divide by the global count."""
     if world() == 1:
         return
-    from torch.distributed.fsdp import fully_shard  # 0.8 s that a single process need not wait
     for part in (*model.model.layers, model):
         fully_shard(part, reshard_after_forward=False)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo has no other
 
 
-def unshard(model) -> None:
-    """Give every rank the full weights."""
-    for part in _sharded(model):
+def unshard(model) -> list:
+    """Give every rank the full weights; returns the parts of the model that were sharded."""
+    parts = [part for part in model.modules() if hasattr(part, "reshard")]
+    for part in parts:
         part.unshard()
+    return parts
 
 
 @contextlib.contextmanager
 def whole(model):
-    """Inside, every rank holds the full weights, so that sampling needs no collective a token."""
-    unshard(model)
+    """Inside, every rank holds the full weights, so that it can sample without the other ranks. For files,
+    use unshard: weights that were handed to safetensors can't be sharded again."""
+    parts = unshard(model)
     yield
-    for part in _sharded(model):
+    for part in parts:
         part.reshard()
 
 
-def _sharded(model) -> list:
-    return [part for part in model.modules() if hasattr(part, "reshard")]
-
-
 def last_micro_batch(model, last: bool) -> None:
-    """Ranks meet only in a step's last micro-batch, so they may have different numbers of them."""
+    """Let the ranks add up their gradients in a step's last micro-batch only. Before it, each rank works
+    alone, so they may have different numbers of micro-batches."""
     if world() > 1:
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last)
-
-

@@ -62,7 +62,7 @@ class Recordings:
             self.kept, self.places = {}, places
 
     def replay(self, key: tuple, run, state):
-        """Do what run() does and return (state, *its results). run() reads and changes the tensors of `state`.
+        """Do what run() does and return (state, *its results); run() changes the tensors of `state`.
 
         A recording works on its own tensors. So the first state that came with a key stays with it, and a
         later one is copied into it (state.take). The caller goes on with the state returned.
