@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
 
 def finished(log: Path) -> list[Episode]:
     """The episodes of a stopped run. What was torn or failed is taken out of the file, to be run again."""
-    rows = keep_rows(log, lambda row: not any(turn["error"] for turn in row["turns"]))
+    rows = keep_rows(log, lambda row: not any(turn["reply"]["error"] for turn in row["turns"]))
     return [Episode.from_json(row) for row in rows]
 
 
@@ -137,11 +137,13 @@ def transcript(episode: Episode, question: str, record: dict) -> str:
     lines = ["=" * 100, f"{episode.workflow}: {question}"]
     for i, turn in enumerate(episode.turns):
         prompt = turn.messages[-1]["content"].replace(question, "(question)")
-        lines += [f"---- to the {turn.role}: {prompt.strip()}", f"---- the {turn.role}: {turn.text.strip()}"]
+        lines += [f"---- to the {turn.role}: {prompt.strip()}",
+                  f"---- the {turn.role}: {turn.reply.text.strip()}"]
         for run in episode.runs:
             if run.turn == i:
-                result = run.stdout.strip() + (f"\n{run.error.strip()}" if run.error else "")
-                lines.append(f"---- the sandbox ({run.seconds:.2f} s): {result.strip()}")
+                outcome = run.outcome
+                result = outcome.stdout.strip() + (f"\n{outcome.error.strip()}" if outcome.error else "")
+                lines.append(f"---- the sandbox ({outcome.seconds:.2f} s): {result.strip()}")
     mark = "right" if record["correct"] else f"wrong, it is {record['gold']}"
     held = ", ".join(map(str, episode.drafts))
     lines.append(f"==== answer {episode.answer} ({mark})" + (f", after {held}" if held else "")

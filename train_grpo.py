@@ -133,7 +133,7 @@ class Scored:
 def judge(episode, gold: str, no_box: float) -> tuple[float, str]:
     """Reward and reason: +1 for a right answer in a box, -1 for a wrong one, no_box for none, NaN where the
     sampling failed."""
-    broken = next((turn.error for turn in episode.turns if turn.error), None)
+    broken = next((t.reply.error for t in episode.turns if t.reply.error), None)
     if broken or not episode.turns:
         return float("nan"), f"failed: {broken or episode.error}"
     result = grade(episode.response, gold, strict=True)
@@ -382,7 +382,7 @@ def summary(episodes, scores: list[Scored]) -> dict:
         groups.setdefault(s.group, set()).add(s.reward)
     parts = ranks.gather([(len(known), sum(s.reward for s in known), sum(s.reward == 1 for s in known),
                          sum(s.reason == "no box" for s in scores), len(scores),
-                         sum(t.finish == "length" for t in turns), len(turns),
+                         sum(t.reply.finish == "length" for t in turns), len(turns),
                          sum(e.tokens_out for e in episodes),
                          sum(len(g) == 1 for g in groups.values()), len(groups))])
     n, reward, solved, unboxed, total, cut, asked, tokens, even, of = (sum(column) for column in zip(*parts))
@@ -408,7 +408,8 @@ def line(step: int, episode, score: Scored) -> dict:
     return {"step": step, "problem": episode.problem_id, "sample": episode.sample, "reward": reward,
             "reason": score.reason, "answer": episode.answer, "tokens": episode.tokens_out,
             "advantage": score.samples[0].advantage if score.samples else None,
-            "turns": [{"role": t.role, "text": t.text, "finish": t.finish} for t in episode.turns]}
+            "turns": [{"role": t.role, "reply": {"text": t.reply.text, "finish": t.reply.finish}}
+                      for t in episode.turns]}
 
 
 def finish(model, out, args):

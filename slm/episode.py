@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from slm import BadInput
 from slm.grading import extract, grade
+from slm.sandbox import Outcome
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Request:
 @dataclass
 class Reply:
     """One sampled answer. prompt_ids + ids is exactly what the model saw and wrote; logprobs[i] is the
-    log-probability of ids[i] under the distribution it was drawn from. An Endpoint leaves the ids empty."""
+    log-probability of ids[i] under the distribution it was drawn from. An Endpoint leaves the ids empty and
+    reports its own counts of tokens; without a report they are the lengths of the ids."""
     text: str
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -60,6 +62,10 @@ class Reply:
     tokens_in: int = 0
     tokens_out: int = 0
     thinking: str | None = None  # a server's separate reasoning_content
+
+    def __post_init__(self):
+        self.tokens_in = self.tokens_in or len(self.prompt_ids)
+        self.tokens_out = self.tokens_out or len(self.ids)
 
     def message(self, more: str = "") -> dict:
         """This reply as the next message of its conversation. It carries the reply, so that the tokenizer
@@ -107,34 +113,27 @@ class Turn:
     """One Ask and its Reply. `messages` are the prompt, as role and content."""
     role: str
     messages: list[dict]
-    text: str
-    finish: str
-    prompt_ids: list[int]
-    ids: list[int]
-    logprobs: list[float]
-    tokens_in: int
-    tokens_out: int
-    error: str | None = None
+    reply: Reply
 
 
 @dataclass
 class CodeRun:
-    """One Run and what came of it; `turn` is the place in turns of the reply it followed."""
+    """One Run and its Outcome; `turn` is the place in Episode.turns of the reply before it (-1: none)."""
     turn: int
     code: str | list[str]
-    stdout: str
-    error: str | None
-    timed_out: bool
-    seconds: float
+    outcome: Outcome
 
 
 @dataclass
 class TokenRecord:
     """A token sequence to train on: mask[i] is 1 where ids[i] was sampled by a trained role, 0 for prompts,
-    tool output and other roles; logprobs[i] is its log-probability when sampled, 0.0 where mask is 0."""
+    tool output and other roles; logprobs[i] is its log-probability when sampled, 0.0 where mask is 0. The
+    trainer fills in the advantage of its episode and the weight of each of its tokens in the loss."""
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    advantage: float = 0.0
+    weight: float = 0.0
 
     def append(self, ids: list[int], logprobs: list[float] | None = None) -> None:
         self.ids += ids
@@ -146,7 +145,8 @@ class TokenRecord:
 class Episode:
     """One run of one workflow on one problem. `answer` is what it stands by, `response` the text that is
     graded, `error` why there is no answer; `failures` names all that failed on the way, recovered or not.
-    `group` numbers the problem and `sample` its repetitions (GRPO compares within a group)."""
+    `group` numbers the problem and `sample` its repetitions (GRPO compares within a group). The trainer fills
+    in `reward`, what the episode earned (None: its sampling failed), and the `reason` for it."""
     problem_id: str
     workflow: str = ""
     group: int = 0
@@ -158,6 +158,8 @@ class Episode:
     response: str = ""
     error: str | None = None
     failures: list[str] = field(default_factory=list)
+    reward: float | None = None
+    reason: str = ""
 
     @property
     def first_answer(self) -> str | None:
@@ -165,26 +167,30 @@ class Episode:
 
     @property
     def tokens_out(self) -> int:
-        return sum(turn.tokens_out for turn in self.turns)
+        return sum(turn.reply.tokens_out for turn in self.turns)
 
     def records(self, roles: Iterable[str] | None = None) -> list[TokenRecord]:
         """The episode as token sequences; `roles` are the trained ones (None: all). A turn whose prompt
         starts with all an earlier record holds continues that record; any other prompt opens a new one.
         Records without a trained token are left out.
 
-        >>> turns = [Turn("solver", [], "", "stop", [1, 2], [3], [-.5], 2, 1),
-        ...          Turn("solver", [], "", "stop", [1, 2, 3, 9], [4], [-.1], 4, 1)]
-        >>> Episode("p", turns=turns).records()
-        [TokenRecord(ids=[1, 2, 3, 9, 4], mask=[0, 0, 1, 0, 1], logprobs=[0.0, 0.0, -0.5, 0.0, -0.1])]
+        >>> turns = [Turn("solver", [], Reply("", prompt_ids=[1, 2], ids=[3], logprobs=[-.5])),
+        ...          Turn("solver", [], Reply("", prompt_ids=[1, 2, 3, 9], ids=[4], logprobs=[-.1]))]
+        >>> record, = Episode("p", turns=turns).records()
+        >>> record.ids, record.mask, record.logprobs
+        ([1, 2, 3, 9, 4], [0, 0, 1, 0, 1], [0.0, 0.0, -0.5, 0.0, -0.1])
         """
         records: list[TokenRecord] = []
         for turn in self.turns:
-            fits = [r for r in records if turn.prompt_ids[:len(r.ids)] == r.ids]
-            record = max(fits, key=lambda r: len(r.ids), default=None)
-            if record is None:
-                records.append(record := TokenRecord())
-            record.append(turn.prompt_ids[len(record.ids):])
-            record.append(turn.ids, turn.logprobs if roles is None or turn.role in roles else None)
+            prompt = turn.reply.prompt_ids
+            continued = [r for r in records if prompt[:len(r.ids)] == r.ids]
+            if not continued:
+                continued = [TokenRecord()]
+                records += continued
+            record = max(continued, key=lambda r: len(r.ids))
+            record.append(prompt[len(record.ids):])
+            trained = roles is None or turn.role in roles
+            record.append(turn.reply.ids, turn.reply.logprobs if trained else None)
         return [r for r in records if any(r.mask)]
 
     def to_json(self) -> dict:
@@ -194,8 +200,8 @@ class Episode:
     def from_json(cls, row: dict) -> "Episode":
         """An episode that to_json wrote; what was added to the row is left out."""
         fields = {name: row[name] for name in cls.__dataclass_fields__}
-        fields["turns"] = [Turn(**turn) for turn in row["turns"]]
-        fields["runs"] = [CodeRun(**run) for run in row["runs"]]
+        fields["turns"] = [Turn(**turn | {"reply": Reply(**turn["reply"])}) for turn in row["turns"]]
+        fields["runs"] = [CodeRun(**run | {"outcome": Outcome(**run["outcome"])}) for run in row["runs"]]
         return cls(**fields)
 
 
@@ -206,8 +212,8 @@ def answer_record(problem, episode: Episode) -> dict:
     first = result.correct
     if episode.drafts:
         first = bool(episode.drafts[0]) and grade(f"\\boxed{{{episode.drafts[0]}}}", problem.gold).correct
-    said = ([t for t in episode.turns if t.text == episode.response]
-            or [t for t in episode.turns if t.role == "solver"] or episode.turns)
+    said = ([t.reply for t in episode.turns if t.reply.text == episode.response]
+            or [t.reply for t in episode.turns if t.role == "solver"] or [t.reply for t in episode.turns])
     return {
         "id": problem.id, "question": problem.question, "gold": problem.gold, "response": episode.response,
         "answer": episode.answer, "correct": result.correct, "reason": episode.error or result.reason,
@@ -364,7 +370,7 @@ class _Runner:
             self.memo[key] = reply
             if reply.error:
                 del self.memo[key]
-        self.tokens += reply.tokens_out or len(reply.ids)
+        self.tokens += reply.tokens_out
         for live, place in who:
             self.deliver(live, place, reply)
 
@@ -376,15 +382,11 @@ class _Runner:
     def record(self, episode: Episode, item: Ask | Run, result):
         """Write down what came of an Ask or a Run, and return it."""
         if isinstance(item, Run):
-            episode.runs.append(CodeRun(len(episode.turns) - 1, item.code, result.stdout, result.error,
-                                        result.timed_out, result.seconds))
+            episode.runs.append(CodeRun(len(episode.turns) - 1, item.code, result))
             episode.failures += ["sandbox timeout"] if result.timed_out else []
         else:
             messages = [{"role": m["role"], "content": m["content"]} for m in item.messages]
-            episode.turns.append(Turn(
-                item.role, messages, result.text, result.finish, result.prompt_ids, result.ids,
-                result.logprobs, result.tokens_in or len(result.prompt_ids),
-                result.tokens_out or len(result.ids), result.error))
+            episode.turns.append(Turn(item.role, messages, result))
             episode.failures += [result.error] if result.error else []
         return result
 
@@ -395,7 +397,7 @@ class _Runner:
         elif result is not None:
             episode.response, episode.answer = f"\\boxed{{{result}}}", result
         if episode.answer is None:
-            cut = bool(episode.turns) and episode.turns[-1].finish == "length"
+            cut = bool(episode.turns) and episode.turns[-1].reply.finish == "length"
             episode.error = [*episode.failures, "no answer before the token limit" if cut else "no answer"][0]
             self.unanswered += 1
         return True

@@ -67,7 +67,7 @@ def test_majority_vote(given, wins):
 
 def test_python_tools_answers_with_what_the_code_printed():
     episode, _ = play("python_tools", lambda *_: CODE.format("6 * 7") + "\nso \\boxed{41}")
-    assert (episode.answer, episode.runs[0].stdout) == ("42", "42\n")
+    assert (episode.answer, episode.runs[0].outcome.stdout) == ("42", "42\n")
 
 
 @pytest.mark.parametrize("code", [
@@ -389,6 +389,6 @@ def test_an_adapter_serves_its_role_and_no_other(tiny, tmp_path):
             endpoint=None, model="tiny", device="cpu", dtype="float32", adapter=given))
         episode, = run_episodes(jobs_for([problem("p", "2 + 2?")], WORKFLOWS["solver"]), backend,
                                 sampling=Sampling(12), adapters=adapters)
-        texts[given and given[0][:7]] = episode.turns[0].ids
+        texts[given and given[0][:7]] = episode.turns[0].reply.ids
     alone, checker, everyone = texts.values()
     assert alone == checker != everyone

@@ -38,7 +38,8 @@ class Tags(HTMLParser):
 
 def test_the_page_is_self_contained_and_model_text_is_escaped(tmp_path):
     row = {"id": HOSTILE, "response": HOSTILE, "answer": HOSTILE, "gold": "\ud800", "correct": False,
-           "turns": [{"role": "solver", "text": HOSTILE}], "ids": list(range(99)), HOSTILE: HOSTILE}
+           "turns": [{"role": "solver", "reply": {"text": HOSTILE}}], "ids": list(range(99)),
+           HOSTILE: HOSTILE}
     path = run(tmp_path / "r", metrics=METRICS, answers=[row], summary={HOSTILE: {HOSTILE: HOSTILE}})
     text = report.write(path).read_text()
     tags = Tags()

@@ -10,7 +10,7 @@ from small import write_small
 
 import train_grpo
 from slm import checkpoint, lora, losses
-from slm.episode import Episode, Turn
+from slm.episode import Episode, Reply, Turn
 from slm.runs import rundir
 from slm.workflows import WORKFLOWS
 from train_grpo import ALGORITHMS, Sample, judge
@@ -23,7 +23,7 @@ def small(tmp_path_factory):
 
 def odd(episode, gold, no_box):
     """An easy reward: most of the sampled ids are odd."""
-    ids = [i for turn in episode.turns for i in turn.ids]
+    ids = [i for turn in episode.turns for i in turn.reply.ids]
     return (1.0 if sum(i % 2 for i in ids) > len(ids) / 2 else -1.0), "easy"
 
 
@@ -109,9 +109,8 @@ def test_a_run_that_learned_nothing_says_so(small, tmp_path, monkeypatch, capsys
 # ---- rewards and credit ----------------------------------------------------------------------------------
 
 def episode(response="", error=None, ids=(3, 4)):
-    turn = Turn("solver", [], response, "stop", [1, 2], list(ids), [-1.0] * len(ids), 2, len(ids))
-    turn.error = error
-    return Episode("p", turns=[turn], response=response)
+    reply = Reply(response, list(ids), [-1.0] * len(ids), prompt_ids=[1, 2], error=error)
+    return Episode("p", turns=[Turn("solver", [], reply)], response=response)
 
 
 @pytest.mark.parametrize("given, reward", [
@@ -136,7 +135,7 @@ def test_a_failed_episode_has_no_reward_and_moves_nobody():
 
 def test_the_token_that_ends_an_answer_is_trained_and_tool_output_is_not():
     solve = episode("a", ids=(3, 4, 2))
-    later = Turn("solver", [], "b", "stop", [1, 2, 3, 4, 2, 77, 78], [5, 2], [-0.5, -0.2], 7, 2)
+    later = Turn("solver", [], Reply("b", [5, 2], [-0.5, -0.2], prompt_ids=[1, 2, 3, 4, 2, 77, 78]))
     solve.turns.append(later)
     args = SimpleNamespace(samples=1, roles=None, no_box=-1.0, max_tokens=10)
     (sample,) = train_grpo.scored([solve], [SimpleNamespace(gold="1")], args)[0].samples
