@@ -14,7 +14,8 @@ from scripted import Backend, Sandbox, problem
 import agents
 import slm.episode
 from slm import BadInput
-from slm.episode import Reply, Sampling, answer_record, jobs_for, run_episodes
+from slm.answers import answer_record
+from slm.episode import Reply, Sampling, jobs_for, run_episodes
 from slm.runs import cli
 from slm.workflows import WORKFLOWS, blocks_of, printed, settle, shown, tally, verdict
 
@@ -316,7 +317,7 @@ def test_the_table_counts_improved_degraded_and_failures():
     text = agents.table(results, 4)
     assert re.search(r"majority_vote +75\.0 .*\+25\.0 \[.*50\.0 +1 +0 +5\.0", text)
     assert "1 without an answer" in text
-    assert "Q0?" in agents.transcript(episodes[0], "Q0?", records[0])
+    assert "Q0?" in agents.transcript(agents.whole_record(problems[0], episodes[0]))
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -9,6 +9,7 @@ import types
 import pytest
 from scripted import Backend, Sandbox, problem
 
+from slm.answers import answer_record
 from slm.episode import (
     Ask,
     AskFailed,
@@ -18,7 +19,6 @@ from slm.episode import (
     Run,
     Sampling,
     Turn,
-    answer_record,
     jobs_for,
     run_episodes,
     user,
