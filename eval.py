@@ -55,11 +55,11 @@ from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
-from slm import BadInput, checkpoint, problems, prompts, report, workflows
+from slm import BadInput, checkpoint, grading, problems, prompts, report, workflows
 from slm.answers import answer_record, finished, run_graded
 from slm.backends import open_backend
 from slm.episode import Sampling
-from slm.grading import grade, grader, parse, values
+from slm.grading import grade
 from slm.runs import stats
 from slm.runs.files import as_lines, read_json, read_rows, write_json, write_whole
 from slm.runs.rundir import RunDir, new_path
@@ -85,11 +85,12 @@ def evaluate(args: argparse.Namespace) -> None:
     sets = {name: problems.load(name, args.split, args.limit) for name in args.data}
     data = problems.fingerprint([p for items in sets.values() for p in items])
     args.out = str(new_path(args.out, f"eval-{label(args)}", args.resume))
-    cli.show({k: v for k, v in vars(args).items() if k not in NOT_SETTINGS})
+    settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
+    cli.show(settings)
     backend, adapters = open_backend(args, args.batch)
     for items in sets.values():
         problems.refuse_long(items, backend)
-    run = RunDir(args.out, saved_settings(args), data, args.resume)
+    run = RunDir(args.out, settings | identity(args), data, args.resume)
     done = finished(run.path / "answers.jsonl") if args.resume else []
     sampling = Sampling(args.max_tokens, args.temperature, stop_at_box=True)
     results = {}
@@ -113,21 +114,20 @@ def record(data: str, problem, episode) -> dict:
     return {**answer_record(problem, episode), "data": data}
 
 
-def saved_settings(args: argparse.Namespace) -> dict:
-    """What identifies the run: the options, the prompt, and hashes of the grader and of the weights used."""
-    settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
-    settings |= {"prompt": prompts.SOLVER.id, "grader": hashed(m.__file__ for m in (grader, parse, values))}
+def identity(args: argparse.Namespace) -> dict:
+    """What identifies a run beside its options: the prompt, and hashes of the grader and of the weights."""
+    found = {"prompt": prompts.SOLVER.id, "grader": hashed(Path(grading.__file__).parent.glob("*.py"))}
     if not args.endpoint:
         folders = [args.model, *(given.rpartition("=")[2] for given in args.adapter)]
-        weights = [f for folder in folders for f in checkpoint.resolve(folder).glob("*.safetensors")]
-        settings["weights"] = hashed(sorted(weights))
-    return settings
+        found["weights"] = hashed(file for folder in map(checkpoint.resolve, folders)
+                                  for file in folder.glob("*.safetensors"))
+    return found
 
 
 def hashed(files) -> str:
     """A short hash of the contents of files."""
     digest = hashlib.sha256()
-    for path in files:
+    for path in sorted(files):
         with open(path, "rb") as f:
             digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()[:12]
@@ -149,28 +149,28 @@ HEAD = (f"{'data':28}{'problems':>9}{'correct %':>11}{'95 %':>13}{'truncated':>1
 def score(rows: list[dict], problems: int) -> dict:
     """The figures of one data set. With several samples a problem, accuracy is the mean over problems of the
     share right (pass@1); its interval draws problems again, not samples."""
-    shares, samples = share_right(rows).values(), len(rows) // problems
+    shares, samples = share_right(rows), len(rows) // problems
     right = sum(row["correct"] for row in rows)
-    counts = [round(share * samples) for share in shares]
     pass_at, k = {}, 2
     while k <= min(samples, 1024):
-        pass_at[k] = sum(stats.pass_at_k(samples, c, k) for c in counts) / problems
+        chances = [stats.pass_at_k(samples, round(share * samples), k) for share in shares]
+        pass_at[k] = sum(chances) / problems
         k *= 2
     return {
         "problems": problems, "samples": samples, "right": right, "accuracy": right / len(rows),
-        "interval": stats.interval(list(shares)), "pass_at": pass_at,
+        "interval": stats.interval(shares), "pass_at": pass_at,
         "truncated": sum(row["finish"] == "length" for row in rows),
         "no_answer": sum(row["answer"] is None for row in rows),
         "failures": dict(Counter(cause for row in rows for cause in row["failures"])),
         "tokens": sum(row["tokens"] for row in rows)}
 
 
-def share_right(rows: list[dict]) -> dict[str, float]:
-    """Problem id -> share of its samples that are right, in the order of first appearance by id."""
+def share_right(rows: list[dict]) -> list[float]:
+    """Each problem's share of right samples, in the order of the problems' ids."""
     groups = defaultdict(list)
     for row in rows:
         groups[row["id"]].append(row["correct"])
-    return {id: sum(groups[id]) / len(groups[id]) for id in sorted(groups)}
+    return [sum(groups[id]) / len(groups[id]) for id in sorted(groups)]
 
 
 def line(name: str, s: dict) -> str:
@@ -178,8 +178,9 @@ def line(name: str, s: dict) -> str:
             f"{stats.span(*s['interval']):>13}{s['truncated']:>11}{s['no_answer']:>11}{s['seconds']:>9.1f}")
     for k, value in s["pass_at"].items():
         text += f"\n{'':28}{f'pass@{k}':>9}{100 * value:>11.1f}"
-    causes = Counter(s["failures"]).most_common(5)
-    return text + "".join(f"\n  {count} x {cause}" for cause, count in causes)
+    for cause, count in Counter(s["failures"]).most_common(5):
+        text += f"\n  {count} x {cause}"
+    return text
 
 
 def shorten(name: str) -> str:
@@ -190,14 +191,14 @@ def shorten(name: str) -> str:
 
 class Saved:
     """An evaluation read back: name, settings, rows by data set."""
+
     def __init__(self, path: str):
         self.path = Path(path)
         self.name = self.path.name or str(self.path)
-        for file, missing in (
-                ("answers.jsonl", "holds no answers.jsonl; expected a run directory of eval.py"),
-                ("summary.json", "is not finished; repeat its command with --resume")):
+        for file in ("answers.jsonl", "summary.json"):
             if not (self.path / file).is_file():
-                raise BadInput(f"{path} {missing}")
+                raise BadInput(f"{path} holds no {file}; expected a run directory of eval.py (if the run is "
+                               "not finished, repeat its command with --resume)")
         self.settings = read_json(self.path / "settings.json")["settings"]
         self.rows = defaultdict(list)
         for line, row in read_rows(self.path / "answers.jsonl"):
@@ -223,7 +224,7 @@ def table(runs: list[Saved]) -> str:
              f"{'over the row above, 95 %':>27}{'p':>8}"]
     for data in first.rows:
         lines.append(f"{data}: {len(first.problems(data))} problems, {how}")
-        shares = [list(share_right(run.rows[data]).values()) for run in runs]
+        shares = [share_right(run.rows[data]) for run in runs]
         for i, (run, now) in enumerate(zip(runs, shares)):
             text = (f"  {shorten(run.name):28}{100 * sum(now) / len(now):>10.1f}"
                     f"{stats.span(*stats.interval(now)):>13}")
@@ -236,7 +237,7 @@ def table(runs: list[Saved]) -> str:
 
 
 def refuse_unlike(a: Saved, b: Saved) -> None:
-    """BadInput, in one sentence, where two runs can't stand in one table."""
+    """BadInput, in one sentence, if two runs can't stand in one table."""
     if set(a.rows) != set(b.rows):
         raise BadInput(f"{a.path} was scored on {', '.join(a.rows)} and {b.path} on {', '.join(b.rows)}; "
                        "compare runs on the same data")
