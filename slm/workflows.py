@@ -1,11 +1,12 @@
 r"""The workflows: each a short generator that gets the question and nothing else.
 
-slm/episode.py has the protocol. The names are those of the SLM-Math report's agents; a docstring says what
-its agent did, and after "Departs" what is different here. All start from a greedy first answer, and those
-that begin with the standard prompt share the very same call.
+slm/episode.py has the protocol. The names are those of the SLM-Math report's agents. A docstring says what
+the agent did, and after "Departs" what is different here. All start from a greedy first answer; those that
+begin with the standard prompt share the very same call.
 """
 
 import re
+from collections.abc import Iterable
 
 from slm import BadInput, prompts
 from slm.episode import Ask, Draft, Reply, Run, user
@@ -31,29 +32,30 @@ def tally(answers: list[str | None]) -> list[tuple[str, int]]:
     >>> tally(["0.5", None, "3", "1/2"])
     [('0.5', 2), ('3', 1)]
     """
-    counts: list[list] = []
+    counts: dict[str, int] = {}
     for answer in filter(None, answers):
-        for entry in counts:
-            if equal(answer, entry[0]):
-                entry[1] += 1
-                break
-        else:
-            counts.append([answer, 1])
-    return sorted(((a, n) for a, n in counts), key=lambda entry: -entry[1])
+        known = next((other for other in counts if equal(answer, other)), answer)
+        counts[known] = counts.get(known, 0) + 1
+    return sorted(counts.items(), key=lambda entry: -entry[1])
+
+
+def first_of(answers: Iterable[str | None]) -> str | None:
+    """The first that is an answer, or None."""
+    return next(filter(None, answers), None)
 
 
 def settle(answers: list[str | None]) -> str | None:
     """The end of a workflow whose checker never agreed: the first answer, unless it came up only once and
-    another one three times; the latest answer where the first attempt gave none."""
+    another one three times; the latest answer if the first attempt gave none."""
     first, counts = answers[0], tally(answers)
     often = next((a for a, n in counts if n >= 3), None)
     if first is not None and (often is None or any(same(a, first) and n >= 2 for a, n in counts)):
         return first
-    return often or next(filter(None, reversed(answers)), None)
+    return often or first_of(reversed(answers))
 
 
 def blocks_of(reply: Reply) -> list[str]:
-    """The code of every ```python fence, or of bare fences where there is none. The last one may be left
+    """The code of every ```python fence, or of every bare fence if there is none. The last fence may be left
     open, unless the reply was cut.
 
     >>> blocks_of(Reply("So:\\n```python\\nprint(6 * 7)\\n```\\nDone."))
@@ -66,18 +68,15 @@ def blocks_of(reply: Reply) -> list[str]:
 
 
 def printed(outcome) -> str | None:
-    """The answer that code printed: its last line with a digit, or the last number there if it has words.
-    None when the code failed or printed no digit. Rounding noise is removed (0.30000000000000004 -> 0.3)."""
+    """The answer that code printed: its last line with a digit, or the last number of that line if it has
+    words. None if the code failed or printed no digit. Rounding noise goes (0.30000000000000004 -> 0.3)."""
     if outcome is None or outcome.error or outcome.timed_out:
         return None
-    lines = outcome.stdout.strip().splitlines()
-    line = next((line for line in reversed(lines) if re.search(r"\d", line)), None)
-    if line is None:
-        return None
-    line = re.split(r"=|:\s", line)[-1].strip()  # after a label
-    if re.search(r"[A-Za-z]{2}|[$%]", re.sub(r"sqrt|pi|frac", "", line)) or not line:
-        line = (NUMBER.findall(line) or [None])[-1]
-    return line and re.sub(r"-?\d+\.\d{9,}", lambda m: f"{float(m[0]):.10g}", line)
+    lines = [line for line in outcome.stdout.strip().splitlines() if re.search(r"\d", line)]
+    line = re.split(r"=|:\s", lines[-1])[-1].strip() if lines else ""  # after a label
+    if re.search(r"[A-Za-z]{2}|[$%]", re.sub(r"sqrt|pi|frac", "", line)):
+        line = ["", *NUMBER.findall(line)][-1]
+    return re.sub(r"-?\d+\.\d{9,}", lambda m: f"{float(m[0]):.10g}", line) or None
 
 
 def stated(text: str) -> str | None:
@@ -94,15 +93,16 @@ def shown(outcome) -> str:
 
 
 def verdict(text: str) -> bool | None:
-    """True for CORRECT, False for INCORRECT, None for neither: what follows VERDICT, else the word that the
-    text opens with, else the last one in capitals, else what is said in passing.
+    """A checker's word: True for CORRECT, False for INCORRECT, None for neither. What follows VERDICT counts,
+    else the word that the text opens with, else the last one in capitals, else what is said in passing.
 
     >>> verdict("INCORRECT. The correct way is"), verdict("3 + 4 = 7. CORRECT"), verdict("Let's see")
     (False, True, None)
     """
     for pattern in (r"(?i)verdict\W*(in)?correct", r"(?i)\A\W*(in)?correct\b(?! answer)", r"\b(IN)?CORRECT\b",
                     r"(?i)\b(incorrect|not correct|not right|wrong)\b|\b(?:is|looks) (?:right|correct)\b"):
-        if found := list(re.finditer(pattern, text)):
+        found = list(re.finditer(pattern, text))
+        if found:
             return not found[-1][1]
     return None
 
@@ -121,8 +121,8 @@ def ask(role: str, content: str, **sampling):
 
 
 def attempt(answers: list[str | None], messages: list[dict]):
-    """The solver's next try: greedy the first time, then sampled, so that it can differ. Its answer joins
-    the list; the reply is returned."""
+    """The solver's next try: greedy the first time, then sampled, so that it can differ. Appends its answer
+    and returns its reply."""
     reply = yield Ask("solver", messages, OTHER if answers else {})
     answers.append(extract(reply.text))
     yield Draft(answers[-1])
@@ -167,7 +167,7 @@ def majority_vote(question: str, runs: int = 5):
     counts = tally(answers)
     if counts and counts[0][1] > sum(n for _, n in counts) / 2:
         return counts[0][0]
-    return answers[0] or (counts[0][0] if counts else None)
+    return answers[0] or first_of(answer for answer, _ in counts)
 
 
 def python_tools(question: str):
@@ -192,7 +192,7 @@ def solver_checker_with_tools(question: str, rounds: int = 5):
         if same(answers[-1], other):
             return answers[-1]
         prompt = prompts.RETRY_PYTHON(question=question, feedback=disagreement(answers[-1], other))
-    return next(filter(None, answers), None)
+    return first_of(answers)
 
 
 def solver_checker_stateless(question: str, rounds: int = 5):
@@ -222,7 +222,7 @@ def solver_checker_chat(question: str, rounds: int = 5):
         if answers[-1] and (yield from check(question, reply.text))[0]:
             return answers[-1]
         messages = messages + [reply.message(), user(prompts.AGAIN(feedback=complaint(answers[-1])))]
-    return next(filter(None, reversed(answers)), None)
+    return first_of(reversed(answers))
 
 
 def trivial_chat(question: str, rounds: int = 5):
@@ -279,7 +279,7 @@ def summarizer_chat(question: str, rounds: int = 5):
             return answers[-1]
         feedback = disagreement(answers[-1], other)
         messages = messages + [reply.message(), user(prompts.AGAIN(feedback=feedback))]
-    return next(filter(None, reversed(answers)), None)
+    return first_of(reversed(answers))
 
 
 def plan_and_reflection(question: str):
@@ -288,9 +288,10 @@ def plan_and_reflection(question: str):
     answers = []
     for prompt in (prompts.SOLVER, prompts.CAREFUL, prompts.VERY_CAREFUL):
         yield from attempt(answers, [user(prompt(question=question))])
-        if (counts := tally(answers)) and counts[0][1] >= 2:
+        counts = tally(answers)
+        if counts and counts[0][1] >= 2:
             return counts[0][0]
-    return next(filter(None, answers), None)
+    return first_of(answers)
 
 
 def base(question: str, rounds: int = 5):
@@ -308,7 +309,7 @@ def base(question: str, rounds: int = 5):
         unclear = accepted is None and answers[-1]
         feedback = prompts.UNCLEAR(answer=answers[-1]) if unclear else f"{complaint(answers[-1])} {critique}"
         content = prompts.RETRY(question=question, feedback=feedback)
-    return next((answer for answer, _ in tally(answers)), None)
+    return first_of(answer for answer, _ in tally(answers))
 
 
 def verify(question: str, answer: str):
@@ -326,13 +327,13 @@ def solver_verifier(question: str, rounds: int = 3):
 
     Departs: a verifier whose code prints a number and no verdict is judged by that number."""
     answers, content = [], prompts.HINT(question=question)
-    for round in range(rounds):
-        reply = yield from ask("solver", content, **CODING, **(OTHER if round else {}))
+    for _ in range(rounds):
+        reply = yield from ask("solver", content, **CODING, **(OTHER if answers else {}))
         outcome, box = (yield from execute(reply)), stated(reply.text)
         output = printed(outcome)
         answers.append(output or box)
         yield Draft(answers[-1])
-        if same(output, box) or (round and same(answers[-1], answers[-2])):
+        if same(output, box) or (len(answers) > 1 and same(*answers[-2:])):
             return answers[-1]
         failed = outcome is not None and (outcome.error or outcome.timed_out)  # then its box can't be trusted
         for candidate in () if failed else filter(None, (output, box)):
@@ -340,7 +341,7 @@ def solver_verifier(question: str, rounds: int = 3):
                 return candidate
         feedback = f"The code failed: {shown(outcome)[-200:]}" if failed else complaint(answers[-1])
         content = prompts.RETRY(question=question, feedback=feedback)
-    return next(filter(None, reversed(answers)), None)
+    return first_of(reversed(answers))
 
 
 def code_feedback(question: str):
@@ -361,7 +362,7 @@ def code_feedback(question: str):
     else:
         messages += [reply.message(), user(prompts.EXPLAIN(output=output))]
     last = yield Ask("solver", messages)
-    return stated(last.text) or next(filter(None, map(printed, reversed(outcomes))), None)
+    return stated(last.text) or first_of(map(printed, reversed(outcomes)))
 
 
 WORKFLOWS = {fn.__name__: fn for fn in (
@@ -371,13 +372,14 @@ WORKFLOWS = {fn.__name__: fn for fn in (
 
 
 def workflow(name: str):
-    """A workflow by its name. BadInput if there is none of it."""
+    """A workflow by its name. BadInput for an unknown name."""
     if name not in WORKFLOWS:
         raise BadInput(f"--workflow {name!r} is none; expected one of {', '.join(WORKFLOWS)}")
     return WORKFLOWS[name]
 
 
 def refuse_roles(option: str, roles) -> None:
+    """BadInput for a role that no workflow has."""
     for role in roles:
         if role not in ROLES:
             raise BadInput(f"{option}: no workflow has a role {role!r}; expected {', '.join(ROLES)}")

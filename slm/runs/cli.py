@@ -1,7 +1,7 @@
 """The command line of every script: grouped help, scaled defaults, one sentence for bad input.
 
-Imports nothing heavy: `--help` answers before torch is loaded, so a script parses its arguments first and
-imports the rest of the package inside its main function.
+Imports nothing heavy: a script parses its arguments at its top and only then imports the rest, so that
+`--help` answers before torch is loaded.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from slm import BadInput
@@ -22,7 +23,7 @@ CANNOT_WRITE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQU
 
 def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser that keeps the description's line breaks and refuses abbreviated options."""
-    shape = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100)
+    shape = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=100)
     return argparse.ArgumentParser(description=description, formatter_class=shape, allow_abbrev=False)
 
 
