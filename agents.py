@@ -43,11 +43,11 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from slm import report
 from slm.answers import answer_record, finished, run_graded
 from slm.backends import open_backend
 from slm.episode import Episode, Sampling
 from slm.problems import fingerprint, load_all, refuse_long
+from slm.report import write as write_report
 from slm.runs import stats
 from slm.runs.files import write_json
 from slm.runs.rundir import RunDir, new_path
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace) -> None:
                 print(transcript(row))
     write_json(run.path / "table.json", results)
     print(table(results, len(problems)))
-    print(f"every prompt, reply and code run: {log}; some to read: {report.write(run.path)}")
+    print(f"every prompt, reply and code run: {log}; some to read: {write_report(run.path)}")
 
 
 def whole_record(problem, episode: Episode) -> dict:

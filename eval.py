@@ -8,8 +8,8 @@
     python eval.py --compare runs/a runs/b                one table, differences paired problem by problem
     python eval.py --regrade runs/a                       today's grader on the answers of runs/a
 
-Greedy decoding and the standard prompt unless told otherwise: the same for every row of a table. Each answer
-is written as it lands (answers.jsonl: question, gold, response, answer, correct and why, token ids, finish),
+Greedy decoding and the standard prompt by default, so that the rows of a table are alike. Each answer is
+written as it lands (answers.jsonl: question, gold, response, answer, correct and why, token ids, finish),
 so a stopped run goes on with --resume. In float32 an answer does not depend on the batch; in bfloat16 it may.
 """
 
@@ -55,11 +55,12 @@ from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
-from slm import BadInput, checkpoint, grading, problems, prompts, report, workflows
+from slm import BadInput, checkpoint, problems, prompts, workflows
 from slm.answers import answer_record, finished, run_graded
 from slm.backends import open_backend
 from slm.episode import Sampling
 from slm.grading import grade
+from slm.report import write as write_report
 from slm.runs import stats
 from slm.runs.files import as_lines, read_json, read_rows, write_json, write_whole
 from slm.runs.rundir import RunDir, new_path
@@ -83,14 +84,13 @@ def evaluate(args: argparse.Namespace) -> None:
         raise BadInput(f"--samples {args.samples} at temperature 0 draws the same answer each time; "
                        "add --temperature 0.7, for one")
     sets = {name: problems.load(name, args.split, args.limit) for name in args.data}
-    data = problems.fingerprint([p for items in sets.values() for p in items])
+    everything = [p for items in sets.values() for p in items]
     args.out = str(new_path(args.out, f"eval-{label(args)}", args.resume))
-    settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     cli.show(settings)
     backend, adapters = open_backend(args, args.batch)
-    for items in sets.values():
-        problems.refuse_long(items, backend)
-    run = RunDir(args.out, settings | identity(args), data, args.resume)
+    problems.refuse_long(everything, backend)
+    run = RunDir(args.out, settings | identity(args), problems.fingerprint(everything), args.resume)
     done = finished(run.path / "answers.jsonl") if args.resume else []
     sampling = Sampling(args.max_tokens, args.temperature, stop_at_box=True)
     results = {}
@@ -105,7 +105,7 @@ def evaluate(args: argparse.Namespace) -> None:
             results[name] = {**score(rows, len(items)), "seconds": round(time.monotonic() - start, 1)}
             print(line(name, results[name]))
     write_json(run.path / "summary.json", {"model": args.model, "workflow": args.workflow, "data": results})
-    print(f"answers, settings and a page to read: {report.write(run.path)}\n"
+    print(f"answers, settings and a page to read: {write_report(run.path)}\n"
           f"compare with another run: python eval.py --compare {shlex.quote(args.out)} OTHER")
 
 
@@ -116,7 +116,8 @@ def record(data: str, problem, episode) -> dict:
 
 def identity(args: argparse.Namespace) -> dict:
     """What identifies a run beside its options: the prompt, and hashes of the grader and of the weights."""
-    found = {"prompt": prompts.SOLVER.id, "grader": hashed(Path(grading.__file__).parent.glob("*.py"))}
+    grader = Path(prompts.__file__).parent / "grading"
+    found = {"prompt": prompts.SOLVER.id, "grader": hashed(grader.glob("*.py"))}
     if not args.endpoint:
         folders = [args.model, *(given.rpartition("=")[2] for given in args.adapter)]
         found["weights"] = hashed(file for folder in map(checkpoint.resolve, folders)

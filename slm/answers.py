@@ -31,9 +31,9 @@ def answer_record(problem, episode: Episode) -> dict:
 
 
 def finished(log: Path) -> list[dict]:
-    """The records of a stopped run. Torn lines and records of broken episodes leave the file: those are asked
-    again."""
-    return keep_rows(log, lambda row: not row["broken"])
+    """The records of a stopped run. All others leave the file and are asked again: torn lines, and episodes in
+    which an Ask got no reply."""
+    return keep_rows(log, lambda row: row.get("broken", "unknown") is None)
 
 
 def run_graded(problems, workflow: Callable[[str], Generator], backend, sandbox, *, have: list[dict],

@@ -35,9 +35,9 @@ def own_model(model: str, device: str, dtype: str, adapters: Iterable[tuple[str,
     model: tiny, a directory or a hub id. device, dtype: as on the command line, "auto" too; the choice is
     printed. adapters: (name, directory). BadInput if one of them is not there.
     """
-    where, precision, reason = pick_device(device, dtype, model)
-    print(f"{model} on {where}, {str(precision).removeprefix('torch.')}: {reason}")
-    network, tokenizer = checkpoint.load(model, where, precision)
+    place, precision, reason = pick_device(device, dtype, model)
+    print(f"{model} on {place}, {str(precision).removeprefix('torch.')}: {reason}")
+    network, tokenizer = checkpoint.load(model, place, precision)
     with lora.off(network):  # the adapter that came with the model stays active for the other roles
         for name, folder in adapters:
             lora.load(network, checkpoint.resolve(folder), name)

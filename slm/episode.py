@@ -128,8 +128,8 @@ class CodeRun:
 
 @dataclass
 class TokenRecord:
-    """A token sequence to train on: mask[i] is 1 where ids[i] was sampled by a trained role, 0 for prompts,
-    tool output and other roles; logprobs[i] is its log-probability when sampled, 0.0 where mask is 0. The
+    """A token sequence to train on. mask[i] is 1 if a trained role sampled ids[i], and 0 for prompts, tool
+    output and other roles. logprobs[i] is the log-probability of ids[i] when it was sampled, else 0.0. The
     trainer fills in the advantage of its episode and the weight of each of its tokens in the loss."""
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
@@ -146,7 +146,7 @@ class TokenRecord:
 @dataclass
 class Episode:
     """One run of one workflow on one problem. `answer` is what it stands by, `response` the text that is
-    graded, `error` why there is no answer; `failures` names all that failed on the way, recovered or not.
+    graded, `error` why there is no answer. `failures` names all that failed on the way, recovered or not.
     `group` numbers the problem and `sample` its repetitions (GRPO compares within a group). The trainer fills
     in `reward`, what the episode earned (None: its sampling failed), and the `reason` for it."""
     problem_id: str
@@ -177,8 +177,8 @@ class Episode:
         return sum(turn.reply.tokens_out for turn in self.turns)
 
     def records(self, roles: Iterable[str] | None = None) -> list[TokenRecord]:
-        """The episode as token sequences; `roles` are the trained ones (None: all). A turn whose prompt
-        starts with all an earlier record holds continues that record; any other prompt opens a new one.
+        """The episode as token sequences; `roles` are the trained ones (None: all). If a turn's prompt starts
+        with all that an earlier record holds, the turn continues that record; else it opens a new one.
         Records without a trained token are left out.
 
         >>> turns = [Turn("solver", [], Reply("", prompt_ids=[1, 2], ids=[3], logprobs=[-.5])),

@@ -171,7 +171,7 @@ class Tokenizer:
             raise jinja2.TemplateError(message)
 
         env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-        env.globals |= {"raise_exception": raise_exception, "strftime_now": time.strftime}
+        env.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
         try:
             return env.from_string(self.template)
         except jinja2.TemplateError as e:

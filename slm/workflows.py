@@ -10,13 +10,12 @@ from collections.abc import Iterable
 
 from slm import BadInput, prompts
 from slm.episode import Ask, Draft, Reply, Run, user
-from slm.grading import equal, extract
+from slm.grading import blocks_of, equal, extract, printed, verdict
 
 OTHER = {"temperature": 0.7, "top_p": 0.9}                # a later attempt must be able to differ
 VOTE = {"temperature": 0.7, "top_p": 0.95, "top_k": 50}   # the report's decoding of runs 2 to 5
 CODING = {"stop": ("```output",), "stop_at_box": False}   # the sandbox writes the output, not the model
 ROLES = ("solver", "checker", "verifier", "summarizer")
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
 # ---- what the workflows share ----------------------------------------------------------------------------
@@ -54,33 +53,8 @@ def settle(answers: list[str | None]) -> str | None:
     return often or first_of(reversed(answers))
 
 
-def blocks_of(reply: Reply) -> list[str]:
-    """The code of every ```python fence, or of every bare fence if there is none. The last fence may be left
-    open, unless the reply was cut.
-
-    >>> blocks_of(Reply("So:\\n```python\\nprint(6 * 7)\\n```\\nDone."))
-    ['print(6 * 7)\\n']
-    """
-    end = "```" if reply.finish == "length" else r"(?:```|\Z)"
-    fences = re.findall(rf"```(\w*)[^\S\n]*\n(.*?){end}", reply.text, re.S)
-    named = [code for name, code in fences if name.lower() in ("python", "py", "python3")]
-    return [code for code in named or [code for name, code in fences if not name] if code.strip()]
-
-
-def printed(outcome) -> str | None:
-    """The answer that code printed: its last line with a digit, or the last number of that line if it has
-    words. None if the code failed or printed no digit. Rounding noise goes (0.30000000000000004 -> 0.3)."""
-    if outcome is None or outcome.error or outcome.timed_out:
-        return None
-    lines = [line for line in outcome.stdout.strip().splitlines() if re.search(r"\d", line)]
-    line = re.split(r"=|:\s", lines[-1])[-1].strip() if lines else ""  # after a label
-    if re.search(r"[A-Za-z]{2}|[$%]", re.sub(r"sqrt|pi|frac", "", line)):
-        line = ["", *NUMBER.findall(line)][-1]
-    return re.sub(r"-?\d+\.\d{9,}", lambda m: f"{float(m[0]):.10g}", line) or None
-
-
 def stated(text: str) -> str | None:
-    """The answer in a text that may have code in it, whose numbers are no answers: then only a box counts."""
+    """The answer in a text. If the text has code, only a box counts: numbers of code are no answers."""
     return extract(text, strict="```" in text)
 
 
@@ -90,21 +64,6 @@ def shown(outcome) -> str:
     if outcome.error or outcome.timed_out:
         text = f"{text}\n{outcome.error or 'stopped: time limit'}".strip()
     return text[-1000:] or "(nothing)"
-
-
-def verdict(text: str) -> bool | None:
-    """A checker's word: True for CORRECT, False for INCORRECT, None for neither. What follows VERDICT counts,
-    else the word that the text opens with, else the last one in capitals, else what is said in passing.
-
-    >>> verdict("INCORRECT. The correct way is"), verdict("3 + 4 = 7. CORRECT"), verdict("Let's see")
-    (False, True, None)
-    """
-    for pattern in (r"(?i)verdict\W*(in)?correct", r"(?i)\A\W*(in)?correct\b(?! answer)", r"\b(IN)?CORRECT\b",
-                    r"(?i)\b(incorrect|not correct|not right|wrong)\b|\b(?:is|looks) (?:right|correct)\b"):
-        found = list(re.finditer(pattern, text))
-        if found:
-            return not found[-1][1]
-    return None
 
 
 def complaint(answer: str | None) -> str:
@@ -143,7 +102,7 @@ def code_answer(role: str, content: str, **sampling):
 
 
 def execute(reply: Reply):
-    """Run the code blocks of a reply, variables shared: the outcome, or None where there is no code."""
+    """Run the code blocks of a reply with shared variables. Returns the outcome, or None without code."""
     blocks = blocks_of(reply)
     return (yield Run(blocks)) if blocks else None
 
@@ -171,18 +130,18 @@ def majority_vote(question: str, runs: int = 5):
 
 
 def python_tools(question: str):
-    """Ask for Python code, run its blocks with shared variables, and answer with the last number printed;
-    where the code fails or prints none, with the box of the text.
+    """Ask for Python code, run its blocks with shared variables, and answer with the last number printed. If
+    the code fails or prints none, answer with the box of the text.
 
-    Departs: the model is stopped where it would invent the output; one namespace, so functions work."""
+    Departs: the model is stopped before it invents the output; one namespace, so functions work."""
     return (yield from code_answer("solver", prompts.PYTHON(question=question)))
 
 
 def solver_checker_with_tools(question: str, rounds: int = 5):
-    """Solve with code; a checker solves the problem again with code, on its own. Equal answers are accepted;
-    else the solver tries again, told both. Without agreement the first answer stands.
+    """Solve with code. A checker solves the problem again with code, on its own. Equal answers are accepted;
+    else the solver gets both and tries again. Without agreement the first answer stands.
 
-    Departs: the checker is sampled, where a greedy one says the same in each round, and a checker without an
+    Departs: the checker is sampled, since a greedy one says the same in each round, and a checker without an
     answer does not count as agreement."""
     answers, prompt = [], prompts.PYTHON(question=question)
     for _ in range(rounds):
@@ -211,7 +170,7 @@ def solver_checker_stateless(question: str, rounds: int = 5):
 
 
 def solver_checker_chat(question: str, rounds: int = 5):
-    """As stateless, but the attempts are one conversation, with the feedback as its next user turn. Without
+    """As stateless, but the attempts are one conversation, and the feedback is its next user turn. Without
     an accepted answer, the last one given stands.
 
     Departs: no oracle (a later version compared with the ground truth); the question is not repeated, as
@@ -243,8 +202,8 @@ def trivial_chat(question: str, rounds: int = 5):
 
 
 def solver_checker_summarizer(question: str, rounds: int = 5):
-    """As stateless, with a summarizer between the two: the checker sees a short form of the solution (its
-    beginning and its answer; the model's summary where it has none), the solver a digest of the critique.
+    """As stateless, with a summarizer between the two. The checker sees the beginning of the solution and its
+    answer, or the summarizer's short form if it has no answer. The solver sees a digest of the critique.
 
     Departs: the checker does see the summary, not only the answer; no test of relevance by shared words."""
     answers, content = [], prompts.SOLVER(question=question)
@@ -266,8 +225,8 @@ def solver_checker_summarizer(question: str, rounds: int = 5):
 
 
 def summarizer_chat(question: str, rounds: int = 5):
-    """One conversation of the solver. Each round a checker solves the problem anew in its own; a sentence
-    with both answers is the solver's next turn. Ends when they agree; else the solver's last answer stands.
+    """One conversation of the solver. In each round a checker solves the problem in a conversation of its
+    own. The next user turn names both answers. Ends when they agree; else the solver's last answer stands.
 
     Departs: the checker is sampled (a greedy one repeats the solver's own first pass), and a checker without
     an answer does not count as agreement."""
@@ -321,9 +280,10 @@ def verify(question: str, answer: str):
 
 
 def solver_verifier(question: str, rounds: int = 3):
-    """Solve, with code allowed. A box that the code's output confirms is accepted. Otherwise a verifier
-    writes code to test the output, then the box, and the first it confirms is accepted; else solve again,
-    told what failed. Ends early when an answer comes twice in a row; without an accepted one the last stands.
+    """Solve, with code allowed. If the code's output confirms the box, that answer is accepted. Otherwise a
+    verifier writes code to test the output, then the box, and the first it confirms is accepted. Else the
+    solver hears what failed and tries again. An answer given twice in a row ends the rounds; without an
+    accepted answer the last one stands.
 
     Departs: a verifier whose code prints a number and no verdict is judged by that number."""
     answers, content = [], prompts.HINT(question=question)
@@ -348,7 +308,7 @@ def code_feedback(question: str):
     """Solve, with code allowed; run each block by itself, show the model what was printed, and take the
     answer it then gives, else the last number printed. Without code the first answer stands.
 
-    Departs: where the model stopped to wait for the output, its turn goes on after it; else the output is the
+    Departs: if the model stopped to wait for the output, its turn goes on after it. Else the output is the
     next turn, as it was."""
     messages = [user(prompts.HINT(question=question))]
     reply = yield Ask("solver", messages, CODING)

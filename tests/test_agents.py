@@ -13,11 +13,14 @@ from scripted import Backend, Sandbox, problem
 
 import agents
 import slm.episode
+import slm.grading.replies
+import slm.workflows
 from slm import BadInput
 from slm.answers import answer_record
 from slm.episode import Reply, Sampling, jobs_for, run_episodes
+from slm.grading import blocks_of, printed, verdict
 from slm.runs import cli
-from slm.workflows import WORKFLOWS, blocks_of, printed, settle, shown, tally, verdict
+from slm.workflows import WORKFLOWS, settle, shown, tally
 
 ROOT = Path(__file__).parent.parent
 CODE = "```python\nprint({})\n```"
@@ -290,7 +293,8 @@ def test_votes_and_settling():
 
 
 def test_the_examples_in_the_docstrings():
-    assert not doctest.testmod(agents).failed and not doctest.testmod(slm.episode).failed
+    for module in (agents, slm.episode, slm.workflows, slm.grading.replies):
+        assert not doctest.testmod(module).failed
 
 
 # ---- the command line ------------------------------------------------------------------------------------
