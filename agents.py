@@ -22,7 +22,8 @@ TINY = {"max_tokens": 320, "limit": 200,
 
 def options() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
-    cli.answer_options(p, both := cli.defaults(PAPER, TINY))
+    both = cli.defaults(PAPER, TINY)
+    cli.answer_options(p, both)
     g = p.add_argument_group("how")
     g.add_argument("--workflow", help=f"all, or names with commas between them: {', '.join(WORKFLOWS)} "
                    f"({both('workflow')}); solver is always run, to compare with")
@@ -39,57 +40,50 @@ import contextlib
 import re
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
-from slm import report
+from slm.answers import answer_record, finished, run_graded
 from slm.backends import open_backend
-from slm.episode import Episode, Sampling, answer_record, jobs_for, run_episodes
+from slm.episode import Episode, Sampling
 from slm.problems import fingerprint, load_all, refuse_long
+from slm.report import write as write_report
 from slm.runs import stats
-from slm.runs.files import keep_rows, write_json
+from slm.runs.files import write_json
 from slm.runs.rundir import RunDir, new_path
 from slm.sandbox import Sandbox
 
 
 def main(args: argparse.Namespace) -> None:
     names, problems = chosen(args.workflow), load_all(args.data, args.split, args.limit)
-
     args.out = str(new_path(args.out, f"agents-{Path(args.model).name}", args.resume))
     cli.show(vars(args))
     backend, adapters = open_backend(args)
     refuse_long(problems, backend)
     run = RunDir(args.out, vars(args), fingerprint(problems), args.resume)
-    done = finished(run.path / "episodes.jsonl") if args.resume else []
-
-    def keep(episode):
-        record = answer_record(problems[episode.group], episode)
-        run.log("episodes", {**episode.to_json(), "correct": record["correct"]})
-
+    log = run.path / "episodes.jsonl"
+    done = finished(log) if args.resume else []
+    sampling = Sampling(args.max_tokens, stop_at_box=True)
     memo, results = {}, {}
     with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox:
         for name in names:
             start = time.monotonic()
-            episodes = {e.group: e for e in done if e.workflow == name}
-            jobs = [job for job in jobs_for(problems, WORKFLOWS[name]) if job.group not in episodes]
-            sampling = Sampling(args.max_tokens, stop_at_box=True)
-            new = run_episodes(jobs, backend, sandbox, sampling=sampling, seed=args.seed, adapters=adapters,
-                               memo=memo, on_done=keep, bar=name)
-            episodes |= {e.group: e for e in new}
-            records = [answer_record(p, episodes[i]) for i, p in enumerate(problems)]
-            results[name] = {**summary(records, results.get("solver", {}).get("right")),
-                             "seconds": time.monotonic() - start}
-            for i in range(min(args.show, len(problems))):
-                print(transcript(episodes[i], problems[i].question, records[i]))
+            rows = run_graded(problems, WORKFLOWS[name], backend, sandbox, record=whole_record,
+                              have=[row for row in done if row["workflow"] == name],
+                              write=partial(run.log, "episodes"), sampling=sampling, seed=args.seed,
+                              adapters=adapters, memo=memo, bar=name)
+            alone = results["solver"]["right"] if results else None
+            results[name] = {**summary(rows, alone), "seconds": time.monotonic() - start}
+            for row in rows[:args.show]:
+                print(transcript(row))
     write_json(run.path / "table.json", results)
     print(table(results, len(problems)))
-    print(f"every prompt, reply and code run: {run.path / 'episodes.jsonl'}; some to read: "
-          f"{report.write(run.path)}")
+    print(f"every prompt, reply and code run: {log}; some to read: {write_report(run.path)}")
 
 
-def finished(log: Path) -> list[Episode]:
-    """The episodes of a stopped run. What was torn or failed is taken out of the file, to be run again."""
-    rows = keep_rows(log, lambda row: not any(turn["error"] for turn in row["turns"]))
-    return [Episode.from_json(row) for row in rows]
+def whole_record(problem, episode: Episode) -> dict:
+    """A line of episodes.jsonl: all that happened, and the grade."""
+    return {**episode.to_json(), **answer_record(problem, episode)}
 
 
 def chosen(workflows: str) -> list[str]:
@@ -103,11 +97,11 @@ def summary(records: list[dict], alone: list[bool] | None) -> dict:
     n = len(records)
     right, first = [r["correct"] for r in records], [r["first_correct"] for r in records]
     return {
-        "right": right, "accuracy": sum(right) / n, "interval": stats.wilson(sum(right), n),
+        "right": right, "accuracy": sum(right) / n, "interval": stats.interval(right),
         "first_accuracy": sum(first) / n,
         "improved": sum(r and not f for r, f in zip(right, first)),
         "degraded": sum(f and not r for r, f in zip(right, first)),
-        "over_solver": stats.paired(alone or right, right),
+        "over_solver": stats.difference(alone or right, right),
         "asks": sum(r["asks"] for r in records) / n, "tokens": sum(r["tokens"] for r in records) / n,
         "failures": dict(Counter(re.sub(r"\d+", "#", cause) for r in records for cause in r["failures"])),
         "no_answer": sum(r["answer"] is None for r in records)}
@@ -119,10 +113,8 @@ def table(results: dict[str, dict], n: int) -> str:
             f"{'degr.':>6}{'asks':>6}{'tokens':>8}{'s':>7}")
     lines = [f"\n{n} problems; a greedy call that several workflows share is made and timed once", head]
     for name, r in results.items():
-        (low, high), (diff, below, above) = r["interval"], r["over_solver"]
-        gain = "" if name == "solver" else f"{100 * diff:+.1f} [{100 * below:+.1f}, {100 * above:+.1f}]"
-        span = f"{100 * low:.1f}-{100 * high:.1f}"
-        lines.append(f"{name:26}{100 * r['accuracy']:>10.1f}{span:>14}{gain:>24}"
+        gain = "" if name == "solver" else stats.points(*r["over_solver"])
+        lines.append(f"{name:26}{100 * r['accuracy']:>10.1f}{stats.span(*r['interval']):>14}{gain:>24}"
                      f"{100 * r['first_accuracy']:>9.1f}{r['improved']:>6}{r['degraded']:>6}{r['asks']:>6.1f}"
                      f"{r['tokens']:>8.0f}{r['seconds']:>7.1f}")
     for name, r in results.items():
@@ -132,20 +124,21 @@ def table(results: dict[str, dict], n: int) -> str:
     return "\n".join(lines)
 
 
-def transcript(episode: Episode, question: str, record: dict) -> str:
-    """An episode to read: each prompt's last message, each reply, each code run in its place."""
+def transcript(row: dict) -> str:
+    """A line of episodes.jsonl to read: the last message of each prompt, each reply, each code run."""
+    episode, question = Episode.from_json(row), row["question"]
     lines = ["=" * 100, f"{episode.workflow}: {question}"]
     for i, turn in enumerate(episode.turns):
         prompt = turn.messages[-1]["content"].replace(question, "(question)")
-        lines += [f"---- to the {turn.role}: {prompt.strip()}", f"---- the {turn.role}: {turn.text.strip()}"]
-        for run in episode.runs:
-            if run.turn == i:
-                result = run.stdout.strip() + (f"\n{run.error.strip()}" if run.error else "")
-                lines.append(f"---- the sandbox ({run.seconds:.2f} s): {result.strip()}")
-    mark = "right" if record["correct"] else f"wrong, it is {record['gold']}"
-    held = ", ".join(map(str, episode.drafts))
-    lines.append(f"==== answer {episode.answer} ({mark})" + (f", after {held}" if held else "")
-                 + (f"; failed on the way: {', '.join(episode.failures)}" if episode.failures else ""))
+        lines.append(f"---- to the {turn.role}: {prompt.strip()}")
+        lines.append(f"---- the {turn.role}: {turn.reply.text.strip()}")
+        for outcome in (run.outcome for run in episode.runs if run.turn == i):
+            said = f"{outcome.stdout.strip()}\n{outcome.error or ''}".strip()
+            lines.append(f"---- the sandbox ({outcome.seconds:.2f} s): {said}")
+    mark = "right" if row["correct"] else f"wrong, it is {row['gold']}"
+    held = f", after {', '.join(map(str, episode.drafts))}" if episode.drafts else ""
+    failed = f"; failed on the way: {', '.join(episode.failures)}" if episode.failures else ""
+    lines.append(f"==== answer {episode.answer} ({mark}){held}{failed}")
     return "\n".join(lines)
 
 

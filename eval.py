@@ -8,8 +8,8 @@
     python eval.py --compare runs/a runs/b                one table, differences paired problem by problem
     python eval.py --regrade runs/a                       today's grader on the answers of runs/a
 
-Greedy decoding and the standard prompt unless told otherwise: the same for every row of a table. Each answer
-is written as it lands (answers.jsonl: question, gold, response, answer, correct and why, token ids, finish),
+Greedy decoding and the standard prompt by default, so that the rows of a table are alike. Each answer is
+written as it lands (answers.jsonl: question, gold, response, answer, correct and why, token ids, finish),
 so a stopped run goes on with --resume. In float32 an answer does not depend on the batch; in bfloat16 it may.
 """
 
@@ -25,7 +25,8 @@ DECODING = ("samples", "temperature", "max_tokens")
 
 def options() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
-    cli.answer_options(p, both := cli.defaults(PAPER, TINY))
+    both = cli.defaults(PAPER, TINY)
+    cli.answer_options(p, both)
     g = p.add_argument_group("how")
     g.add_argument("--workflow", default="solver", metavar="NAME",
                    help="of agents.py (default solver: a single pass)")
@@ -51,14 +52,17 @@ import shlex
 import shutil
 import time
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 
-from slm import BadInput, checkpoint, problems, prompts, report, workflows
+from slm import BadInput, checkpoint, problems, prompts, workflows
+from slm.answers import answer_record, finished, run_graded
 from slm.backends import open_backend
-from slm.episode import Sampling, answer_record, jobs_for, run_episodes
-from slm.grading import grade, grader, parse, values
+from slm.episode import Sampling
+from slm.grading import grade
+from slm.report import write as write_report
 from slm.runs import stats
-from slm.runs.files import as_lines, keep_rows, read_json, read_rows, write_json, write_whole
+from slm.runs.files import as_lines, read_json, read_rows, write_json, write_whole
 from slm.runs.rundir import RunDir, new_path
 from slm.sandbox import Sandbox
 
@@ -80,62 +84,54 @@ def evaluate(args: argparse.Namespace) -> None:
         raise BadInput(f"--samples {args.samples} at temperature 0 draws the same answer each time; "
                        "add --temperature 0.7, for one")
     sets = {name: problems.load(name, args.split, args.limit) for name in args.data}
-    data = problems.fingerprint([p for items in sets.values() for p in items])
+    everything = [p for items in sets.values() for p in items]
     args.out = str(new_path(args.out, f"eval-{label(args)}", args.resume))
-    cli.show({k: v for k, v in vars(args).items() if k not in NOT_SETTINGS})
-    backend, adapters = open_backend(args)
-    if args.batch:
-        setattr(backend, "workers" if args.endpoint else "max_batch", args.batch)
-    for items in sets.values():
-        problems.refuse_long(items, backend)
-    run = RunDir(args.out, saved_settings(args), data, args.resume)
-    answers = run.path / "answers.jsonl"
-    done, results = [], {}
-    if args.resume:  # what was torn or failed is asked again
-        done = keep_rows(answers, lambda row: row["finish"] != "error")
-    with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox, answers.open("ab") as file:
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    cli.show(settings)
+    backend, adapters = open_backend(args, args.batch)
+    problems.refuse_long(everything, backend)
+    run = RunDir(args.out, settings | identity(args), problems.fingerprint(everything), args.resume)
+    done = finished(run.path / "answers.jsonl") if args.resume else []
+    sampling = Sampling(args.max_tokens, args.temperature, stop_at_box=True)
+    results = {}
+    print(HEAD)
+    with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox:
         for name, items in sets.items():
-            rows = [row for row in done if row["data"] == name]
             start = time.monotonic()
-            rows += answer(name, items, rows, workflow, backend, adapters, sandbox, args, file)
+            rows = run_graded(items, workflow, backend, sandbox, samples=args.samples,
+                              have=[row for row in done if row["data"] == name],
+                              write=partial(run.log, "answers"), record=partial(record, name),
+                              sampling=sampling, seed=args.seed, adapters=adapters, bar=shorten(name))
             results[name] = {**score(rows, len(items)), "seconds": round(time.monotonic() - start, 1)}
-            print(line(name, results[name]) if len(results) > 1 else HEAD + "\n" + line(name, results[name]))
+            print(line(name, results[name]))
     write_json(run.path / "summary.json", {"model": args.model, "workflow": args.workflow, "data": results})
-    print(f"answers, settings and a page to read: {report.write(run.path)}\n"
+    print(f"answers, settings and a page to read: {write_report(run.path)}\n"
           f"compare with another run: python eval.py --compare {shlex.quote(args.out)} OTHER")
 
 
-def answer(name, items, rows, workflow, backend, adapters, sandbox, args, file) -> list[dict]:
-    """Run the workflow on what has no answer in `rows`; each answer is graded and written as it lands."""
-    have, new = {(row["id"], row["sample"]) for row in rows}, []
-    jobs = jobs_for(items, workflow, args.samples)
-    jobs = [job for job in jobs if (job.problem_id, job.sample) not in have]
-
-    def keep(episode):
-        new.append({**answer_record(items[episode.group], episode), "data": name})
-        file.write(as_lines(new[-1:]))
-        file.flush()
-
-    sampling = Sampling(args.max_tokens, args.temperature, stop_at_box=True)
-    run_episodes(jobs, backend, sandbox, sampling=sampling, seed=args.seed, adapters=adapters, on_done=keep,
-                 bar=shorten(name))
-    return new
+def record(data: str, problem, episode) -> dict:
+    """A line of answers.jsonl."""
+    return {**answer_record(problem, episode), "data": data}
 
 
-def saved_settings(args: argparse.Namespace) -> dict:
-    """What identifies the run: the options, the prompt, and hashes of the grader and of the weights used."""
-    digest = lambda files: hashlib.sha256(b"".join(map(sha256, files))).hexdigest()[:12]
-    settings = {k: v for k, v in vars(args).items() if k not in NOT_SETTINGS}
-    settings |= {"prompt": prompts.SOLVER.id, "grader": digest(m.__file__ for m in (grader, parse, values))}
+def identity(args: argparse.Namespace) -> dict:
+    """What identifies a run beside its options: the prompt, and hashes of the grader and of the weights."""
+    grader = Path(prompts.__file__).parent / "grading"
+    found = {"prompt": prompts.SOLVER.id, "grader": hashed(grader.glob("*.py"))}
     if not args.endpoint:
-        folders = [checkpoint.resolve(p) for p in (args.model, *(a.rpartition("=")[2] for a in args.adapter))]
-        settings["weights"] = digest(sorted(f for folder in folders for f in folder.glob("*.safetensors")))
-    return settings
+        folders = [args.model, *(given.rpartition("=")[2] for given in args.adapter)]
+        found["weights"] = hashed(file for folder in map(checkpoint.resolve, folders)
+                                  for file in folder.glob("*.safetensors"))
+    return found
 
 
-def sha256(path) -> bytes:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").digest()
+def hashed(files) -> str:
+    """A short hash of the contents of files."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        with open(path, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()[:12]
 
 
 def label(args: argparse.Namespace) -> str:
@@ -154,65 +150,56 @@ HEAD = (f"{'data':28}{'problems':>9}{'correct %':>11}{'95 %':>13}{'truncated':>1
 def score(rows: list[dict], problems: int) -> dict:
     """The figures of one data set. With several samples a problem, accuracy is the mean over problems of the
     share right (pass@1); its interval draws problems again, not samples."""
-    shares, samples = share_right(rows).values(), len(rows) // problems
+    shares, samples = share_right(rows), len(rows) // problems
     right = sum(row["correct"] for row in rows)
-    counts = [round(share * samples) for share in shares]
-    pass_at = lambda k: sum(stats.pass_at_k(samples, c, k) for c in counts) / problems
-    ks = [k for k in (2 ** i for i in range(1, 11)) if k <= samples]
+    pass_at, k = {}, 2
+    while k <= min(samples, 1024):
+        chances = [stats.pass_at_k(samples, round(share * samples), k) for share in shares]
+        pass_at[k] = sum(chances) / problems
+        k *= 2
     return {
         "problems": problems, "samples": samples, "right": right, "accuracy": right / len(rows),
-        "interval": interval(list(shares)), "pass_at": {k: pass_at(k) for k in ks},
+        "interval": stats.interval(shares), "pass_at": pass_at,
         "truncated": sum(row["finish"] == "length" for row in rows),
         "no_answer": sum(row["answer"] is None for row in rows),
         "failures": dict(Counter(cause for row in rows for cause in row["failures"])),
         "tokens": sum(row["tokens"] for row in rows)}
 
 
-def share_right(rows: list[dict]) -> dict[str, float]:
-    """Problem id -> share of its samples that are right, in the order of first appearance by id."""
+def share_right(rows: list[dict]) -> list[float]:
+    """Each problem's share of right samples, in the order of the problems' ids."""
     groups = defaultdict(list)
     for row in rows:
         groups[row["id"]].append(row["correct"])
-    return {id: sum(groups[id]) / len(groups[id]) for id in sorted(groups)}
-
-
-def interval(shares: list[float]) -> tuple[float, float]:
-    """95 % of an accuracy: Wilson for one sample a problem, else a bootstrap over problems."""
-    if all(share in (0, 1) for share in shares):
-        return stats.wilson(int(sum(shares)), len(shares))
-    return stats.bootstrap(shares)
+    return [sum(groups[id]) / len(groups[id]) for id in sorted(groups)]
 
 
 def line(name: str, s: dict) -> str:
-    low, high = s["interval"]
-    text = (f"{shorten(name):28}{s['problems']:>9}{100 * s['accuracy']:>11.1f}{span(low, high):>13}"
-            f"{s['truncated']:>11}{s['no_answer']:>11}{s['seconds']:>9.1f}")
+    text = (f"{shorten(name):28}{s['problems']:>9}{100 * s['accuracy']:>11.1f}"
+            f"{stats.span(*s['interval']):>13}{s['truncated']:>11}{s['no_answer']:>11}{s['seconds']:>9.1f}")
     for k, value in s["pass_at"].items():
         text += f"\n{'':28}{f'pass@{k}':>9}{100 * value:>11.1f}"
-    causes = Counter(s["failures"]).most_common(5)
-    return text + "".join(f"\n  {count} x {cause}" for cause, count in causes)
+    for cause, count in Counter(s["failures"]).most_common(5):
+        text += f"\n  {count} x {cause}"
+    return text
 
 
 def shorten(name: str) -> str:
     return name if len(name) < 28 else "..." + name[-24:]
 
 
-def span(low: float, high: float) -> str:
-    return f"{100 * low:.1f}-{100 * high:.1f}"
-
-
 # ---- saved runs ------------------------------------------------------------------------------------------
 
 class Saved:
     """An evaluation read back: name, settings, rows by data set."""
+
     def __init__(self, path: str):
         self.path = Path(path)
         self.name = self.path.name or str(self.path)
-        for file, missing in (
-                ("answers.jsonl", "holds no answers.jsonl; expected a run directory of eval.py"),
-                ("summary.json", "is not finished; repeat its command with --resume")):
+        for file in ("answers.jsonl", "summary.json"):
             if not (self.path / file).is_file():
-                raise BadInput(f"{path} {missing}")
+                raise BadInput(f"{path} holds no {file}; expected a run directory of eval.py (if the run is "
+                               "not finished, repeat its command with --resume)")
         self.settings = read_json(self.path / "settings.json")["settings"]
         self.rows = defaultdict(list)
         for line, row in read_rows(self.path / "answers.jsonl"):
@@ -239,20 +226,19 @@ def table(runs: list[Saved]) -> str:
     for data in first.rows:
         lines.append(f"{data}: {len(first.problems(data))} problems, {how}")
         shares = [share_right(run.rows[data]) for run in runs]
-        for i, run in enumerate(runs):
-            values = list(shares[i].values())
-            low, high = interval(values)
-            text = f"  {shorten(run.name):28}{100 * sum(values) / len(values):>10.1f}{span(low, high):>13}"
+        for i, (run, now) in enumerate(zip(runs, shares)):
+            text = (f"  {shorten(run.name):28}{100 * sum(now) / len(now):>10.1f}"
+                    f"{stats.span(*stats.interval(now)):>13}")
             if i:
-                above = list(shares[i - 1].values())
-                text += f"{difference(list(shares[0].values()), values):>25}{difference(above, values):>27}"
-                text += f"{stats.mcnemar(above, values):>8.3f}" if first.settings["samples"] == 1 else ""
+                for other, width in ((shares[0], 25), (shares[i - 1], 27)):
+                    text += f"{stats.points(*stats.difference(other, now)):>{width}}"
+                text += f"{stats.mcnemar(shares[i - 1], now):>8.3f}" if first.settings["samples"] == 1 else ""
             lines.append(text)
     return "\n".join(lines)
 
 
 def refuse_unlike(a: Saved, b: Saved) -> None:
-    """BadInput, in one sentence, where two runs can't stand in one table."""
+    """BadInput, in one sentence, if two runs can't stand in one table."""
     if set(a.rows) != set(b.rows):
         raise BadInput(f"{a.path} was scored on {', '.join(a.rows)} and {b.path} on {', '.join(b.rows)}; "
                        "compare runs on the same data")
@@ -266,16 +252,6 @@ def refuse_unlike(a: Saved, b: Saved) -> None:
                            f"{b.settings[name]}; compare runs with the same decoding")
 
 
-def difference(a: list[float], b: list[float]) -> str:
-    """b - a in points with its 95 % interval."""
-    if all(x in (0, 1) for x in a + b):
-        d, low, high = stats.paired(a, b)
-    else:
-        gains = [y - x for x, y in zip(a, b)]
-        d, (low, high) = sum(gains) / len(gains), stats.bootstrap(gains)
-    return f"{100 * d:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
 def regrade(run: Saved) -> None:
     """Grade a run's saved responses again, show every change, and write answers and summary anew. What was
     there is kept as answers.before-regrade.jsonl."""
@@ -287,7 +263,8 @@ def regrade(run: Saved) -> None:
             if now.correct != row["correct"]:
                 changed += 1
                 print(f"{data} {row['id']}: gold {row['gold']!r}, answer {now.answer!r}: "
-                      f"{verdict(row['correct'])} ({row['reason']}) -> {verdict(now.correct)} ({now.reason})")
+                      f"{right_or_wrong(row['correct'])} ({row['reason']}) -> "
+                      f"{right_or_wrong(now.correct)} ({now.reason})")
             row |= {"correct": now.correct, "answer": now.answer}
             row["reason"] = now.reason if now.answer else row["reason"]
         before, seconds = summary["data"][data]["accuracy"], summary["data"][data]["seconds"]
@@ -301,7 +278,7 @@ def regrade(run: Saved) -> None:
         write_json(run.path / "summary.json", summary)
 
 
-def verdict(correct: bool) -> str:
+def right_or_wrong(correct: bool) -> str:
     return "right" if correct else "wrong"
 
 

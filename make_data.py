@@ -361,10 +361,10 @@ def make_verifier(args) -> None:
 def sample_row(problem, episode, model: str) -> dict:
     """One graded solution; `right` is None where there is no whole solution to check."""
     graded = grade(episode.response, problem.gold, strict=True)
-    turn = episode.turns[-1] if episode.turns else None
-    run = episode.runs[-1].stdout.strip()[:1000] if episode.runs else None
-    solution = turn.text.split("</think>")[-1].strip() if turn else ""
-    whole = bool(solution) and turn.finish not in ("length", "error") and graded.answer is not None
+    reply = episode.turns[-1].reply if episode.turns else None
+    run = episode.runs[-1].outcome.stdout.strip()[:1000] if episode.runs else None
+    solution = reply.text.split("</think>")[-1].strip() if reply else ""
+    whole = bool(solution) and reply.finish not in ("length", "error") and graded.answer is not None
     return {"id": problem.id, "question": problem.question, "gold": problem.gold, "source": problem.source,
             "sample": episode.sample, "solution": solution, "run": run, "answer": graded.answer,
             "right": graded.correct if whole else None, "reason": graded.reason, "model": model}

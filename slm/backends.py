@@ -1,4 +1,6 @@
-"""What answers: a model on this machine, or a server. Both have submit, step, pending and close."""
+"""What answers: a model on this machine, or a server."""
+
+from collections.abc import Iterable
 
 from slm import checkpoint, lora, lora_files
 from slm.runs.device import pick_device
@@ -7,18 +9,36 @@ from slm.teachers import Endpoint
 from slm.workflows import refuse_roles
 
 
-def open_backend(args):
-    """(a Sampler or an Endpoint, role -> adapter name)."""
-    if args.endpoint:
-        return Endpoint(args.endpoint, args.model, key_env=args.key_env), {}
-    device, dtype, reason = pick_device(args.device, args.dtype, args.model)
-    print(f"{args.model} on {device}, {str(dtype).removeprefix('torch.')}: {reason}")
-    model, tokenizer = checkpoint.load(args.model, device, dtype)
-    adapters = {}
-    with lora.off(model):  # what is active stays so afterwards, for the roles without an adapter of their own
-        for given in args.adapter:
-            role, _, folder = given.rpartition("=")
-            refuse_roles("--adapter", [role] if role else [])
-            adapters[role or "*"] = role or "all"
-            lora_files.load(model, checkpoint.resolve(folder), adapters[role or "*"])
-    return Sampler(model, tokenizer), adapters
+def open_backend(options, batch: int | None = None) -> tuple[Sampler | Endpoint, dict[str, str]]:
+    """(what answers, role -> name of the adapter that serves it, "*" for the other roles).
+
+    options: those of cli.answer_options and cli.run_options. batch: replies drawn at once (None: as many as
+    the backend chooses). Both kinds of backend have submit(Request) -> ticket, step() -> [(ticket, sample,
+    Reply)], pending and close().
+    """
+    if options.endpoint:
+        workers = {"workers": batch} if batch else {}
+        return Endpoint(options.endpoint, options.model, key_env=options.key_env, **workers), {}
+    names, folders = {}, []
+    for given in options.adapter:
+        role, _, folder = given.rpartition("=")
+        refuse_roles("--adapter", [role] if role else [])
+        names[role or "*"] = role or "all"
+        folders.append((role or "all", folder))
+    return own_model(options.model, options.device, options.dtype, folders, batch), names
+
+
+def own_model(model: str, device: str, dtype: str, adapters: Iterable[tuple[str, str]] = (),
+              batch: int | None = None) -> Sampler:
+    """A Sampler around a model on this machine.
+
+    model: tiny, a directory or a hub id. device, dtype: as on the command line, "auto" too; the choice is
+    printed. adapters: (name, directory). BadInput if one of them is not there.
+    """
+    place, precision, reason = pick_device(device, dtype, model)
+    print(f"{model} on {place}, {str(precision).removeprefix('torch.')}: {reason}")
+    network, tokenizer = checkpoint.load(model, place, precision)
+    with lora.off(network):  # the adapter that came with the model stays active for the other roles
+        for name, folder in adapters:
+            lora_files.load(network, checkpoint.resolve(folder), name)
+    return Sampler(network, tokenizer, max_batch=batch)

@@ -1,4 +1,4 @@
-"""The records that travel from the sampler to the grader to the loss, and the runner of many workflows.
+"""What a workflow yields, what is kept of it, and how many of them run at once.
 
 A workflow is a generator that gets a question and nothing else:
 
@@ -6,11 +6,12 @@ A workflow is a generator that gets a question and nothing else:
         reply = yield Ask("solver", [user(SOLVER(question=question))])
         return reply
 
-It yields an Ask (answered with a Reply), a Run (answered with the sandbox's Outcome), a list of those (worked
-on at the same time, answered with a list) or a Draft (an answer held so far, only recorded). It returns the
-answer it stands by: a string, the Reply whose text holds it, or None. An Ask that can't be answered raises
-AskFailed at its yield; a workflow that doesn't catch it ends there, and its first Draft stands. In a list it
-gives a Reply whose `error` is set and whose text is empty.
+It yields an Ask and gets a Reply, yields a Run and gets the sandbox's Outcome, or yields a list of those and
+gets a list: they are worked on at the same time. It yields a Draft, an answer it holds so far, and gets
+nothing. It returns the answer it stands by: a string, the Reply whose text holds it, or None.
+
+An Ask that can't be answered raises AskFailed at its yield. A workflow that doesn't catch it ends there, and
+its first Draft stands. In a list such an Ask gives a Reply with an empty text and its `error` set.
 """
 
 import hashlib
@@ -22,9 +23,42 @@ from dataclasses import asdict, dataclass, field, replace
 from tqdm import tqdm
 
 from slm import BadInput
-from slm.grading import extract, grade
+from slm.grading import extract
 from slm.sandbox import Outcome
 
+# ---- what a workflow yields ------------------------------------------------------------------------------
+
+@dataclass
+class Ask:
+    """A question to the model in some role. `sampling` names what differs from the run's own Sampling, such
+    as {"temperature": 0.7}; max_tokens never exceeds the run's."""
+    role: str
+    messages: list[dict]
+    sampling: dict = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """Code for the sandbox: one text, or blocks that share their variables. `timeout` in seconds."""
+    code: str | list[str]
+    timeout: float = 5.0
+
+
+@dataclass
+class Draft:
+    """An answer the workflow holds at this point. The first one is the episode's first answer."""
+    answer: str | None
+
+
+class AskFailed(Exception):
+    """Raised inside a workflow at the yield of an Ask that got no reply; the message is the cause."""
+
+
+def user(content: str) -> dict:
+    return {"role": "user", "content": content}
+
+
+# ---- what a backend gets and gives -----------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Sampling:
@@ -74,38 +108,6 @@ class Reply:
         return {"role": "assistant", "content": self.text + more, "reply": self}
 
 
-# ---- what a workflow yields ------------------------------------------------------------------------------
-
-@dataclass
-class Ask:
-    """A question to the model in some role. `sampling` names what differs from the run's own Sampling, such
-    as {"temperature": 0.7}; max_tokens never exceeds the run's."""
-    role: str
-    messages: list[dict]
-    sampling: dict = field(default_factory=dict)
-
-
-@dataclass
-class Run:
-    """Code for the sandbox: one text, or blocks that share their variables. `timeout` in seconds."""
-    code: str | list[str]
-    timeout: float = 5.0
-
-
-@dataclass
-class Draft:
-    """An answer the workflow holds at this point. The first one is the episode's first answer."""
-    answer: str | None
-
-
-class AskFailed(Exception):
-    """Raised inside a workflow at the yield of an Ask that got no reply; the message is the cause."""
-
-
-def user(content: str) -> dict:
-    return {"role": "user", "content": content}
-
-
 # ---- what is kept ----------------------------------------------------------------------------------------
 
 @dataclass
@@ -126,8 +128,8 @@ class CodeRun:
 
 @dataclass
 class TokenRecord:
-    """A token sequence to train on: mask[i] is 1 where ids[i] was sampled by a trained role, 0 for prompts,
-    tool output and other roles; logprobs[i] is its log-probability when sampled, 0.0 where mask is 0. The
+    """A token sequence to train on. mask[i] is 1 if a trained role sampled ids[i], and 0 for prompts, tool
+    output and other roles. logprobs[i] is the log-probability of ids[i] when it was sampled, else 0.0. The
     trainer fills in the advantage of its episode and the weight of each of its tokens in the loss."""
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
@@ -144,7 +146,7 @@ class TokenRecord:
 @dataclass
 class Episode:
     """One run of one workflow on one problem. `answer` is what it stands by, `response` the text that is
-    graded, `error` why there is no answer; `failures` names all that failed on the way, recovered or not.
+    graded, `error` why there is no answer. `failures` names all that failed on the way, recovered or not.
     `group` numbers the problem and `sample` its repetitions (GRPO compares within a group). The trainer fills
     in `reward`, what the episode earned (None: its sampling failed), and the `reason` for it."""
     problem_id: str
@@ -166,12 +168,17 @@ class Episode:
         return self.drafts[0] if self.drafts else self.answer
 
     @property
+    def broken(self) -> str | None:
+        """Why an Ask got no reply, if one got none."""
+        return next((turn.reply.error for turn in self.turns if turn.reply.error), None)
+
+    @property
     def tokens_out(self) -> int:
         return sum(turn.reply.tokens_out for turn in self.turns)
 
     def records(self, roles: Iterable[str] | None = None) -> list[TokenRecord]:
-        """The episode as token sequences; `roles` are the trained ones (None: all). A turn whose prompt
-        starts with all an earlier record holds continues that record; any other prompt opens a new one.
+        """The episode as token sequences; `roles` are the trained ones (None: all). If a turn's prompt starts
+        with all that an earlier record holds, the turn continues that record; else it opens a new one.
         Records without a trained token are left out.
 
         >>> turns = [Turn("solver", [], Reply("", prompt_ids=[1, 2], ids=[3], logprobs=[-.5])),
@@ -205,25 +212,7 @@ class Episode:
         return cls(**fields)
 
 
-def answer_record(problem, episode: Episode) -> dict:
-    """An episode graded, as one line of answers.jsonl. The ids are those of the turn that gave the response,
-    or of the solver's last turn where the answer comes from several."""
-    result = grade(episode.response, problem.gold)
-    first = result.correct
-    if episode.drafts:
-        first = bool(episode.drafts[0]) and grade(f"\\boxed{{{episode.drafts[0]}}}", problem.gold).correct
-    said = ([t.reply for t in episode.turns if t.reply.text == episode.response]
-            or [t.reply for t in episode.turns if t.role == "solver"] or [t.reply for t in episode.turns])
-    return {
-        "id": problem.id, "question": problem.question, "gold": problem.gold, "response": episode.response,
-        "answer": episode.answer, "correct": result.correct, "reason": episode.error or result.reason,
-        "first_answer": episode.first_answer, "first_correct": first, "workflow": episode.workflow,
-        "sample": episode.sample, "failures": episode.failures, "asks": len(episode.turns),
-        "tokens": episode.tokens_out, "prompt_ids": said[-1].prompt_ids if said else [],
-        "ids": said[-1].ids if said else [], "finish": said[-1].finish if said else "error"}
-
-
-# ---- running ---------------------------------------------------------------------------------------------
+# ---- how many run at once --------------------------------------------------------------------------------
 
 @dataclass
 class Job:
@@ -246,29 +235,32 @@ def run_episodes(jobs: list[Job], backend, sandbox=None, *, sampling: Sampling =
                  on_done: Callable[[Episode], None] | None = None, bar: str | None = None) -> list[Episode]:
     """Run all jobs at once over one batched backend; the episodes come back in the order of the jobs.
 
-    backend: Sampler or Endpoint. sandbox: needed where a workflow yields a Run. adapters: role -> adapter
-    name, "*" for the other roles. fixed: temperature, top_p and top_k are the run's, whatever an Ask wants
-    (training samples come from one distribution). memo: greedy replies, shared by calls given the same dict.
-    on_done: called with each episode as it ends. bar: label of a progress bar.
+    backend: Sampler or Endpoint. sandbox: needed if a workflow yields a Run. adapters: role -> adapter name,
+    "*" for the other roles. fixed: temperature, top_p and top_k are the run's, whatever an Ask wants (the
+    samples of a training step come from one distribution). memo: greedy replies, shared by calls that get the
+    same dict. on_done: called with each episode as it ends. bar: label of a progress bar.
 
     A reply's seed comes from (seed, problem, sample, step of the workflow, place in its list): what else is
     in the batch does not change what is drawn. A failure ends its own episode at most, and is recorded there;
     an exception that is a workflow's own bug passes through.
     """
     runner = _Runner(backend, sandbox, sampling, seed, adapters or {}, fixed, {} if memo is None else memo)
-    lives = [_Live(job) for job in jobs]
-    with tqdm(total=len(jobs), desc=bar, disable=bar is None, unit="ep", smoothing=0.1) as progress:
-        shown = start = time.monotonic()
-        for episode in runner.rounds(lives):
-            now = time.monotonic()
-            if episode is not None:
+    episodes = [Episode(job.problem_id, job.workflow.__name__, job.group, job.sample) for job in jobs]
+    for job, episode in zip(jobs, episodes):
+        runner.ready.append(_Live(episode, _talk(job.workflow(job.question), episode)))
+    start, unanswered = time.monotonic(), 0
+    with tqdm(total=len(jobs), desc=bar, disable=bar is None, unit="ep", smoothing=0.1, mininterval=1,
+              miniters=0) as progress:
+        while runner.ready or runner.asked or runner.running:
+            for episode in runner.round():
+                unanswered += episode.answer is None
                 if on_done:
                     on_done(episode)
                 progress.update()
-            elif now > shown + 2:
-                rate, shown = runner.tokens / (now - start), now
-                progress.set_postfix_str(f"{rate:,.0f} tok/s, {runner.unanswered} without answer")
-    return [live.episode for live in lives]
+            rate = runner.tokens / (time.monotonic() - start)
+            progress.set_postfix_str(f"{rate:,.0f} tok/s, {unanswered} without answer", refresh=False)
+            progress.update(0)
+    return episodes
 
 
 def seed_of(*parts: int | str) -> int:
@@ -276,128 +268,132 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=4).digest()) >> 1
 
 
-class _Live:
-    """A workflow under way: its generator, its episode, and what it waits for."""
-
-    def __init__(self, job: Job):
-        self.job, self.generator = job, job.workflow(job.question)
-        self.episode = Episode(job.problem_id, job.workflow.__name__, job.group, job.sample)
-        self.step = 0           # yields so far
-        self.items: list = []   # the Asks and Runs of its last yield
-        self.got: dict = {}     # place in items -> Reply or Outcome
-        self.listed = False     # whether that yield was a list
-
-
 class _Runner:
+    """Keeps workflows alive, gives all their Asks to one backend and all their Runs to one sandbox."""
+
     def __init__(self, backend, sandbox, sampling, seed, adapters, fixed, memo):
         self.backend, self.sandbox, self.sampling, self.seed = backend, sandbox, sampling, seed
         self.adapters, self.fixed, self.memo = adapters, fixed, memo
-        self.ready: deque[_Live] = deque()   # have all they waited for
-        self.asked: dict[int, tuple] = {}    # backend ticket -> (key in memo or None, [(live, place)])
-        self.running: dict[int, tuple] = {}  # sandbox ticket -> (live, place in its items)
-        self.tokens = self.unanswered = 0
+        self.ready: deque[_Live] = deque()    # have all that they waited for
+        self.asked: dict[int, tuple] = {}     # backend ticket -> what was asked
+        self.waiting: dict[tuple, list] = {}  # what was asked -> [(live, place in its list)]
+        self.running: dict[int, tuple] = {}   # sandbox ticket -> (live, place in its list)
+        self.tokens = 0
 
-    def rounds(self, lives: list[_Live]) -> Iterator[Episode | None]:
-        """Resume what can go on, then collect replies and outcomes, until all is done. Yields each episode
-        that ended, and None after each round."""
-        self.ready.extend(lives)
-        while self.ready or self.asked or self.running:
-            while self.ready:
-                live = self.ready.popleft()
-                if self.resume(live):
-                    yield live.episode
-            for ticket, _, reply in self.backend.step() if self.asked else ():
-                self.replied(*self.asked.pop(ticket), reply)
-            wait = 0.0 if self.asked or self.ready else 0.05
-            for ticket, outcome in self.sandbox.poll(wait) if self.running else ():
-                self.deliver(*self.running.pop(ticket), outcome)
-            yield None
-
-    def resume(self, live: _Live) -> bool:
-        """Give a workflow what it waited for and start what it wants next. True when it has ended."""
-        results = [self.record(live.episode, item, live.got[i]) for i, item in enumerate(live.items)]
-        answer = results if live.listed else results[0] if results else None
-        try:
-            if isinstance(answer, Reply) and answer.error:
-                wanted = live.generator.throw(AskFailed(answer.error))
+    def round(self) -> Iterator[Episode]:
+        """Resume what can go on, then collect replies and outcomes. Yields each episode that ends."""
+        while self.ready:
+            live = self.ready.popleft()
+            try:
+                items = live.talk.send(live.results)
+            except StopIteration:
+                yield live.episode
             else:
-                wanted = live.generator.send(answer)
-            while isinstance(wanted, Draft):
-                live.episode.drafts.append(wanted.answer)
-                wanted = next(live.generator)
-        except StopIteration as stop:
-            return self.end(live.episode, stop.value)
-        except AskFailed:  # the workflow did not catch it: what it held first stands
-            return self.end(live.episode, next(filter(None, live.episode.drafts), None))
-        live.listed, live.got = isinstance(wanted, list), {}
-        live.items = wanted if live.listed else [wanted]
-        for place, item in enumerate(live.items):
-            self.begin(live, place, item)
-        if not live.items:
+                self.begin(live, items)
+        for ticket, _, reply in self.backend.step() if self.asked else ():
+            self.replied(self.asked.pop(ticket), reply)
+        wait = 0.0 if self.asked or self.ready else 0.05
+        for ticket, outcome in self.sandbox.poll(wait) if self.running else ():
+            self.deliver(*self.running.pop(ticket), outcome)
+
+    def begin(self, live: "_Live", items: list[Ask | Run]) -> None:
+        """Start all that a workflow wants next."""
+        live.results = [None] * len(items)
+        for place, item in enumerate(items):
+            if isinstance(item, Run):
+                self.running[self.sandbox.submit(item.code, item.timeout)] = live, place
+            else:
+                self.ask(live, place, item)
+        if not items:
             self.ready.append(live)
-        live.step += 1
-        return False
+        live.steps += 1
 
-    def begin(self, live: _Live, place: int, item: Ask | Run) -> None:
-        """Start an Ask or a Run. A greedy Ask that is word for word another one's shares its reply."""
-        if isinstance(item, Run):
-            self.running[self.sandbox.submit(item.code, item.timeout)] = (live, place)
-            return
-        request, key, who = self.request(live, place, item), None, [(live, place)]
-        if not request.sampling.temperature and not any("reply" in m for m in item.messages):
-            text = tuple((m["role"], m["content"]) for m in item.messages)
-            key = (request.adapter, replace(request.sampling, seed=0), text)
-            there = self.memo.setdefault(key, who)  # a Reply, or those who wait for it
-            if isinstance(there, Reply):
-                return self.deliver(live, place, there)
-            if there is not who:
-                return there.append((live, place))
-        try:
-            self.asked[self.backend.submit(request)] = (key, who)
-        except BadInput as e:  # a prompt longer than the context, for one
-            self.replied(key, who, Reply("", finish="error", error=str(e)))
-
-    def request(self, live: _Live, place: int, ask: Ask) -> Request:
+    def ask(self, live: "_Live", place: int, ask: Ask) -> None:
+        """Submit an Ask. A greedy one that is word for word another one's shares its reply."""
         want = {k: v for k, v in ask.sampling.items()
                 if not (self.fixed and k in ("temperature", "top_p", "top_k"))}
         want["max_tokens"] = min(self.sampling.max_tokens, want.get("max_tokens", self.sampling.max_tokens))
-        seed = seed_of(self.seed, live.job.problem_id, live.job.sample, live.step, place)
+        sampling = replace(self.sampling, **want, seed=0)
+        if sampling.temperature or any("reply" in m for m in ask.messages):  # it shares no reply
+            seed = seed_of(self.seed, live.episode.problem_id, live.episode.sample, live.steps, place)
+            sampling = replace(sampling, seed=seed)
         adapter = self.adapters.get(ask.role, self.adapters.get("*"))
-        return Request(ask.messages, replace(self.sampling, **want, seed=seed), adapter)
+        asked = adapter, sampling, tuple((m["role"], m["content"]) for m in ask.messages)
+        if asked in self.memo:
+            self.deliver(live, place, self.memo[asked])
+        elif asked in self.waiting:
+            self.waiting[asked].append((live, place))
+        else:
+            self.waiting[asked] = [(live, place)]
+            try:
+                self.asked[self.backend.submit(Request(ask.messages, sampling, adapter))] = asked
+            except BadInput as e:  # a prompt longer than the context, for one
+                self.replied(asked, Reply("", finish="error", error=str(e)))
 
-    def replied(self, key: tuple | None, who: list, reply: Reply) -> None:
-        if key is not None:
-            self.memo[key] = reply
-            if reply.error:
-                del self.memo[key]
+    def replied(self, asked: tuple, reply: Reply) -> None:
+        _, sampling, _ = asked
+        if not sampling.seed and not reply.error:
+            self.memo[asked] = reply
         self.tokens += reply.tokens_out
-        for live, place in who:
+        for live, place in self.waiting.pop(asked):
             self.deliver(live, place, reply)
 
-    def deliver(self, live: _Live, place: int, result) -> None:
-        live.got[place] = result
-        if len(live.got) == len(live.items):
+    def deliver(self, live: "_Live", place: int, result: Reply | Outcome) -> None:
+        live.results[place] = result
+        if None not in live.results:
             self.ready.append(live)
 
-    def record(self, episode: Episode, item: Ask | Run, result):
-        """Write down what came of an Ask or a Run, and return it."""
-        if isinstance(item, Run):
-            episode.runs.append(CodeRun(len(episode.turns) - 1, item.code, result))
-            episode.failures += ["sandbox timeout"] if result.timed_out else []
-        else:
-            messages = [{"role": m["role"], "content": m["content"]} for m in item.messages]
-            episode.turns.append(Turn(item.role, messages, result))
-            episode.failures += [result.error] if result.error else []
-        return result
 
-    def end(self, episode: Episode, result: Reply | str | None) -> bool:
-        """Fill in what the workflow stands by, or why it stands by nothing."""
-        if isinstance(result, Reply):
-            episode.response, episode.answer = result.text, extract(result.text)
-        elif result is not None:
-            episode.response, episode.answer = f"\\boxed{{{result}}}", result
-        if episode.answer is None:
-            cut = bool(episode.turns) and episode.turns[-1].reply.finish == "length"
-            episode.error = [*episode.failures, "no answer before the token limit" if cut else "no answer"][0]
-            self.unanswered += 1
-        return True
+@dataclass
+class _Live:
+    """A workflow under way."""
+    episode: Episode
+    talk: Generator              # yields lists of Asks and Runs
+    steps: int = 0               # lists so far
+    results: list | None = None  # of the last list, each in its place; None: still awaited
+
+
+def _talk(workflow: Generator, episode: Episode) -> Generator:
+    """Lead one workflow from its first yield to its answer and write down all that happens. Yields lists of
+    Asks and Runs, and is sent the list of their results."""
+    answer = None
+    try:
+        while True:
+            if isinstance(answer, Reply) and answer.error:
+                wanted = workflow.throw(AskFailed(answer.error))
+            else:
+                wanted = workflow.send(answer)
+            if isinstance(wanted, Draft):
+                episode.drafts.append(wanted.answer)
+                answer = None
+                continue
+            items = wanted if isinstance(wanted, list) else [wanted]
+            results = yield items
+            for item, result in zip(items, results):
+                _record(episode, item, result)
+            answer = results if isinstance(wanted, list) else results[0]
+    except StopIteration as stop:
+        _conclude(episode, stop.value)
+    except AskFailed:  # the workflow did not catch it: what it held first stands
+        _conclude(episode, next(filter(None, episode.drafts), None))
+
+
+def _record(episode: Episode, item: Ask | Run, result: Reply | Outcome) -> None:
+    if isinstance(item, Run):
+        episode.runs.append(CodeRun(len(episode.turns) - 1, item.code, result))
+        episode.failures += ["sandbox timeout"] if result.timed_out else []
+    else:
+        messages = [{"role": m["role"], "content": m["content"]} for m in item.messages]
+        episode.turns.append(Turn(item.role, messages, result))
+        episode.failures += [result.error] if result.error else []
+
+
+def _conclude(episode: Episode, result: Reply | str | None) -> None:
+    """Fill in the answer that the workflow stands by, or why it stands by none."""
+    if isinstance(result, Reply):
+        episode.response, episode.answer = result.text, extract(result.text)
+    elif result is not None:
+        episode.response, episode.answer = f"\\boxed{{{result}}}", result
+    if episode.answer is None:
+        cut = bool(episode.turns) and episode.turns[-1].reply.finish == "length"
+        episode.error = [*episode.failures, "no answer before the token limit" if cut else "no answer"][0]

@@ -1,19 +1,19 @@
 """Text to ids and back, the model's own chat template, and the ids that end an answer.
 
-The ids come from `tokenizer.json` as the tokenizers library reads it. Conversations are rendered by the Jinja
-template that comes with the model, in a sandbox, since it is code from a download. Nothing is added here: no
-default system prompt, no BOS.
+The tokenizers library reads `tokenizer.json` and gives the ids. The Jinja template that comes with the model
+writes conversations as text. The template is code from a download, so it runs in a sandbox. Nothing is added
+here: no default system prompt, no BOS.
 
-A conversation with the model only ever appends ids: `chat` takes the ids of a Reply that a message carries
-(see `Reply.message` in episode.py) as they were sampled, and tokenizes only the text that came after.
+A conversation only ever appends ids. If a message carries its Reply (`Reply.message` in episode.py), `chat`
+keeps the ids that were sampled and tokenizes only the text after them.
 """
 
 import json
 import os
 import shutil
 import sys
-from datetime import datetime
-from functools import cached_property
+import time
+from functools import cached_property, partial
 from pathlib import Path
 
 import jinja2
@@ -30,13 +30,13 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "spec
 
 
 class Tokenizer:
-    """stop_ids: the ids that end an answer. directory: where it was loaded from, with the model's configs."""
+    """directory: the folder of the model that it was loaded from. named: bos_token, eos_token, ... -> text.
+    stop_ids: the ids that end an answer."""
 
-    def __init__(self, directory: Path, backend: tokenizers.Tokenizer, config: dict, template: str | None,
-                 stop_ids: frozenset[int]):
-        self.directory, self.backend, self.config, self.stop_ids = directory, backend, config, stop_ids
-        self.template = template
-        self._warned = False
+    def __init__(self, directory: Path, backend: tokenizers.Tokenizer, named: dict[str, str],
+                 template: str | None, stop_ids: frozenset[int]):
+        self.directory, self.backend, self.named = directory, backend, named
+        self.template, self.stop_ids, self._warned = template, stop_ids, False
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
@@ -52,12 +52,17 @@ class Tokenizer:
         backend.no_padding()
         backend.no_truncation()
         config = read_json(directory / "tokenizer_config.json", {})
-        template, file = config.get("chat_template"), directory / "chat_template.jinja"
+        template = config.get("chat_template")
         if isinstance(template, list):  # several, by name
             template = next((t["template"] for t in template if t["name"] == "default"), None)
-        if file.is_file():
-            template = file.read_text(encoding="utf-8")
-        return cls(directory, backend, config, template, _stop_ids(directory, backend, config))
+        if (directory / "chat_template.jinja").is_file():
+            template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+        named = {}
+        for name, token in config.items():
+            text = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and isinstance(text, str):
+                named[name] = text
+        return cls(directory, backend, named, template, _stop_ids(directory, backend, named.get("eos_token")))
 
     def save(self, directory: str | Path) -> None:
         """Copy the tokenizer's files, as they were loaded, into an existing directory."""
@@ -93,16 +98,14 @@ class Tokenizer:
         return self._template(messages, generation)
 
     def chat(self, messages: list[dict], generation: bool = True) -> list[int]:
-        """Ids of the conversation. Where a message carries the Reply it came from, and everything before is
-        what that reply was sampled after, its ids are kept and only what follows is tokenized."""
+        """Ids of the conversation. If a message carries its Reply, and the text before it is still the prompt
+        of that reply, then the reply's ids are kept and only what follows is tokenized."""
         text = self.render(messages, generation)
-        for message in reversed(messages):
-            if getattr(message.get("reply"), "ids", None):  # an Endpoint's replies have none
-                if (ids := self._continue(message["reply"], text)) is not None:
-                    return ids
-                self._warn_once()
-                break
-        return self.encode(text)
+        replies = [m["reply"] for m in messages if "reply" in m and m["reply"].ids]  # a server gives no ids
+        ids = self._continue(replies[-1], text) if replies else None
+        if replies and ids is None:
+            self._warn_once()
+        return self.encode(text) if ids is None else ids
 
     @cached_property
     def appends(self) -> bool:
@@ -150,10 +153,12 @@ class Tokenizer:
         if self.template is None:
             raise BadInput(f"{self.directory}: no chat template, expected chat_template.jinja or the key "
                            "chat_template in tokenizer_config.json")
-        messages = [{k: v for k, v in m.items() if k != "reply"} for m in messages]
+        messages = [dict(message) for message in messages]
+        for message in messages:
+            message.pop("reply", None)
         try:
             return self._compiled.render(messages=messages, tools=None, documents=None,
-                                         add_generation_prompt=generation, **self._named)
+                                         add_generation_prompt=generation, **self.named)
         except jinja2.TemplateError as e:
             raise BadInput(f"{self.directory}: the chat template refuses these messages: {e}") from None
 
@@ -162,36 +167,23 @@ class Tokenizer:
         """Compiled with the settings that every published template assumes (those of transformers)."""
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
 
-        def tojson(value, ensure_ascii=False, **kwargs):
-            return json.dumps(value, ensure_ascii=ensure_ascii, **kwargs)
-
         def raise_exception(message):
             raise jinja2.TemplateError(message)
 
-        env.filters["tojson"] = tojson
-        env.globals["raise_exception"] = raise_exception
-        env.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        env.globals.update(raise_exception=raise_exception, strftime_now=time.strftime)
         try:
             return env.from_string(self.template)
         except jinja2.TemplateError as e:
             raise BadInput(f"{self.directory}: the chat template is not valid Jinja: {e}") from None
 
-    @cached_property
-    def _named(self) -> dict:
-        """bos_token, eos_token, ... for the template."""
-        tokens = {k: v["content"] if isinstance(v, dict) else v for k, v in self.config.items()
-                  if k.endswith("_token")}
-        return {k: v for k, v in tokens.items() if isinstance(v, str)}
 
-
-def _stop_ids(directory: Path, backend: tokenizers.Tokenizer, config: dict) -> frozenset[int]:
-    """What the model's files declare as its end, and Qwen's two end tokens where the vocabulary has them: a
-    base model declares only one of them, and meets both as soon as it is trained on chats."""
-    ids: set[int] = set()
+def _stop_ids(directory: Path, backend: tokenizers.Tokenizer, eos: str | None) -> frozenset[int]:
+    """The ends that the model's files declare, and Qwen's two end tokens if the vocabulary has them: a base
+    model declares only one of the two, and meets both as soon as it is trained on chats."""
+    ids: list[int | None] = []
     for name in ("generation_config.json", "config.json"):
         declared = read_json(directory / name, {}).get("eos_token_id")
-        ids.update(declared if isinstance(declared, list) else [] if declared is None else [declared])
-    eos = config.get("eos_token")
-    names = (eos["content"] if isinstance(eos, dict) else eos, *ENDS)
-    ids.update(i for i in (backend.token_to_id(name) for name in names if name) if i is not None)
-    return frozenset(ids)
+        ids += declared if isinstance(declared, list) else [declared]
+    ids += [backend.token_to_id(text) for text in (eos, *ENDS) if text]
+    return frozenset(ids) - {None}

@@ -1,21 +1,21 @@
 r"""The workflows: each a short generator that gets the question and nothing else.
 
-slm/episode.py has the protocol. The names are those of the SLM-Math report's agents; a docstring says what
-its agent did, and after "Departs" what is different here. All start from a greedy first answer, and those
-that begin with the standard prompt share the very same call.
+slm/episode.py has the protocol. The names are those of the SLM-Math report's agents. A docstring says what
+the agent did, and after "Departs" what is different here. All start from a greedy first answer; those that
+begin with the standard prompt share the very same call.
 """
 
 import re
+from collections.abc import Iterable
 
 from slm import BadInput, prompts
 from slm.episode import Ask, Draft, Reply, Run, user
-from slm.grading import equal, extract
+from slm.grading import blocks_of, equal, extract, printed, verdict
 
 OTHER = {"temperature": 0.7, "top_p": 0.9}                # a later attempt must be able to differ
 VOTE = {"temperature": 0.7, "top_p": 0.95, "top_k": 50}   # the report's decoding of runs 2 to 5
 CODING = {"stop": ("```output",), "stop_at_box": False}   # the sandbox writes the output, not the model
 ROLES = ("solver", "checker", "verifier", "summarizer")
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
 # ---- what the workflows share ----------------------------------------------------------------------------
@@ -31,57 +31,30 @@ def tally(answers: list[str | None]) -> list[tuple[str, int]]:
     >>> tally(["0.5", None, "3", "1/2"])
     [('0.5', 2), ('3', 1)]
     """
-    counts: list[list] = []
+    counts: dict[str, int] = {}
     for answer in filter(None, answers):
-        for entry in counts:
-            if equal(answer, entry[0]):
-                entry[1] += 1
-                break
-        else:
-            counts.append([answer, 1])
-    return sorted(((a, n) for a, n in counts), key=lambda entry: -entry[1])
+        known = next((other for other in counts if equal(answer, other)), answer)
+        counts[known] = counts.get(known, 0) + 1
+    return sorted(counts.items(), key=lambda entry: -entry[1])
+
+
+def first_of(answers: Iterable[str | None]) -> str | None:
+    """The first that is an answer, or None."""
+    return next(filter(None, answers), None)
 
 
 def settle(answers: list[str | None]) -> str | None:
     """The end of a workflow whose checker never agreed: the first answer, unless it came up only once and
-    another one three times; the latest answer where the first attempt gave none."""
+    another one three times; the latest answer if the first attempt gave none."""
     first, counts = answers[0], tally(answers)
     often = next((a for a, n in counts if n >= 3), None)
     if first is not None and (often is None or any(same(a, first) and n >= 2 for a, n in counts)):
         return first
-    return often or next(filter(None, reversed(answers)), None)
-
-
-def blocks_of(reply: Reply) -> list[str]:
-    """The code of every ```python fence, or of bare fences where there is none. The last one may be left
-    open, unless the reply was cut.
-
-    >>> blocks_of(Reply("So:\\n```python\\nprint(6 * 7)\\n```\\nDone."))
-    ['print(6 * 7)\\n']
-    """
-    end = "```" if reply.finish == "length" else r"(?:```|\Z)"
-    fences = re.findall(rf"```(\w*)[^\S\n]*\n(.*?){end}", reply.text, re.S)
-    named = [code for name, code in fences if name.lower() in ("python", "py", "python3")]
-    return [code for code in named or [code for name, code in fences if not name] if code.strip()]
-
-
-def printed(outcome) -> str | None:
-    """The answer that code printed: its last line with a digit, or the last number there if it has words.
-    None when the code failed or printed no digit. Rounding noise is removed (0.30000000000000004 -> 0.3)."""
-    if outcome is None or outcome.error or outcome.timed_out:
-        return None
-    lines = outcome.stdout.strip().splitlines()
-    line = next((line for line in reversed(lines) if re.search(r"\d", line)), None)
-    if line is None:
-        return None
-    line = re.split(r"=|:\s", line)[-1].strip()  # after a label
-    if re.search(r"[A-Za-z]{2}|[$%]", re.sub(r"sqrt|pi|frac", "", line)) or not line:
-        line = (NUMBER.findall(line) or [None])[-1]
-    return line and re.sub(r"-?\d+\.\d{9,}", lambda m: f"{float(m[0]):.10g}", line)
+    return often or first_of(reversed(answers))
 
 
 def stated(text: str) -> str | None:
-    """The answer in a text that may have code in it, whose numbers are no answers: then only a box counts."""
+    """The answer in a text. If the text has code, only a box counts: numbers of code are no answers."""
     return extract(text, strict="```" in text)
 
 
@@ -91,20 +64,6 @@ def shown(outcome) -> str:
     if outcome.error or outcome.timed_out:
         text = f"{text}\n{outcome.error or 'stopped: time limit'}".strip()
     return text[-1000:] or "(nothing)"
-
-
-def verdict(text: str) -> bool | None:
-    """True for CORRECT, False for INCORRECT, None for neither: what follows VERDICT, else the word that the
-    text opens with, else the last one in capitals, else what is said in passing.
-
-    >>> verdict("INCORRECT. The correct way is"), verdict("3 + 4 = 7. CORRECT"), verdict("Let's see")
-    (False, True, None)
-    """
-    for pattern in (r"(?i)verdict\W*(in)?correct", r"(?i)\A\W*(in)?correct\b(?! answer)", r"\b(IN)?CORRECT\b",
-                    r"(?i)\b(incorrect|not correct|not right|wrong)\b|\b(?:is|looks) (?:right|correct)\b"):
-        if found := list(re.finditer(pattern, text)):
-            return not found[-1][1]
-    return None
 
 
 def complaint(answer: str | None) -> str:
@@ -121,8 +80,8 @@ def ask(role: str, content: str, **sampling):
 
 
 def attempt(answers: list[str | None], messages: list[dict]):
-    """The solver's next try: greedy the first time, then sampled, so that it can differ. Its answer joins
-    the list; the reply is returned."""
+    """The solver's next try: greedy the first time, then sampled, so that it can differ. Appends its answer
+    and returns its reply."""
     reply = yield Ask("solver", messages, OTHER if answers else {})
     answers.append(extract(reply.text))
     yield Draft(answers[-1])
@@ -143,7 +102,7 @@ def code_answer(role: str, content: str, **sampling):
 
 
 def execute(reply: Reply):
-    """Run the code blocks of a reply, variables shared: the outcome, or None where there is no code."""
+    """Run the code blocks of a reply with shared variables. Returns the outcome, or None without code."""
     blocks = blocks_of(reply)
     return (yield Run(blocks)) if blocks else None
 
@@ -167,22 +126,22 @@ def majority_vote(question: str, runs: int = 5):
     counts = tally(answers)
     if counts and counts[0][1] > sum(n for _, n in counts) / 2:
         return counts[0][0]
-    return answers[0] or (counts[0][0] if counts else None)
+    return answers[0] or first_of(answer for answer, _ in counts)
 
 
 def python_tools(question: str):
-    """Ask for Python code, run its blocks with shared variables, and answer with the last number printed;
-    where the code fails or prints none, with the box of the text.
+    """Ask for Python code, run its blocks with shared variables, and answer with the last number printed. If
+    the code fails or prints none, answer with the box of the text.
 
-    Departs: the model is stopped where it would invent the output; one namespace, so functions work."""
+    Departs: the model is stopped before it invents the output; one namespace, so functions work."""
     return (yield from code_answer("solver", prompts.PYTHON(question=question)))
 
 
 def solver_checker_with_tools(question: str, rounds: int = 5):
-    """Solve with code; a checker solves the problem again with code, on its own. Equal answers are accepted;
-    else the solver tries again, told both. Without agreement the first answer stands.
+    """Solve with code. A checker solves the problem again with code, on its own. Equal answers are accepted;
+    else the solver gets both and tries again. Without agreement the first answer stands.
 
-    Departs: the checker is sampled, where a greedy one says the same in each round, and a checker without an
+    Departs: the checker is sampled, since a greedy one says the same in each round, and a checker without an
     answer does not count as agreement."""
     answers, prompt = [], prompts.PYTHON(question=question)
     for _ in range(rounds):
@@ -192,7 +151,7 @@ def solver_checker_with_tools(question: str, rounds: int = 5):
         if same(answers[-1], other):
             return answers[-1]
         prompt = prompts.RETRY_PYTHON(question=question, feedback=disagreement(answers[-1], other))
-    return next(filter(None, answers), None)
+    return first_of(answers)
 
 
 def solver_checker_stateless(question: str, rounds: int = 5):
@@ -211,7 +170,7 @@ def solver_checker_stateless(question: str, rounds: int = 5):
 
 
 def solver_checker_chat(question: str, rounds: int = 5):
-    """As stateless, but the attempts are one conversation, with the feedback as its next user turn. Without
+    """As stateless, but the attempts are one conversation, and the feedback is its next user turn. Without
     an accepted answer, the last one given stands.
 
     Departs: no oracle (a later version compared with the ground truth); the question is not repeated, as
@@ -222,7 +181,7 @@ def solver_checker_chat(question: str, rounds: int = 5):
         if answers[-1] and (yield from check(question, reply.text))[0]:
             return answers[-1]
         messages = messages + [reply.message(), user(prompts.AGAIN(feedback=complaint(answers[-1])))]
-    return next(filter(None, reversed(answers)), None)
+    return first_of(reversed(answers))
 
 
 def trivial_chat(question: str, rounds: int = 5):
@@ -243,8 +202,8 @@ def trivial_chat(question: str, rounds: int = 5):
 
 
 def solver_checker_summarizer(question: str, rounds: int = 5):
-    """As stateless, with a summarizer between the two: the checker sees a short form of the solution (its
-    beginning and its answer; the model's summary where it has none), the solver a digest of the critique.
+    """As stateless, with a summarizer between the two. The checker sees the beginning of the solution and its
+    answer, or the summarizer's short form if it has no answer. The solver sees a digest of the critique.
 
     Departs: the checker does see the summary, not only the answer; no test of relevance by shared words."""
     answers, content = [], prompts.SOLVER(question=question)
@@ -266,8 +225,8 @@ def solver_checker_summarizer(question: str, rounds: int = 5):
 
 
 def summarizer_chat(question: str, rounds: int = 5):
-    """One conversation of the solver. Each round a checker solves the problem anew in its own; a sentence
-    with both answers is the solver's next turn. Ends when they agree; else the solver's last answer stands.
+    """One conversation of the solver. In each round a checker solves the problem in a conversation of its
+    own. The next user turn names both answers. Ends when they agree; else the solver's last answer stands.
 
     Departs: the checker is sampled (a greedy one repeats the solver's own first pass), and a checker without
     an answer does not count as agreement."""
@@ -279,7 +238,7 @@ def summarizer_chat(question: str, rounds: int = 5):
             return answers[-1]
         feedback = disagreement(answers[-1], other)
         messages = messages + [reply.message(), user(prompts.AGAIN(feedback=feedback))]
-    return next(filter(None, reversed(answers)), None)
+    return first_of(reversed(answers))
 
 
 def plan_and_reflection(question: str):
@@ -288,9 +247,10 @@ def plan_and_reflection(question: str):
     answers = []
     for prompt in (prompts.SOLVER, prompts.CAREFUL, prompts.VERY_CAREFUL):
         yield from attempt(answers, [user(prompt(question=question))])
-        if (counts := tally(answers)) and counts[0][1] >= 2:
+        counts = tally(answers)
+        if counts and counts[0][1] >= 2:
             return counts[0][0]
-    return next(filter(None, answers), None)
+    return first_of(answers)
 
 
 def base(question: str, rounds: int = 5):
@@ -308,7 +268,7 @@ def base(question: str, rounds: int = 5):
         unclear = accepted is None and answers[-1]
         feedback = prompts.UNCLEAR(answer=answers[-1]) if unclear else f"{complaint(answers[-1])} {critique}"
         content = prompts.RETRY(question=question, feedback=feedback)
-    return next((answer for answer, _ in tally(answers)), None)
+    return first_of(answer for answer, _ in tally(answers))
 
 
 def verify(question: str, answer: str):
@@ -320,19 +280,20 @@ def verify(question: str, answer: str):
 
 
 def solver_verifier(question: str, rounds: int = 3):
-    """Solve, with code allowed. A box that the code's output confirms is accepted. Otherwise a verifier
-    writes code to test the output, then the box, and the first it confirms is accepted; else solve again,
-    told what failed. Ends early when an answer comes twice in a row; without an accepted one the last stands.
+    """Solve, with code allowed. If the code's output confirms the box, that answer is accepted. Otherwise a
+    verifier writes code to test the output, then the box, and the first it confirms is accepted. Else the
+    solver hears what failed and tries again. An answer given twice in a row ends the rounds; without an
+    accepted answer the last one stands.
 
     Departs: a verifier whose code prints a number and no verdict is judged by that number."""
     answers, content = [], prompts.HINT(question=question)
-    for round in range(rounds):
-        reply = yield from ask("solver", content, **CODING, **(OTHER if round else {}))
+    for _ in range(rounds):
+        reply = yield from ask("solver", content, **CODING, **(OTHER if answers else {}))
         outcome, box = (yield from execute(reply)), stated(reply.text)
         output = printed(outcome)
         answers.append(output or box)
         yield Draft(answers[-1])
-        if same(output, box) or (round and same(answers[-1], answers[-2])):
+        if same(output, box) or (len(answers) > 1 and same(*answers[-2:])):
             return answers[-1]
         failed = outcome is not None and (outcome.error or outcome.timed_out)  # then its box can't be trusted
         for candidate in () if failed else filter(None, (output, box)):
@@ -340,14 +301,14 @@ def solver_verifier(question: str, rounds: int = 3):
                 return candidate
         feedback = f"The code failed: {shown(outcome)[-200:]}" if failed else complaint(answers[-1])
         content = prompts.RETRY(question=question, feedback=feedback)
-    return next(filter(None, reversed(answers)), None)
+    return first_of(reversed(answers))
 
 
 def code_feedback(question: str):
     """Solve, with code allowed; run each block by itself, show the model what was printed, and take the
     answer it then gives, else the last number printed. Without code the first answer stands.
 
-    Departs: where the model stopped to wait for the output, its turn goes on after it; else the output is the
+    Departs: if the model stopped to wait for the output, its turn goes on after it. Else the output is the
     next turn, as it was."""
     messages = [user(prompts.HINT(question=question))]
     reply = yield Ask("solver", messages, CODING)
@@ -361,7 +322,7 @@ def code_feedback(question: str):
     else:
         messages += [reply.message(), user(prompts.EXPLAIN(output=output))]
     last = yield Ask("solver", messages)
-    return stated(last.text) or next(filter(None, map(printed, reversed(outcomes))), None)
+    return stated(last.text) or first_of(map(printed, reversed(outcomes)))
 
 
 WORKFLOWS = {fn.__name__: fn for fn in (
@@ -371,13 +332,14 @@ WORKFLOWS = {fn.__name__: fn for fn in (
 
 
 def workflow(name: str):
-    """A workflow by its name. BadInput if there is none of it."""
+    """A workflow by its name. BadInput for an unknown name."""
     if name not in WORKFLOWS:
         raise BadInput(f"--workflow {name!r} is none; expected one of {', '.join(WORKFLOWS)}")
     return WORKFLOWS[name]
 
 
 def refuse_roles(option: str, roles) -> None:
+    """BadInput for a role that no workflow has."""
     for role in roles:
         if role not in ROLES:
             raise BadInput(f"{option}: no workflow has a role {role!r}; expected {', '.join(ROLES)}")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 from slm import BadInput
 from slm.episode import Reply, Request
+from slm.sandbox import Outcome
 
 
 class Backend:
@@ -71,8 +72,7 @@ class Sandbox:
                     exec("\n".join([code] if isinstance(code, str) else code), {})
                 except Exception as e:
                     error = f"{type(e).__name__}: {e}"
-        self.done.insert(0, (len(self.codes), SimpleNamespace(
-            stdout=out.getvalue(), error=error, traceback=error, timed_out=timed_out, seconds=0.01)))
+        self.done.insert(0, (len(self.codes), Outcome(out.getvalue(), error, error or "", timed_out, 0.01)))
         return len(self.codes)
 
     def poll(self, wait=0.0):

@@ -13,10 +13,14 @@ from scripted import Backend, Sandbox, problem
 
 import agents
 import slm.episode
+import slm.grading.replies
+import slm.workflows
 from slm import BadInput
-from slm.episode import Reply, Sampling, answer_record, jobs_for, run_episodes
+from slm.answers import answer_record
+from slm.episode import Reply, Sampling, jobs_for, run_episodes
+from slm.grading import blocks_of, printed, verdict
 from slm.runs import cli
-from slm.workflows import WORKFLOWS, blocks_of, printed, settle, shown, tally, verdict
+from slm.workflows import WORKFLOWS, settle, shown, tally
 
 ROOT = Path(__file__).parent.parent
 CODE = "```python\nprint({})\n```"
@@ -67,7 +71,7 @@ def test_majority_vote(given, wins):
 
 def test_python_tools_answers_with_what_the_code_printed():
     episode, _ = play("python_tools", lambda *_: CODE.format("6 * 7") + "\nso \\boxed{41}")
-    assert (episode.answer, episode.runs[0].stdout) == ("42", "42\n")
+    assert (episode.answer, episode.runs[0].outcome.stdout) == ("42", "42\n")
 
 
 @pytest.mark.parametrize("code", [
@@ -289,7 +293,8 @@ def test_votes_and_settling():
 
 
 def test_the_examples_in_the_docstrings():
-    assert not doctest.testmod(agents).failed and not doctest.testmod(slm.episode).failed
+    for module in (agents, slm.episode, slm.workflows, slm.grading.replies):
+        assert not doctest.testmod(module).failed
 
 
 # ---- the command line ------------------------------------------------------------------------------------
@@ -316,7 +321,7 @@ def test_the_table_counts_improved_degraded_and_failures():
     text = agents.table(results, 4)
     assert re.search(r"majority_vote +75\.0 .*\+25\.0 \[.*50\.0 +1 +0 +5\.0", text)
     assert "1 without an answer" in text
-    assert "Q0?" in agents.transcript(episodes[0], "Q0?", records[0])
+    assert "Q0?" in agents.transcript(agents.whole_record(problems[0], episodes[0]))
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -389,6 +394,6 @@ def test_an_adapter_serves_its_role_and_no_other(tiny, tmp_path):
             endpoint=None, model="tiny", device="cpu", dtype="float32", adapter=given))
         episode, = run_episodes(jobs_for([problem("p", "2 + 2?")], WORKFLOWS["solver"]), backend,
                                 sampling=Sampling(12), adapters=adapters)
-        texts[given and given[0][:7]] = episode.turns[0].ids
+        texts[given and given[0][:7]] = episode.turns[0].reply.ids
     alone, checker, everyone = texts.values()
     assert alone == checker != everyone

@@ -9,6 +9,7 @@ import types
 import pytest
 from scripted import Backend, Sandbox, problem
 
+from slm.answers import answer_record
 from slm.episode import (
     Ask,
     AskFailed,
@@ -18,7 +19,6 @@ from slm.episode import (
     Run,
     Sampling,
     Turn,
-    answer_record,
     jobs_for,
     run_episodes,
     user,
@@ -109,7 +109,7 @@ def test_no_answer_is_recorded_with_its_cause():
     assert [e.error for e in episodes] == [
         "no answer", "no answer before the token limit", "HTTP 503, 5 times"]
     assert [e.answer for e in episodes] == [None] * 3
-    assert episodes[2].failures == ["HTTP 503, 5 times"] and episodes[2].turns[0].error == "HTTP 503, 5 times"
+    assert episodes[2].failures == [episodes[2].turns[0].reply.error] == ["HTTP 503, 5 times"]
     assert "HTTP 503" in answer_record(problems[2], episodes[2])["reason"]
 
 
@@ -151,7 +151,7 @@ def test_a_sandbox_timeout_is_named():
         outcome = yield Run("while True: pass")
         return outcome.stdout or None
     episode, = run_episodes(jobs_for(PROBLEMS[:1], stuck), Backend(by_seed), Sandbox())
-    assert episode.error == "sandbox timeout" and episode.runs[0].timed_out
+    assert episode.error == "sandbox timeout" and episode.runs[0].outcome.timed_out
 
 
 def test_a_bug_in_a_workflow_is_a_traceback():
@@ -165,7 +165,7 @@ def test_a_bug_in_a_workflow_is_a_traceback():
 # ---- tokens in, tokens out -------------------------------------------------------------------------------
 
 def turn(prompt, ids, role="solver"):
-    return Turn(role, [], "", "stop", prompt, ids, [-0.1 * i for i in ids], len(prompt), len(ids))
+    return Turn(role, [], Reply("", ids, [-0.1 * i for i in ids], prompt_ids=prompt))
 
 
 def test_an_appending_conversation_is_one_record_with_tool_tokens_masked():
@@ -199,7 +199,7 @@ def test_a_chat_workflow_gives_one_record_made_of_the_sampled_ids():
     record, = episode.records(["solver"])
     sampled = "".join(chr(i) for i, m in zip(record.ids, record.mask) if m)
     assert sampled == "it is \\boxed{1}no, \\boxed{2}\\boxed{4}"
-    assert record.ids[:len(episode.turns[0].prompt_ids)] == episode.turns[0].prompt_ids
+    assert record.ids[:len(episode.turns[0].reply.prompt_ids)] == episode.turns[0].reply.prompt_ids
     assert (episode.first_answer, episode.answer) == ("1", "4")
 
 
@@ -221,7 +221,7 @@ def test_the_graded_record_says_what_was_first_and_what_is_final():
     record = answer_record(p, episode)
     assert (record["first_answer"], record["first_correct"]) == ("3", False)
     assert (record["answer"], record["correct"]) == ("4", True)
-    assert record["ids"] == episode.turns[0].ids and record["finish"] == "stop" and record["asks"] == 1
+    assert record["ids"] == episode.turns[0].reply.ids and record["finish"] == "stop" and record["asks"] == 1
 
 
 # ---- the gold answer is out of reach ---------------------------------------------------------------------
@@ -304,8 +304,8 @@ def test_ids_of_a_conversation_on_the_built_in_model_are_what_was_sampled(tiny):
     for episode in run_episodes(jobs_for(PROBLEMS[:2], chat, samples=2), sampler,
                                 sampling=Sampling(max_tokens=24, temperature=1.0), fixed=True):
         record, = episode.records()
-        assert sum(record.mask) == sum(len(t.ids) for t in episode.turns)
-        assert record.ids == episode.turns[-1].prompt_ids + episode.turns[-1].ids
+        assert sum(record.mask) == sum(len(t.reply.ids) for t in episode.turns)
+        assert record.ids == episode.turns[-1].reply.prompt_ids + episode.turns[-1].reply.ids
         with torch.no_grad():
             attend = Packed([len(record.ids)])
             hidden = model(torch.tensor(record.ids), attend.positions, attend)
@@ -333,5 +333,5 @@ def test_workflows_on_the_built_in_model_do_not_depend_on_the_batch(tiny):
     with TrueSandbox(1) as sandbox:
         for rows in (64, 3):
             episodes = run_episodes(jobs, Sampler(*tiny, max_batch=rows), sandbox, sampling=Sampling(16))
-            runs.append([(e.answer, e.response, [t.ids for t in e.turns]) for e in episodes])
+            runs.append([(e.answer, e.response, [t.reply.ids for t in e.turns]) for e in episodes])
     assert runs[0] == runs[1]

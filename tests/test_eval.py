@@ -53,7 +53,7 @@ def model(monkeypatch):
     """model(reply) makes reply(number in the question, seed, sampling) the model; returns the backend."""
     def use(reply):
         backend = Backend(lambda text, seed, sampling: reply(int(text.split("\n")[0]), seed, sampling))
-        monkeypatch.setattr(evaluation, "open_backend", lambda args: (backend, {}))
+        monkeypatch.setattr(evaluation, "open_backend", lambda *_: (backend, {}))
         return backend
     return use
 

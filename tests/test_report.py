@@ -3,11 +3,16 @@
 import doctest
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from slm import BadInput, report
+
+ROOT = Path(__file__).parents[1]
 
 
 def run(path, **files):
@@ -38,7 +43,8 @@ class Tags(HTMLParser):
 
 def test_the_page_is_self_contained_and_model_text_is_escaped(tmp_path):
     row = {"id": HOSTILE, "response": HOSTILE, "answer": HOSTILE, "gold": "\ud800", "correct": False,
-           "turns": [{"role": "solver", "text": HOSTILE}], "ids": list(range(99)), HOSTILE: HOSTILE}
+           "turns": [{"role": "solver", "reply": {"text": HOSTILE}}], "ids": list(range(99)),
+           HOSTILE: HOSTILE}
     path = run(tmp_path / "r", metrics=METRICS, answers=[row], summary={HOSTILE: {HOSTILE: HOSTILE}})
     text = report.write(path).read_text()
     tags = Tags()
@@ -86,4 +92,14 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 
 def test_docstring_examples():
-    assert doctest.testmod(report).failed == 0
+    assert doctest.testmod(report.page).failed == 0
+
+
+def test_the_page_is_built_again_from_the_command_line(tmp_path):
+    path = run(tmp_path / "r", answers=[{"id": "a", "correct": True}])
+    for words, code in (([path], 0), ([tmp_path / "none"], 2), ([], 2)):
+        done = subprocess.run([sys.executable, "-m", "slm.report", *map(str, words)], cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.returncode == code and "Traceback" not in done.stderr
+        assert ("error:" in done.stderr) == (code == 2)
+    assert (path / "report.html").is_file()

@@ -1,10 +1,5 @@
-"""A run directory as one self-contained page: report.html, and its curves as metrics.png.
-
-Works on what any script leaves behind: settings.json, metrics.jsonl (curves over the steps), summaries
-(*.json) and rows to read (answers, episodes, records, rejected: a few of each, evenly spread). Model text is
-escaped, always. Not covered: comparing runs (eval.py --compare does), live updates. Imports no torch, and
-matplotlib for curves only.
-"""
+"""report.html: curves over the steps (metrics.jsonl), summaries (*.json), a few rows to read of each log, and
+the settings (settings.json). Imports no torch."""
 
 import base64
 import contextlib
@@ -13,18 +8,21 @@ import io
 import json
 import math
 from pathlib import Path
+from statistics import fmean
+
+from matplotlib.figure import Figure
 
 from slm import BadInput
-from slm.runs.files import readable_rows, write_whole
+from slm.runs.files import read_json, readable_rows, write_whole
 
-# What to look at first, in this order; the loss comes late because in GRPO it says little.
+# Metric -> title, in the order of the page. The loss comes late because it says little in GRPO.
 HEADLINES = {
     "reward": "reward", "solved": "solved (share)", "kl": "KL to the reference", "entropy": "entropy (nats)",
     "mean_tokens": "tokens a reply", "truncated": "truncated (share)", "no_answer": "no answer (share)",
     "zero_spread": "groups without a signal (share)", "loss": "loss", "grad_norm": "gradient norm",
     "dlogp": "gap of log-probs to the sampler", "lr": "learning rate", "tokens_per_s": "tokens a second"}
-TEXTS = ("answers", "episodes", "records", "rejected")
-SHOWN = 8
+LOGS = ("answers", "episodes", "records", "rejected")
+SHOWN = 8  # rows of a log
 STYLE = """
 body {font: 15px/1.5 system-ui, sans-serif; max-width: 980px; margin: 2em auto; padding: 0 1em; color: #222}
 table {border-collapse: collapse; margin: .5em 0}
@@ -36,11 +34,11 @@ img {max-width: 100%} details {margin: .3em 0} summary {cursor: pointer}
 
 
 def write(run_dir: str | Path) -> Path:
-    """Write report.html, and metrics.png where there are metrics; returns the page's path."""
+    """Write report.html, and metrics.png if there are metrics. Returns the page's path."""
     path = Path(run_dir)
     if not (path / "settings.json").is_file():
         raise BadInput(f"{path}: no settings.json there; expected a run directory")
-    about = json.loads((path / "settings.json").read_text())
+    about = read_json(path / "settings.json")
     name = html.escape(path.resolve().name)
     parts = [f"<h1>{name}</h1>", show({"command": about.get("command", ""), "started": about.get("started")})]
     rows = list(readable_rows(path / "metrics.jsonl"))
@@ -53,9 +51,10 @@ def write(run_dir: str | Path) -> Path:
         if file.name != "settings.json":
             with contextlib.suppress(ValueError):
                 parts += [f"<h2>{html.escape(file.stem)}</h2>", show(json.loads(file.read_text()))]
-    for text in TEXTS:
-        if picked := spread(path / f"{text}.jsonl"):
-            parts += [f"<h2>{text}: {len(picked)} to read</h2>", *map(episode, picked)]
+    for log in LOGS:
+        picked = spread(path / f"{log}.jsonl") if (path / f"{log}.jsonl").is_file() else []
+        if picked:
+            parts += [f"<h2>{log}: {len(picked)} to read</h2>", *map(to_read, picked)]
     parts += ["<h2>Settings</h2>", show(about.get("settings", about)), show(about.get("versions", {}))]
     page, body = path / "report.html", "\n".join(parts)
     head = f"<!doctype html><meta charset=utf-8><title>{name}</title><style>{STYLE}</style>"
@@ -66,15 +65,15 @@ def write(run_dir: str | Path) -> Path:
 # ---- curves ----------------------------------------------------------------------------------------------
 
 def curves(rows: list[dict]) -> bytes:
-    """One panel a metric, against the step, as a PNG."""
-    from matplotlib.figure import Figure
-    names = [name for name in HEADLINES if len({row[name] for row in rows if number(row.get(name))}) > 1]
-    names = names or [name for name in HEADLINES if any(number(row.get(name)) for row in rows)]
-    figure = Figure(figsize=(12, 2.6 * ((len(names) + 2) // 3) or 1), layout="constrained")
-    for i, name in enumerate(names):
-        points = [(row.get("step", n), row[name]) for n, row in enumerate(rows, 1) if number(row.get(name))]
-        x, y = zip(*points)
-        axes = figure.add_subplot(-(-len(names) // 3), 3, i + 1)
+    """One panel a metric that changes, against the step, as a PNG. If none changes: all that there are."""
+    found = {name: series(rows, name) for name in HEADLINES}
+    names = [name for name, points in found.items() if len(set(dict(points).values())) > 1]
+    names = names or [name for name, points in found.items() if points]
+    lines = -(-len(names) // 3)
+    figure = Figure(figsize=(12, 2.6 * lines or 1), layout="constrained")
+    for i, name in enumerate(names, 1):
+        x, y = zip(*found[name])
+        axes = figure.add_subplot(lines, 3, i)
         axes.plot(x, y, color="#9db8d9", linewidth=1, marker="o" if len(x) == 1 else None)
         axes.plot(x, smooth(y, max(1, len(y) // 15)), color="#1f4e8c", linewidth=2)
         axes.set_title(HEADLINES[name], fontsize=10)
@@ -86,13 +85,19 @@ def curves(rows: list[dict]) -> bytes:
     return file.getvalue()
 
 
+def series(rows: list[dict], name: str) -> list[tuple]:
+    """(step, value) of each row in which this metric is a finite number."""
+    points = [(row.get("step", n), row.get(name)) for n, row in enumerate(rows, 1)]
+    return [(step, y) for step, y in points if type(y) in (int, float) and math.isfinite(y)]
+
+
 def smooth(y: tuple[float, ...], width: int) -> list[float]:
     """Running mean over the last `width` values (fewer at the start).
 
     >>> smooth((1, 2, 3, 5), 2)
     [1.0, 1.5, 2.5, 4.0]
     """
-    return [sum(y[max(0, i + 1 - width):i + 1]) / min(width, i + 1) for i in range(len(y))]
+    return [fmean(y[max(0, i + 1 - width):i + 1]) for i in range(len(y))]
 
 
 def ends(rows: list[dict]) -> str:
@@ -100,22 +105,17 @@ def ends(rows: list[dict]) -> str:
     width = max(1, len(rows) // 10)
     table = {}
     for name, title in HEADLINES.items():
-        parts = rows[:width], rows[-width:]
-        values = [[row[name] for row in part if number(row.get(name))] for part in parts]
-        if all(values):
-            means = [sum(v) / len(v) for v in values]
-            table[title] = dict(zip((f"first {width} steps", f"last {width} steps"), means))
+        first, last = series(rows[:width], name), series(rows[-width:], name)
+        if first and last:
+            table[title] = {f"first {width} steps": fmean(v for _, v in first),
+                            f"last {width} steps": fmean(v for _, v in last)}
     return show(table)
-
-
-def number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 # ---- tables and texts ------------------------------------------------------------------------------------
 
 def show(value) -> str:
-    """Any JSON value as HTML; lists of numbers are only counted when they are long."""
+    """Any JSON value as HTML, with all text escaped. Long lists of numbers are only counted."""
     if isinstance(value, dict):
         if value and all(isinstance(v, dict) for v in value.values()):
             return matrix(value)
@@ -141,7 +141,7 @@ def matrix(rows: dict[str, dict]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def episode(row: dict) -> str:
+def to_read(row: dict) -> str:
     """One row to read: a title that says whether it was right, and everything in it when opened."""
     keys = ("step", "reward", "answer", "gold", "cause")
     facts = ", ".join(f"{k} {row[k]}" for k in keys if row.get(k) not in (None, ""))
@@ -153,16 +153,14 @@ def episode(row: dict) -> str:
 
 
 def spread(path: Path) -> list[dict]:
-    """Up to SHOWN rows, evenly spread over the file; it may be larger than memory."""
-    if not path.is_file():
-        return []
-    with path.open("rb") as f:
-        total = sum(1 for _ in f)
-    wanted = {i * total // SHOWN for i in range(SHOWN)}
+    """Up to SHOWN rows, evenly spread over a file that may be larger than memory."""
     rows = []
     with path.open("rb") as f:
+        total = sum(1 for _ in f)
+        wanted = {i * total // SHOWN for i in range(SHOWN)}
+        f.seek(0)
         for n, text in enumerate(f):
             if n in wanted:
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError):  # a line that a stop has torn
                     rows.append(json.loads(text))
     return [row for row in rows if isinstance(row, dict)]

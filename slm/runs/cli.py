@@ -1,7 +1,6 @@
 """The command line of every script: grouped help, scaled defaults, one sentence for bad input.
 
-Imports nothing heavy: `--help` answers before torch is loaded, so a script parses its arguments first and
-imports the rest of the package inside its main function.
+Imports nothing heavy: a script parses its arguments, and answers --help, before it imports the rest.
 """
 
 import argparse
@@ -11,6 +10,7 @@ import json
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from slm import BadInput
@@ -22,7 +22,7 @@ CANNOT_WRITE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQU
 
 def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser that keeps the description's line breaks and refuses abbreviated options."""
-    shape = lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=100)
+    shape = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=100)
     return argparse.ArgumentParser(description=description, formatter_class=shape, allow_abbrev=False)
 
 
@@ -49,7 +49,7 @@ def run_options(p: argparse.ArgumentParser, folder: str):
 
 
 def defaults(paper: dict, tiny: dict):
-    """What resolve() fills in, for the help: a function of the option's name."""
+    """A function: an option's name -> what resolve() fills in, in words for the help."""
     return lambda name: f"default {paper[name]}; tiny {tiny.get(name, paper[name])}"
 
 
@@ -60,8 +60,8 @@ def resolve(args: argparse.Namespace, paper: dict, tiny: dict) -> argparse.Names
     >>> resolve(argparse.Namespace(model="tiny", lr=None, k=4), {"lr": 1e-4, "k": 2}, {"lr": 3e-3})
     Namespace(model='tiny', lr=0.003, k=4)
     """
-    defaults = {**paper, **tiny} if is_small(args.model) else paper
-    for name, value in defaults.items():
+    scaled = paper | tiny if is_small(args.model) else paper
+    for name, value in scaled.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     return args
@@ -133,7 +133,7 @@ def number(low: float, high: float = math.inf):
 
 
 def answer_options(p, both):
-    """What agents.py and eval.py both take: who answers what."""
+    """What agents.py and eval.py both take: who answers which problems."""
     g = p.add_argument_group("what answers")
     g.add_argument("--model", default="tiny",
                    help="tiny, a directory, a hub id, or the endpoint's model (default tiny)")
@@ -150,7 +150,7 @@ def answer_options(p, both):
 
 
 def adapter_options(g):
-    """LoRA's, in both trainers."""
+    """The options of LoRA, in both trainers."""
     g.add_argument("--rank", type=positive, default=16, help="LoRA rank (default 16)")
     g.add_argument("--alpha", type=number(0), default=32.0,
                    help="LoRA scale is alpha / rank (default 32)")
@@ -159,7 +159,7 @@ def adapter_options(g):
 
 
 def training_options(p, g, both, folder: str):
-    """What both trainers take beside their own."""
+    """What both trainers take beside their own options."""
     g.add_argument("--warmup", type=number(0, 1),
                    help=f"share of the steps, then cosine ({both('warmup')})")
     g.add_argument("--clip", type=number(1e-9), default=1.0, help="largest gradient norm (default 1)")

@@ -1,6 +1,6 @@
 """The statistics of an evaluation: intervals, pass@k, two runs compared on the same problems.
 
-Every interval is 95 % unless told. Not covered: correction for many comparisons; correlated problems.
+Every interval is 95 % unless a level is given. Not covered: correction for many comparisons; correlated problems.
 Imports numpy, no torch.
 """
 
@@ -93,6 +93,41 @@ def bootstrap(values: list[float], level: float = 0.95, rounds: int = 10_000) ->
     ends = [NormalDist().cdf(2 * shift + s * _z(level)) for s in (-1, 1)]
     low, high = np.quantile(means, ends)
     return float(low), float(high)
+
+
+def interval(shares: list[float]) -> tuple[float, float]:
+    """95 % of an accuracy, given each problem's share of right samples: wilson for one sample a problem, else
+    bootstrap over problems."""
+    if all(share in (0, 1) for share in shares):
+        return wilson(int(sum(shares)), len(shares))
+    return bootstrap(shares)
+
+
+def difference(a: list[float], b: list[float]) -> tuple[float, float, float]:
+    """(difference, low, high) of accuracy b - a, item i of both being problem i: paired for one sample a
+    problem, else bootstrap over problems."""
+    if all(share in (0, 1) for share in [*a, *b]):
+        return paired(a, b)
+    gains = [y - x for x, y in zip(a, b, strict=True)]
+    return sum(gains) / len(gains), *bootstrap(gains)
+
+
+def span(low: float, high: float) -> str:
+    """An interval of a share in percent.
+
+    >>> span(0.354, 0.879)
+    '35.4-87.9'
+    """
+    return f"{100 * low:.1f}-{100 * high:.1f}"
+
+
+def points(difference: float, low: float, high: float) -> str:
+    """A difference of two shares in points of percent, with its interval.
+
+    >>> points(0.25, -0.062, 0.5)
+    '+25.0 [-6.2, +50.0]'
+    """
+    return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def _table(a, b) -> tuple[int, int, int]:

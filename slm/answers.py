@@ -1,0 +1,57 @@
+"""Episodes graded: the record of an answer, and the loop that asks, grades and writes each one as it lands.
+
+Here, and not in episode.py, the gold answers come in: no workflow and no frame of its runner holds one.
+"""
+
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+from slm.episode import Episode, Reply, jobs_for, run_episodes
+from slm.grading import grade
+from slm.runs.files import keep_rows
+
+
+def answer_record(problem, episode: Episode) -> dict:
+    """An episode graded, as one line of answers.jsonl. The ids are those of the reply that gave the response,
+    or of the solver's last reply if several replies led to the answer."""
+    result = grade(episode.response, problem.gold)
+    first = result.correct
+    if episode.drafts:
+        first = bool(episode.drafts[0]) and grade(f"\\boxed{{{episode.drafts[0]}}}", problem.gold).correct
+    turns = ([t for t in episode.turns if t.reply.text == episode.response]
+             or [t for t in episode.turns if t.role == "solver"] or episode.turns)
+    said = turns[-1].reply if turns else Reply("", finish="error")
+    return {
+        "id": problem.id, "question": problem.question, "gold": problem.gold, "response": episode.response,
+        "answer": episode.answer, "correct": result.correct, "reason": episode.error or result.reason,
+        "first_answer": episode.first_answer, "first_correct": first, "workflow": episode.workflow,
+        "sample": episode.sample, "failures": episode.failures, "broken": episode.broken,
+        "asks": len(episode.turns), "tokens": episode.tokens_out, "prompt_ids": said.prompt_ids,
+        "ids": said.ids, "finish": said.finish}
+
+
+def finished(log: Path) -> list[dict]:
+    """The records of a stopped run. All others leave the file and are asked again: torn lines, and episodes in
+    which an Ask got no reply."""
+    return keep_rows(log, lambda row: row.get("broken", "unknown") is None)
+
+
+def run_graded(problems, workflow: Callable[[str], Generator], backend, sandbox, *, have: list[dict],
+               write: Callable[[dict], None], record=answer_record, samples: int = 1, **how) -> list[dict]:
+    """Run a workflow `samples` times on every problem, grade each episode and write it as it ends.
+
+    have: records of an earlier, stopped run, which are not asked again. write: gets each new record. record:
+    (problem, episode) -> record, with the fields of answer_record and more. how: options of run_episodes.
+    Returns all records, old and new, in the order of problems and samples.
+    """
+    jobs = jobs_for(problems, workflow, samples)
+    rows = {(row["id"], row["sample"]): row for row in have}
+
+    def keep(episode: Episode) -> None:
+        row = record(problems[episode.group], episode)
+        write(row)
+        rows[episode.problem_id, episode.sample] = row
+
+    missing = [job for job in jobs if (job.problem_id, job.sample) not in rows]
+    run_episodes(missing, backend, sandbox, on_done=keep, **how)
+    return [rows[job.problem_id, job.sample] for job in jobs]

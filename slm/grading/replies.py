@@ -1,0 +1,48 @@
+r"""What replies hold beside an answer: code, the answer that their code printed, a checker's verdict."""
+
+import re
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
+
+
+def blocks_of(reply) -> list[str]:
+    """The code of every ```python fence in a Reply, or of every bare fence if it has none. The last fence may
+    be left open, unless the reply was cut.
+
+    >>> from slm.episode import Reply
+    >>> blocks_of(Reply("So:\\n```python\\nprint(6 * 7)\\n```\\nDone."))
+    ['print(6 * 7)\\n']
+    """
+    end = "```" if reply.finish == "length" else r"(?:```|\Z)"
+    fences = re.findall(rf"```(\w*)[^\S\n]*\n(.*?){end}", reply.text, re.S)
+    python = [code for name, code in fences if name.lower() in ("python", "py", "python3")]
+    bare = [code for name, code in fences if not name]
+    return [code for code in python or bare if code.strip()]
+
+
+def printed(outcome) -> str | None:
+    """The answer that code printed, from its Outcome: its last line with a digit, or the last number of that
+    line if it has words. None if there is no outcome, if the code failed or if it printed no digit. Rounding
+    noise goes: 0.30000000000000004 is read as 0.3."""
+    if outcome is None or outcome.error or outcome.timed_out:
+        return None
+    lines = [line for line in outcome.stdout.strip().splitlines() if re.search(r"\d", line)]
+    line = re.split(r"=|:\s", lines[-1])[-1].strip() if lines else ""  # after a label
+    if re.search(r"[A-Za-z]{2}|[$%]", re.sub(r"sqrt|pi|frac", "", line)):
+        line = ["", *NUMBER.findall(line)][-1]
+    return re.sub(r"-?\d+\.\d{9,}", lambda m: f"{float(m[0]):.10g}", line) or None
+
+
+def verdict(text: str) -> bool | None:
+    """A checker's word: True for CORRECT, False for INCORRECT, None for neither. What follows VERDICT counts,
+    else the word that the text opens with, else the last one in capitals, else what is said in passing.
+
+    >>> verdict("INCORRECT. The correct way is"), verdict("3 + 4 = 7. CORRECT"), verdict("Let's see")
+    (False, True, None)
+    """
+    for pattern in (r"(?i)verdict\W*(in)?correct", r"(?i)\A\W*(in)?correct\b(?! answer)", r"\b(IN)?CORRECT\b",
+                    r"(?i)\b(incorrect|not correct|not right|wrong)\b|\b(?:is|looks) (?:right|correct)\b"):
+        found = list(re.finditer(pattern, text))
+        if found:
+            return not found[-1][1]
+    return None
