@@ -46,7 +46,7 @@ from slm.backends import open_backend
 from slm.episode import Episode, Sampling, answer_record, jobs_for, run_episodes
 from slm.problems import fingerprint, load_all, refuse_long
 from slm.runs import stats
-from slm.runs.files import keep_rows, write_json
+from slm.runs.files import Journal, write_json
 from slm.runs.rundir import RunDir, new_path
 from slm.sandbox import Sandbox
 
@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
 
 def finished(log: Path) -> list[Episode]:
     """The episodes of a stopped run. What was torn or failed is taken out of the file, to be run again."""
-    rows = keep_rows(log, lambda row: not any(turn["error"] for turn in row["turns"]))
+    rows = Journal(log).keep(lambda row: not any(turn["error"] for turn in row["turns"]))
     return [Episode.from_json(row) for row in rows]
 
 

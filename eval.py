@@ -58,7 +58,7 @@ from slm.backends import open_backend
 from slm.episode import Sampling, answer_record, jobs_for, run_episodes
 from slm.grading import grade, grader, parse, values
 from slm.runs import stats
-from slm.runs.files import as_lines, keep_rows, read_json, read_rows, write_json, write_whole
+from slm.runs.files import Journal, as_lines, read_json, read_rows, write_json, write_whole
 from slm.runs.rundir import RunDir, new_path
 from slm.sandbox import Sandbox
 
@@ -92,7 +92,7 @@ def evaluate(args: argparse.Namespace) -> None:
     answers = run.path / "answers.jsonl"
     done, results = [], {}
     if args.resume:  # what was torn or failed is asked again
-        done = keep_rows(answers, lambda row: row["finish"] != "error")
+        done = Journal(answers).keep(lambda row: row["finish"] != "error")
     with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox, answers.open("ab") as file:
         for name, items in sets.items():
             rows = [row for row in done if row["data"] == name]

@@ -47,9 +47,7 @@ if __name__ == "__main__":
 
 import contextlib
 import itertools
-import json
 import random
-import shlex
 import signal
 import sys
 import time
@@ -64,7 +62,8 @@ from slm.grading import grade
 from slm.problems import fingerprint, load, load_all
 from slm.report import write
 from slm.runs.device import pick_device
-from slm.runs.files import as_lines, lock, read_json, write_json, write_whole
+from slm.runs.files import as_lines, write_json, write_whole
+from slm.runs.rundir import RunDir
 from slm.sampling import Sampler
 from slm.sandbox import Sandbox
 from slm.teachers import Endpoint, cascade, records
@@ -157,8 +156,8 @@ def main(args):
     prices = {t.name: (t.price_in, t.price_out) for t in teachers}
     identity = {"data": args.data, "seed": args.seed, "teachers": [t.identity for t in teachers]}
     with contextlib.ExitStack() as stack:
-        out = open_run(args, "data", identity, problems, stack)
-        kept, rejected = (records.Journal(out / f"{name}.jsonl") for name in ("records", "rejected"))
+        run = open_run(args, "data", identity, problems, stack)
+        kept, rejected, out = run.journal("records"), run.journal("rejected"), run.path
         attempts = lambda: itertools.chain(kept, rejected)
         progress = cascade.Progress(teachers)
         still_open = lambda: {p.id for p in asked if progress.due(p.id)}
@@ -244,25 +243,16 @@ def choose(args) -> tuple[list, list, dict[str, dict], list[str]]:
     return problems, [p for p in problems if p.id not in dropped], dropped, list(tests)
 
 
-def open_run(args, kind: str, identity: dict, problems: list, stack) -> Path:
+def open_run(args, kind: str, identity: dict, problems: list, stack) -> RunDir:
     """The run directory, new or of the same identity, and ours until the stack unwinds."""
     name = lambda path: path.parent.name if path.stem in ("train", "test") else path.stem
     out = Path(args.out or f"runs/{kind}-{'-'.join(name(Path(data)) for data in args.data)}")
-    out.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(contextlib.closing(lock(out)))
-    path = out / "settings.json"
-    if path.exists() and any(rows.stat().st_size for rows in out.glob("*.jsonl")):
-        old = read_json(path).get("settings", {})
-        for key, new in json.loads(json.dumps(identity)).items():
-            if old.get(key) != new:
-                raise BadInput(f"{path}: made with {key} = {old.get(key)}, now {new}; choose another --out")
+    run = RunDir(out, identity, fingerprint(problems), goes_on=True)
+    stack.enter_context(run.lock)
+    if run.resumed:
         print(f"going on in {out}")
-    else:
-        write_json(path, {"command": shlex.join(sys.argv), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-                          "settings": identity, "data": fingerprint(problems),
-                          "versions": {"python": sys.version.split()[0]}})
     cli.show(vars(args) | {"out": out})
-    return out
+    return run
 
 
 def by_problem(problems: list, *names: str):
@@ -341,8 +331,8 @@ def make_verifier(args) -> None:
     known = {p.id: p for p in asked}
     identity = {"data": args.data, "seed": args.seed, "model": args.model, "samples": args.samples}
     with contextlib.ExitStack() as stack:
-        out = open_run(args, "verifier", identity, problems, stack)
-        journal = records.Journal(out / "samples.jsonl")
+        run = open_run(args, "verifier", identity, problems, stack)
+        journal, out = run.journal("samples"), run.path
         done = {(row["id"], row["sample"]) for row in journal}
         jobs = [Job(p.id, p.question, with_python if k % 2 else with_text, sample=k)
                 for p in known.values() for k in range(args.samples) if (p.id, k) not in done]

@@ -20,6 +20,7 @@ import make_data
 from slm import BadInput
 from slm.episode import Reply
 from slm.problems import Problem
+from slm.runs.files import Journal
 from slm.teachers import records
 from slm.teachers.cascade import Job, Progress, Teacher, read_cascade
 from slm.tiny.teacher import Faults, serve, solution
@@ -270,18 +271,18 @@ def test_a_torn_last_line_is_repaired_wherever_it_is_torn(tmp_path):
     lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in (first, second)]
     for cut in range(len(lines[1]) + 1):
         path.write_bytes(lines[0] + lines[1][:cut])
-        journal = records.Journal(path)
+        journal = Journal(path)
         whole = cut >= len(lines[1]) - 1  # only the line break is missing
         assert list(journal) == ([first, second] if whole else [first])
         journal.append(second)
         assert list(journal) == [first, second, second][:3 if whole else 2]
         assert path.read_bytes().endswith(b"\n")
     path.write_bytes(b'{"long": "' + b"x" * 200_000)
-    assert list(records.Journal(path)) == [] and path.read_bytes() == b""
+    assert list(Journal(path)) == [] and path.read_bytes() == b""
 
 
 def test_half_a_surrogate_in_a_servers_words_is_written(tmp_path):
-    journal = records.Journal(tmp_path / "j.jsonl")
+    journal = Journal(tmp_path / "j.jsonl")
     journal.append({"reason": "HTTP 400 half \ud83d pair"})
     assert list(journal) == [{"reason": "HTTP 400 half ? pair"}]
 
@@ -290,7 +291,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "j.jsonl"
     path.write_text('{"a": 1}\n{"a": \n{"a": 2}\n')
     with pytest.raises(BadInput, match=r"j.jsonl line 2"):
-        list(records.Journal(path))
+        list(Journal(path))
 
 
 def start(tmp_path, url, out, problems=150, *options, **env):
@@ -347,7 +348,7 @@ def test_the_records_are_in_the_order_of_the_problems_however_they_came(setup):
 
 
 def test_sorting_a_journal_is_one_step_and_it_goes_on_afterwards(tmp_path, monkeypatch):
-    journal = records.Journal(tmp_path / "j.jsonl")
+    journal = Journal(tmp_path / "j.jsonl")
     rows = [{"n": n, "text": "größe" * n} for n in (3, 1, 2)]
     for row in rows:
         journal.append(row)
@@ -358,7 +359,7 @@ def test_sorting_a_journal_is_one_step_and_it_goes_on_afterwards(tmp_path, monke
     assert list(journal) == rows
     journal.sort(lambda row: row["n"])
     journal.append({"n": 0})
-    assert [row["n"] for row in records.Journal(journal.path)] == [1, 2, 3, 0]
+    assert [row["n"] for row in Journal(journal.path)] == [1, 2, 3, 0]
 
 
 def test_two_processes_on_one_output_are_refused(tmp_path):

@@ -1,0 +1,86 @@
+"""Which device and dtype a run uses, and what memory it needs."""
+
+import os
+import resource
+import sys
+import time
+
+import torch
+
+from slm import BadInput
+from slm.runs.cli import is_small
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(device: str = "auto", dtype: str = "auto", model: str | None = None):
+    """(torch.device, dtype, the reason in words). `model`: `tiny` and what was trained from it is too small
+    to gain from bfloat16 on a CPU. BadInput for a device this machine lacks."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name, there in found.items() if there)
+    elif not found.get(device, False):
+        here = " and ".join(name for name, there in found.items() if there)
+        raise BadInput(f"--device {device}: this machine (or this build of PyTorch) has only {here}")
+    if device == "cuda":
+        torch.cuda.set_device(local := int(os.environ.get("LOCAL_RANK", 0)))
+        major, minor = torch.cuda.get_device_capability()
+        best, why = (torch.bfloat16, "has bf16 units") if major >= 8 else (torch.float32, "has no bf16 units")
+        where, why = torch.device("cuda", local), f"{torch.cuda.get_device_name()} (SM {major}{minor}) {why}"
+    elif device == "mps":
+        where, best, why = torch.device("mps"), torch.float32, "Apple GPU; bf16 is not safe on every macOS"
+    else:
+        where, (best, why) = torch.device("cpu"), _cpu_dtype(model)
+    if dtype != "auto":
+        return where, DTYPES[dtype], f"--dtype; {why}"
+    return where, best, why
+
+
+def _cpu_dtype(model: str | None):
+    if model is not None and is_small(model):
+        return torch.float32, f"CPU, {torch.get_num_threads()} threads; the model is small"
+    rate = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        seconds = []
+        for _ in range(6):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            seconds.append(time.perf_counter() - start)
+        rate[dtype] = 2 * 256 * 1024 ** 2 / min(seconds) / 1e9
+    best = torch.bfloat16 if rate[torch.bfloat16] > 1.3 * rate[torch.float32] else torch.float32
+    return best, (f"CPU, {torch.get_num_threads()} threads; matrix products here: float32 "
+                  f"{rate[torch.float32]:.0f}, bfloat16 {rate[torch.bfloat16]:.0f} GFLOP/s")
+
+
+def peak_memory(model) -> float:
+    """Peak memory of this process so far, in GB: resident memory, or the GPU's allocations."""
+    if next(model.parameters()).is_cuda:
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def parameters(model) -> tuple[list, list]:
+    """All parameters, and those that are trained."""
+    every = list(model.parameters())
+    return every, [p for p in every if p.requires_grad]
+
+
+def memory(model, tokens: int) -> str:
+    """Predicted peak memory of a training step, in words: weights, gradients and moments, activations of
+    `tokens`.
+
+    Activations a token and layer: what the backward pass keeps, about 9 D + 2 (H + K) E + 5 times the
+    feed-forward width; with `recompute` one layer's and D for each of the others. Within about 25 % where it
+    was measured.
+    """
+    c = model.config
+    size = next(model.parameters()).element_size()
+    every, trained = (sum(p.numel() for p in ps) for ps in parameters(model))
+    layer = 9 * c.hidden + 2 * (c.heads + c.kv_heads) * c.head_size + 5 * c.intermediate
+    kept = layer + c.hidden * c.layers if model.recompute else layer * c.layers
+    parts = {"weights": every * size, "gradients and moments": trained * 12,
+             "activations": tokens * kept * size}
+    words = ", ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items())
+    return f"predicted peak {sum(parts.values()) / 1e9:.1f} GB ({words})"
