@@ -67,7 +67,7 @@ from slm.runs.rundir import RunDir
 from slm.sampling import Sampler
 from slm.sandbox import Sandbox
 from slm.teachers import Endpoint, cascade, records
-from slm.tiny.teacher import serve
+from slm.tiny import StandIn
 
 TESTS = ("gsm8k", "math500", "aime24", "amc23")  # no record may overlap these
 HERE = Path(__file__).parent
@@ -205,18 +205,19 @@ def who(args) -> list:
 
 def start(teachers: list, args, stack) -> dict:
     """A backend for each teacher, closed with the stack."""
-    backends, stand_in = {}, None
+    backends = {}
     for t in teachers:
         if t.base_url == "self":
-            backends[t.name] = stack.enter_context(contextlib.closing(own_model(args)))
-            continue
-        url = t.base_url
-        if url == "stand-in":
-            url = (stand_in := stand_in or stack.enter_context(serve())).url
-        backends[t.name] = stack.enter_context(contextlib.closing(Endpoint(
-            url, t.model, t.key_env, workers=t.workers, timeout=t.timeout,
-            requests_per_minute=t.requests_per_minute, tokens_per_minute=t.tokens_per_minute)))
-        print(f"round {t.round}: {t.name} = {t.model} at {url}, {t.attempts} attempts, {t.workers} at once")
+            backend = own_model(args)
+        elif t.base_url == "stand-in":
+            backend = StandIn(t.model)
+        else:
+            backend = Endpoint(t.base_url, t.model, t.key_env, workers=t.workers, timeout=t.timeout,
+                               requests_per_minute=t.requests_per_minute,
+                               tokens_per_minute=t.tokens_per_minute)
+        backends[t.name] = stack.enter_context(contextlib.closing(backend))
+        print(f"round {t.round}: {t.name} = {t.model} at {t.base_url}, {t.attempts} attempts, "
+              f"{t.workers} at once")
     return backends
 
 

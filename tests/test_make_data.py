@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from faulty_server import Faults, serve, solution
 from scripted import Backend
 
 import make_data
@@ -23,7 +24,6 @@ from slm.problems import Problem
 from slm.runs.files import Journal
 from slm.teachers import records
 from slm.teachers.cascade import Job, Progress, Teacher, read_cascade
-from slm.tiny.teacher import Faults, serve, solution
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-very-secret-0123456789"

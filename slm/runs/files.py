@@ -69,8 +69,8 @@ def readable_rows(path: Path) -> Iterator[dict]:
 class Journal:
     """A JSON lines file that survives a kill (by SIGKILL; a power cut may take the last seconds).
 
-    Each append is one write, so a killed process leaves at most one torn line, the last. The next start repairs
-    it: a row that only lacks its line break is finished, half a row is cut off.
+    Each append is one write, so a killed process leaves at most one torn line, the last. The next start
+    repairs it: a row that only lacks its line break is finished, half a row is cut off.
     """
 
     def __init__(self, path: Path):

@@ -118,7 +118,7 @@ class RunDir:
 
 
 def claim(folder: Path):
-    """Claim a folder for this process. The claim ends when the returned file is closed or the process ends."""
+    """Claim a folder for this process. The claim ends when the returned file is closed, or the process."""
     file = (folder / "lock").open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
