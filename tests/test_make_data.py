@@ -23,7 +23,7 @@ from slm.episode import Reply
 from slm.problems import Problem
 from slm.runs.files import Journal
 from slm.teachers import records
-from slm.teachers.cascade import Job, Progress, Teacher, read_cascade
+from slm.teachers.cascade import Attempt, Progress, Teacher, read_cascade
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-very-secret-0123456789"
@@ -104,28 +104,28 @@ def attempts_of(*files):
     (GOOD.replace("2 and 2", "2 and 2 " * 3000), "stop", "too long"),
     ("", "error", "HTTP error")])
 def test_only_whole_verified_solutions_are_kept(text, finish, cause):
-    found = records.judge(Reply(text, finish=finish, error="x" if finish == "error" else None), "4", 500)
+    found = records.assess(Reply(text, finish=finish, error="x" if finish == "error" else None), "4", 500)
     assert found["cause"] == cause and (cause is None or cause in records.CAUSES)
 
 
 def test_a_record_is_split_into_thinking_and_solution():
-    found = records.judge(Reply(GOOD), "4", 500)
+    found = records.assess(Reply(GOOD), "4", 500)
     assert (found["thinking"], found["predicted"], found["response"]) == ("2 and 2", "4", GOOD)
     assert found["solution"] == GOOD.split("</think>\n")[1]
 
 
 def test_reasoning_in_a_field_of_its_own_is_put_into_tags():
     answer = GOOD.split("</think>\n")[1]
-    found = records.judge(Reply(answer, thinking="2 and 2"), "4", 500)
+    found = records.assess(Reply(answer, thinking="2 and 2"), "4", 500)
     assert found["cause"] is None and found["response"] == GOOD
     assert records.whole_text(GOOD, "hidden") == GOOD
 
 
 def test_our_own_model_may_think_without_tags_but_not_with_half_of_them():
     plain = GOOD.split("</think>\n")[1]
-    assert records.judge(Reply(plain), "4", 500, needs_think=False)["cause"] is None
-    assert records.judge(Reply(GOOD), "4", 500, needs_think=False)["cause"] is None
-    assert records.judge(Reply("</think>" + plain), "4", 500, needs_think=False)["cause"] == "no think"
+    assert records.assess(Reply(plain), "4", 500, needs_think=False)["cause"] is None
+    assert records.assess(Reply(GOOD), "4", 500, needs_think=False)["cause"] is None
+    assert records.assess(Reply("</think>" + plain), "4", 500, needs_think=False)["cause"] == "no think"
 
 
 def test_records_hold_what_the_page_promises_and_only_right_answers(setup):
@@ -192,14 +192,14 @@ def test_all_right_solutions_of_a_round_are_kept():
 
 def test_efforts_follow_their_ratio_and_are_drawn_once_a_problem():
     teacher = Teacher("a", "m", "u", attempts=3, temperatures=(0.7,), efforts={"low": 1, "very_high": 3})
-    draw = lambda i, attempt, seed=0: Job(Problem(f"p{i}", "?", "1", "s"), teacher, attempt, seed).effort
+    draw = lambda i, attempt, seed=0: Attempt(Problem(f"p{i}", "?", "1", "s"), teacher, attempt, seed).effort
     counts = Counter(draw(i, 0) for i in range(2000))
     assert 420 < counts["low"] < 580 and counts["very_high"] == 2000 - counts["low"]
     assert all(draw(i, 0) == draw(i, 2) for i in range(50))
     assert any(draw(i, 0) != draw(i, 0, 1) for i in range(50))
     teacher = Teacher("a", "m", "u", attempts=3, temperatures=(0.7,), efforts={"very_high": 1})
-    job = Job(Problem("p", "Why?", "1", "s"), teacher, 0, 0)
-    system, question = job.request().messages
+    attempt = Attempt(Problem("p", "Why?", "1", "s"), teacher, 0, 0)
+    system, question = attempt.request().messages
     assert "2500 tokens" in system["content"] and "<think>" in system["content"]
     assert question["content"] == "Why?"
 
@@ -513,7 +513,7 @@ def test_the_reports_table_comes_out():
     assert summary["source"]["gsm8k"]["solved"] == 7350 and summary["source"]["math"]["unsolved"] == 404
     assert summary["total"]["dollars"] == pytest.approx(19473 * (100 * 0.2 + 700 * 0.5) / 1e6)
     assert summary["tokens_out_of_records"] == {"512+": 18946}
-    assert summary["told"] == "19,473 problems -> 18,946 solved, 2.71 % unsolved, $7.2050"
+    assert summary["headline"] == "19,473 problems -> 18,946 solved, 2.71 % unsolved, $7.2050"
 
 
 def test_data_takes_commas_and_spaces():

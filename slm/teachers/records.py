@@ -23,7 +23,7 @@ def whole_text(text: str, thinking: str | None) -> str:
     return text if not thinking or "<think>" in text else f"<think>\n{thinking.strip()}\n</think>\n{text}"
 
 
-def judge(reply, gold: str, max_tokens: int, needs_think: bool = True) -> dict:
+def assess(reply, gold: str, max_tokens: int, needs_think: bool = True) -> dict:
     """What a Reply is worth: a record's fields, with `cause` None when it is kept, else one of CAUSES.
 
     Kept: not truncated, thinking once (required of teachers, allowed to our own model), steps after it, one
@@ -136,9 +136,9 @@ def summarize(problems: list, dropped: dict[str, dict], still_open: set[str], at
         elif p.id in asked:
             counts["open" if p.id in still_open else "unsolved"] += 1
     every = sources["all"] = sum(sources.values(), Counter())
-    told = (f"{every['problems']:,} problems -> {every['solved']:,} solved, {_percent(every)} % unsolved, "
-            f"${total['dollars']:.4f}")
-    return {"told": told,
+    headline = (f"{every['problems']:,} problems -> {every['solved']:,} solved, "
+                f"{_percent(every)} % unsolved, ${total['dollars']:.4f}")
+    return {"headline": headline,
             "source": {name: dict(c) | {"unsolved %": _percent(c)} for name, c in sources.items()},
             **{key: {name: dict(c) for name, c in sorted(group.items())} for key, group in groups.items()},
             "total": dict(total), "causes": {c: causes[c] for c in CAUSES if causes[c]}, "overlaps": dropped,
