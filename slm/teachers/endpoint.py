@@ -306,7 +306,7 @@ def read(raw: bytes) -> Reply:
     usage = usage if isinstance(usage, dict) else {}
     names = ("prompt_tokens", "completion_tokens", "total_tokens")
     tokens_in, tokens_out, total = (n if isinstance(n, int) else 0 for n in map(usage.get, names))
-    tokens_out = max(tokens_out, total - tokens_in)  # xAI counts hidden thinking in the total only, and bills it
+    tokens_out = max(tokens_out, total - tokens_in)  # xAI counts hidden thinking in the total only
     return Reply(text, finish=finish, thinking=thinking, tokens_in=tokens_in,
                  tokens_out=tokens_out or written // 4)
 
