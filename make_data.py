@@ -46,144 +46,56 @@ if __name__ == "__main__":
     args = options().parse_args()  # before the heavy imports, so that --help answers at once
 
 import contextlib
-import itertools
-import json
 import random
-import shlex
 import signal
 import sys
-import time
-from collections import Counter, deque
 from pathlib import Path
 
-from tqdm import tqdm
-
-from slm import BadInput, checkpoint, prompts, workflows
+from slm import BadInput, prompts, workflows
+from slm.backends import own_model
 from slm.episode import Job, Sampling, run_episodes, seed_of, user
 from slm.grading import grade
 from slm.problems import fingerprint, load, load_all
 from slm.report import write
-from slm.runs.device import pick_device
-from slm.runs.files import as_lines, lock, read_json, write_json, write_whole
-from slm.sampling import Sampler
+from slm.runs.files import as_lines, write_json, write_whole
+from slm.runs.rundir import RunDir
 from slm.sandbox import Sandbox
 from slm.teachers import Endpoint, cascade, records
-from slm.tiny.teacher import serve
+from slm.tiny import StandIn
 
 TESTS = ("gsm8k", "math500", "aime24", "amc23")  # no record may overlap these
 HERE = Path(__file__).parent
 
 
-# ---- asking ----------------------------------------------------------------------------------------------
-
-class Asking:
-    """The loop that keeps every teacher busy until nothing is due. `why` says what ended it early.
-
-    land(row, over) files one attempt; over: nothing more is due for its problem. Whatever ends the loop, what
-    is on the wire is awaited first, so that nothing paid for is lost.
-    """
-    def __init__(self, problems: list, progress, backends: dict, land, prices: dict, budget: float | None,
-                 spent: float, seed: int):
-        self.progress, self.backends, self.land, self.seed = progress, backends, land, seed
-        self.teachers = {t.name: t for ts in progress.rounds for t in ts}
-        self.queues = {name: deque() for name in backends}
-        self.claimed = set()  # (problem id, teacher name): queued or on the wire
-        self.wire = {}        # (teacher name, ticket) -> (job, start)
-        self.load = Counter()  # by teacher name: on the wire
-        self.prices, self.budget, self.spent, self.reserved = prices, budget, spent, 0.0
-        self.why: str | None = None
-        self.dead: BadInput | None = None
-        for p in problems:
-            self._queue(p)
-
-    def run(self) -> None:
-        while True:
-            for name in self.queues:
-                self._send(name)
-            if not self.wire:
-                return
-            for name, backend in self.backends.items():
-                if self.load[name]:
-                    self._collect(name, backend)
-
-    def _queue(self, problem, first: bool = False) -> None:
-        for teacher in self.progress.due(problem.id):
-            if (problem.id, teacher.name) not in self.claimed:
-                self.claimed.add((problem.id, teacher.name))
-                queue = self.queues[teacher.name]
-                queue.appendleft(problem) if first else queue.append(problem)
-
-    def _send(self, name: str) -> None:
-        teacher = self.teachers[name]
-        while self.queues[name] and self.load[name] < teacher.workers and not self.why:
-            problem = self.queues[name][0]
-            job = cascade.Job(problem, teacher, self.progress.missing(problem.id, name), self.seed)
-            if self.budget is not None and self.spent + self.reserved + job.most_dollars > self.budget:
-                if not self.wire:  # else wait: what is on the wire may turn out cheaper
-                    self.why = f"the budget of ${self.budget:g} allows no further attempt"
-                return
-            self.queues[name].popleft()
-            self.wire[name, self.backends[name].submit(job.request())] = job, time.monotonic()
-            self.load[name] += 1
-            self.reserved += job.most_dollars
-
-    def _collect(self, name: str, backend) -> None:
-        try:
-            landed = backend.step()
-        except BadInput as e:  # a dead teacher; the others finish what they have on the wire
-            self.dead, self.why = e, "a teacher cannot answer"
-            self.wire = {key: value for key, value in self.wire.items() if key[0] != name}
-            self.load[name] = 0
-            return
-        for ticket, _, reply in landed:
-            job, start = self.wire.pop((name, ticket))
-            self.load[name] -= 1
-            self.reserved -= job.most_dollars
-            row = job.record(reply, time.monotonic() - start)
-            self.progress.note(row)
-            self.spent += records.cost(row, self.prices)
-            self.land(row, over=not self.progress.due(job.problem.id))
-            self.claimed.discard((job.problem.id, name))
-            self._queue(job.problem, first=True)
-
-
 # ---- a run -----------------------------------------------------------------------------------------------
 
 def main(args):
-    if args.what == "verifier":
-        return make_verifier(args)
+    (make_verifier if args.what == "verifier" else make_solutions)(args)
+
+
+def make_solutions(args) -> None:
+    """Ask the teachers, and file every attempt as a record or as rejected."""
     teachers = who(args)
     problems, asked, dropped, compared = choose(args)
-    prices = {t.name: (t.price_in, t.price_out) for t in teachers}
     identity = {"data": args.data, "seed": args.seed, "teachers": [t.identity for t in teachers]}
     with contextlib.ExitStack() as stack:
-        out = open_run(args, "data", identity, problems, stack)
-        kept, rejected = (records.Journal(out / f"{name}.jsonl") for name in ("records", "rejected"))
-        attempts = lambda: itertools.chain(kept, rejected)
-        progress = cascade.Progress(teachers)
-        still_open = lambda: {p.id for p in asked if progress.due(p.id)}
-        spent, counts = recall(problems, attempts(), progress, prices)
+        run = open_run(args, "data", identity, problems, stack)
+        journals = run.journal("records"), run.journal("rejected")
+        asking = cascade.Asking(teachers, *journals, args.budget, args.seed)
+        asking.recall({p.id: p.question for p in problems})
         backends = start(teachers, args, stack)
-        bar = tqdm(total=len(asked), initial=len(asked) - len(still_open()), unit="problem", mininterval=1)
-
-        def land(row: dict, over: bool) -> None:
-            (rejected if row["cause"] else kept).append(row)
-            counts[row["cause"] or "kept"] += 1
-            bar.set_postfix({**counts, "$": round(asking.spent, 4)}, refresh=False)
-            bar.update(over)
-
-        asking = Asking(asked, progress, backends, land, prices, args.budget, spent, args.seed)
-        with bar, stopping(asking):
-            asking.run()
-        for journal in (kept, rejected):
+        with stopping(asking):
+            asking.run(asked, backends)
+        for journal in journals:
             journal.sort(by_problem(problems, "round", "teacher", "attempt"))
-        summary = records.summarize(problems, dropped, still_open(), attempts(), prices)
-        report(out, summary | {"compared with": compared})
-    print(f"records: {out}/records.jsonl")
+        still_open = {p.id for p in asked if asking.progress.due(p.id)}
+        summary = records.summarize(problems, dropped, still_open, asking.attempts(), asking.prices)
+        report(run.path, summary | {"compared with": compared})
+    print(f"records: {run.path}/records.jsonl")
     if asking.why:
-        print(f"ended early: {asking.why}; {len(still_open()):,} problems are open, the same command goes on")
+        print(f"ended early: {asking.why}; {len(still_open):,} problems are open, the same command goes on")
     else:
-        print(f"next: python train_sft.py --model {args.model} --data {out}/records.jsonl")
+        print(f"next: python train_sft.py --model {args.model} --data {run.path}/records.jsonl")
     if asking.dead:
         raise asking.dead
     if asking.why == "stopped":
@@ -206,25 +118,20 @@ def who(args) -> list:
 
 def start(teachers: list, args, stack) -> dict:
     """A backend for each teacher, closed with the stack."""
-    backends, stand_in = {}, None
+    backends = {}
     for t in teachers:
         if t.base_url == "self":
-            backends[t.name] = stack.enter_context(contextlib.closing(own_model(args)))
-            continue
-        url = t.base_url
-        if url == "stand-in":
-            url = (stand_in := stand_in or stack.enter_context(serve())).url
-        backends[t.name] = stack.enter_context(contextlib.closing(Endpoint(
-            url, t.model, t.key_env, workers=t.workers, timeout=t.timeout,
-            requests_per_minute=t.requests_per_minute, tokens_per_minute=t.tokens_per_minute)))
-        print(f"round {t.round}: {t.name} = {t.model} at {url}, {t.attempts} attempts, {t.workers} at once")
+            backend = own_model(args.model, args.device, args.dtype)
+        elif t.base_url == "stand-in":
+            backend = StandIn(t.model)
+        else:
+            backend = Endpoint(t.base_url, t.model, t.key_env, workers=t.workers, timeout=t.timeout,
+                               requests_per_minute=t.requests_per_minute,
+                               tokens_per_minute=t.tokens_per_minute)
+        backends[t.name] = stack.enter_context(contextlib.closing(backend))
+        print(f"round {t.round}: {t.name} = {t.model} at {t.base_url}, {t.attempts} attempts, "
+              f"{t.workers} at once")
     return backends
-
-
-def own_model(args):
-    device, dtype, reason = pick_device(args.device, args.dtype, args.model)
-    print(f"device {device}, {str(dtype).removeprefix('torch.')}: {reason}")
-    return Sampler(*checkpoint.load(args.model, device, dtype))
 
 
 def choose(args) -> tuple[list, list, dict[str, dict], list[str]]:
@@ -244,45 +151,23 @@ def choose(args) -> tuple[list, list, dict[str, dict], list[str]]:
     return problems, [p for p in problems if p.id not in dropped], dropped, list(tests)
 
 
-def open_run(args, kind: str, identity: dict, problems: list, stack) -> Path:
+def open_run(args, kind: str, identity: dict, problems: list, stack) -> RunDir:
     """The run directory, new or of the same identity, and ours until the stack unwinds."""
-    name = lambda path: path.parent.name if path.stem in ("train", "test") else path.stem
-    out = Path(args.out or f"runs/{kind}-{'-'.join(name(Path(data)) for data in args.data)}")
-    out.mkdir(parents=True, exist_ok=True)
-    stack.enter_context(contextlib.closing(lock(out)))
-    path = out / "settings.json"
-    if path.exists() and any(rows.stat().st_size for rows in out.glob("*.jsonl")):
-        old = read_json(path).get("settings", {})
-        for key, new in json.loads(json.dumps(identity)).items():
-            if old.get(key) != new:
-                raise BadInput(f"{path}: made with {key} = {old.get(key)}, now {new}; choose another --out")
+    paths = map(Path, args.data)
+    names = [path.parent.name if path.stem in ("train", "test") else path.stem for path in paths]
+    out = Path(args.out or f"runs/{kind}-{'-'.join(names)}")
+    run = RunDir(out, identity, fingerprint(problems), goes_on=True)
+    stack.enter_context(run.lock)
+    if run.resumed:
         print(f"going on in {out}")
-    else:
-        write_json(path, {"command": shlex.join(sys.argv), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-                          "settings": identity, "data": fingerprint(problems),
-                          "versions": {"python": sys.version.split()[0]}})
     cli.show(vars(args) | {"out": out})
-    return out
+    return run
 
 
 def by_problem(problems: list, *names: str):
     """A sort key for rows: the order of the problems, then these fields. So arrival does not show."""
     place = {p.id: n for n, p in enumerate(problems)}
     return lambda row: (place.get(row["id"], len(place)), row["id"], *(row[name] for name in names))
-
-
-def recall(problems: list, rows, progress, prices: dict) -> tuple[float, Counter]:
-    """Fill progress from the attempts on disk, except those that failed over HTTP; returns (dollars spent,
-    attempts by cause)."""
-    question, spent, counts = {p.id: p.question for p in problems}, 0.0, Counter(kept=0)
-    for row in rows:
-        if question.get(row["id"], row["question"]) != row["question"]:
-            raise BadInput(f"problem {row['id']!r} has another text in the records; choose another --out")
-        spent += records.cost(row, prices)
-        counts[row["cause"] or "kept"] += 1
-        if row["cause"] != "HTTP error":
-            progress.note(row)
-    return spent, counts
 
 
 @contextlib.contextmanager
@@ -292,7 +177,8 @@ def stopping(asking):
         if asking.why:
             raise SystemExit(130)
         asking.why = "stopped"
-        print(f"\nstopping; {len(asking.wire)} requests are on the wire (Ctrl-C again to leave them)")
+        on_the_wire = sum(map(len, asking.wire.values()))
+        print(f"\nstopping; {on_the_wire} requests are on the wire (Ctrl-C again to leave them)")
     old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -307,15 +193,16 @@ def report(out: Path, summary: dict) -> None:
     for title in ("source", "round", "teacher", "effort"):
         print_table(summary[title], title)
     causes = ", ".join(f"{n:,} {cause}" for cause, n in summary["causes"].items())
-    print(f"rejected attempts: {causes or 'none'}\n{summary['told']}; page: {write(out)}")
+    print(f"rejected attempts: {causes or 'none'}\n{summary['headline']}; page: {write(out)}")
 
 
 def print_table(rows: dict[str, dict], title: str) -> None:
     """A line for each row, a column for every key of any of them."""
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    text = lambda x: f"{x:,.4g}" if isinstance(x, float) else f"{x:,}"
-    body = [[name, *(text(row.get(c, 0)) for c in columns)] for name, row in rows.items()]
-    lines = [[title, *columns], *body]
+    lines = [[title, *columns]]
+    for name, row in rows.items():
+        values = [row.get(column, 0) for column in columns]
+        lines.append([name, *(f"{x:,.4g}" if isinstance(x, float) else f"{x:,}" for x in values)])
     widths = [max(map(len, cells)) for cells in zip(*lines)]
     for first, *rest in lines:
         print(first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:])), sep="  ")
@@ -341,13 +228,13 @@ def make_verifier(args) -> None:
     known = {p.id: p for p in asked}
     identity = {"data": args.data, "seed": args.seed, "model": args.model, "samples": args.samples}
     with contextlib.ExitStack() as stack:
-        out = open_run(args, "verifier", identity, problems, stack)
-        journal = records.Journal(out / "samples.jsonl")
+        run = open_run(args, "verifier", identity, problems, stack)
+        journal = run.journal("samples")
         done = {(row["id"], row["sample"]) for row in journal}
         jobs = [Job(p.id, p.question, with_python if k % 2 else with_text, sample=k)
                 for p in known.values() for k in range(args.samples) if (p.id, k) not in done]
         if jobs:
-            backend = stack.enter_context(contextlib.closing(own_model(args)))
+            backend = stack.enter_context(contextlib.closing(own_model(args.model, args.device, args.dtype)))
             sandbox = stack.enter_context(contextlib.closing(Sandbox()))
         sampling = Sampling(args.max_tokens or (256 if cli.is_small(args.model) else 2048), temperature=1.0)
         for at in range(0, len(jobs), 1024):
@@ -355,7 +242,7 @@ def make_verifier(args) -> None:
                 jobs[at:at + 1024], backend, sandbox, sampling=sampling, seed=args.seed, bar="solutions",
                 on_done=lambda e: journal.append(sample_row(known[e.problem_id], e, args.model)))
         journal.sort(by_problem(problems, "sample"))
-        balance(out, journal, known, args.seed)
+        balance(run.path, journal, known, args.seed)
 
 
 def sample_row(problem, episode, model: str) -> dict:

@@ -24,7 +24,11 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from faulty_server import Faults, serve, solution
+
+from slm.problems import load
+
 SETS = ("gsm8k", "math")
 REPLIES = {"no_think": 0.01, "no_box": 0.01, "cut": 0.01, "refusal": 0.005, "huge": 0.005}
 TRIES = {"busy": 0.02, "broken": 0.02, "reset": 0.02, "torn": 0.01, "empty": 0.01}
@@ -44,10 +48,8 @@ workers = 200
 """
 
 
-def serve(mean_latency: float) -> None:
+def be_the_server(mean_latency: float) -> None:
     """The server, until its standard input closes; the last line it prints is how many it answered."""
-    from slm.problems import load
-    from slm.tiny import teacher
     gold = {p.question: p.gold for name in SETS for p in load(name)}
     lost = {question for i, question in enumerate(gold) if i % 37 == 0}  # 2.7 % that nobody solves
 
@@ -56,11 +58,11 @@ def serve(mean_latency: float) -> None:
         wrong = question in lost or rng.random() < (0.3 if body["model"] == "first" else 0.1)
         answer = "12345.678" if wrong else gold[question]
         thought = " ".join(rng.choices(question.split(), k=150)) + " 考える 🤔"
-        steps = teacher.solution(f"From the text it follows: {answer}.", answer)
+        steps = solution(f"From the text it follows: {answer}.", answer)
         return f"<think>\n{thought}\n</think>\n{steps}"
 
-    faults = teacher.Faults(REPLIES, TRIES, latency=mean_latency, slowest=5.0, retry_after=1.0)
-    with teacher.serve(answer, faults) as server:
+    faults = Faults(REPLIES, TRIES, latency=mean_latency, slowest=5.0, retry_after=1.0)
+    with serve(answer, faults) as server:
         print(server.url, flush=True)
         sys.stdin.read()
         print(json.dumps([sum(server.seen.values()), sum(server.answered.values())]), flush=True)
@@ -76,7 +78,6 @@ def rss(pid: int) -> float:
 
 
 def main(args) -> None:
-    from slm.problems import load
     with contextlib.redirect_stderr(io.StringIO()):
         problems = {p.id: p for name in SETS for p in load(name, "train", args.limit)}
     folder = Path(tempfile.mkdtemp(prefix="slm-bench-"))
@@ -141,4 +142,4 @@ if __name__ == "__main__":
     parser.add_argument("--latency", type=float, default=0.5, help="mean seconds of an answer (at most 5)")
     parser.add_argument("--serve", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    serve(args.serve) if args.serve is not None else main(args)
+    be_the_server(args.serve) if args.serve is not None else main(args)

@@ -4,11 +4,10 @@ Here, and not in episode.py, the gold answers come in: no workflow and no frame 
 """
 
 from collections.abc import Callable, Generator
-from pathlib import Path
 
 from slm.episode import Episode, Reply, jobs_for, run_episodes
 from slm.grading import grade
-from slm.runs.files import keep_rows
+from slm.runs.files import Journal
 
 
 def answer_record(problem, episode: Episode) -> dict:
@@ -30,10 +29,10 @@ def answer_record(problem, episode: Episode) -> dict:
         "ids": said.ids, "finish": said.finish}
 
 
-def finished(log: Path) -> list[dict]:
-    """The records of a stopped run. All others leave the file and are asked again: torn lines, and episodes in
-    which an Ask got no reply."""
-    return keep_rows(log, lambda row: row.get("broken", "unknown") is None)
+def finished(journal: Journal) -> list[dict]:
+    """The records of a stopped run. An episode in which an Ask got no reply leaves the file and is asked
+    again."""
+    return journal.keep(lambda row: row.get("broken", "unknown") is None)
 
 
 def run_graded(problems, workflow: Callable[[str], Generator], backend, sandbox, *, have: list[dict],

@@ -16,9 +16,15 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import requests
+from tqdm import tqdm
+
 from slm import BadInput
+from slm.episode import user
+from slm.prompts import SOLVER
 from slm.runs import files
 from slm.runs.files import read_rows
+from slm.tiny import world
 
 
 @dataclass(frozen=True)
@@ -102,9 +108,9 @@ def load(name: str, split: str = "train", limit: int | None = None) -> list[Prob
 def load_all(names: list[str], split: str, limit: int | None = None) -> list[Problem]:
     """The first `limit` problems of each of several sets. BadInput where an id comes twice."""
     problems = [p for name in names for p in load(name, split, limit)]
-    twice = next((id for id, n in Counter(p.id for p in problems).items() if n > 1), None)
-    if twice:
-        raise BadInput(f"--data {','.join(names)}: problem {twice!r} comes twice; expected different ids")
+    (id, times), = Counter(p.id for p in problems).most_common(1)
+    if times > 1:
+        raise BadInput(f"--data {','.join(names)}: problem {id!r} comes twice; expected different ids")
     return problems
 
 
@@ -141,8 +147,6 @@ def fingerprint(problems: list[Problem]) -> str:
 def refuse_long(problems: list[Problem], backend) -> None:
     """BadInput for a problem whose standard prompt fills the context of a Sampler's model. (An Endpoint's
     server knows its own.)"""
-    from slm.episode import user
-    from slm.prompts import SOLVER
     if not hasattr(backend, "tokenizer"):
         return
     context = backend.model.config.positions
@@ -155,7 +159,6 @@ def refuse_long(problems: list[Problem], backend) -> None:
 
 
 def _tiny(split: str, limit: int | None) -> list[Problem]:
-    from slm.tiny import world
     if split not in ("train", "test", "unseen"):
         raise BadInput(f"tiny has no {split!r} split, only train, test and unseen")
     source = "tiny-unseen" if split == "unseen" else "tiny"
@@ -176,17 +179,19 @@ def _question(row: dict, where: str) -> str:
     for key in QUESTION:
         if isinstance(row.get(key), str) and row[key].strip():
             return row[key].strip()
-    raise BadInput(f"{where}: no question; expected a text named question or problem, found {_fields(row)}")
+    raise BadInput(f"{where}: no question; expected a text named question or problem, "
+                   f"found {', '.join(map(str, row)) or 'no fields'}")
 
 
 def _gold(row: dict, source: str, where: str) -> str:
     """The gold answer: what follows GSM8K's ####, 27 for 27.0, 25 for AIME's 025, '' for an empty one."""
     key = next((k for k in GOLD if k in row), None)
     if key is None:
-        raise BadInput(f"{where}: no gold answer; expected one named answer or gold, found {_fields(row)}")
+        raise BadInput(f"{where}: no gold answer; expected one named answer or gold, "
+                       f"found {', '.join(map(str, row)) or 'no fields'}")
     value = row[key]
-    strange = isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value))
-    if strange or not isinstance(value, (str, int, float, type(None))):
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number and not isinstance(value, str | None):
         raise BadInput(f"{where}: field {key!r} is {str(value)[:40]!r}; expected a text or a number")
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() else repr(value)
@@ -205,28 +210,17 @@ def _solution(row: dict) -> str:
     return answer.rsplit("####", 1)[0].strip() if isinstance(answer, str) and "####" in answer else ""
 
 
-def _fields(row: dict) -> str:
-    return ", ".join(map(str, row)) or "no fields"
-
-
 # Downloads
-
-def _folders() -> list[Path]:
-    given = os.environ.get("SLM_DATA")
-    return [Path(p) for p in (given, "data", "../shared/data") if p]
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("SLM_CACHE") or Path.home() / ".cache" / "slm") / "data"
-
 
 def _find(source: Source) -> Path:
     """The local file of a source, downloaded into the cache when no folder has it."""
-    for folder in [*_folders(), _cache()]:
+    cache = Path(os.environ.get("SLM_CACHE") or Path.home() / ".cache" / "slm") / "data"
+    given = [Path(folder) for folder in [os.environ.get("SLM_DATA")] if folder]
+    for folder in (*given, Path("data"), Path("../shared/data"), cache):
         if (folder / source.file).is_file():
             return folder / source.file
     try:
-        return download(source, _cache() / source.file)
+        return download(source, cache / source.file)
     except BadInput as e:
         raise BadInput(f"{e}; without a network, save {source.url} as data/{source.file}, or set SLM_DATA "
                        f"to a folder that holds {source.file}") from None
@@ -234,7 +228,6 @@ def _find(source: Source) -> Path:
 
 def download(source: Source, path: Path) -> Path:
     """Fetch source.url, going on where an earlier try stopped; `path` appears only after the checks."""
-    import requests
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(3):
@@ -246,8 +239,7 @@ def download(source: Source, path: Path) -> Path:
         except requests.RequestException as e:
             if attempt == 2:
                 raise BadInput(f"{source.url} cannot be reached ({type(e).__name__})") from None
-    wrong = _wrong(part, source)
-    if wrong:
+    if wrong := _wrong(part, source):
         part.unlink()
         raise BadInput(f"{source.url} is not the expected file: {wrong}")
     os.replace(part, path)
@@ -256,8 +248,6 @@ def download(source: Source, path: Path) -> Path:
 
 def _fetch(source: Source, part: Path) -> None:
     """One try: append what `part` lacks, or start over where the server knows no ranges."""
-    import requests
-    from tqdm import tqdm
     have = part.stat().st_size if part.exists() else 0
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with requests.get(source.url, headers=headers, stream=True, timeout=30) as reply:

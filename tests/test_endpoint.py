@@ -10,12 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
 import pytest
+from faulty_server import Faults, serve
 
 from slm import BadInput
 from slm.episode import Request, Sampling
 from slm.teachers import endpoint
 from slm.teachers.endpoint import Endpoint, Limiter, read
-from slm.tiny.teacher import Faults, serve
 
 KEY = "sk-very-secret-0123456789"
 
@@ -336,6 +336,6 @@ def test_a_workflow_runs_against_a_server_unchanged():
     from slm.problems import load
     from slm.workflows import solver
     problems = load("tiny", "test", 5)
-    with serve(faults=Faults()) as server:
+    with serve() as server:
         episodes = run_episodes(jobs_for(problems, solver), Endpoint(server.url, "perfect"))
     assert all("\\boxed" in e.response for e in episodes)

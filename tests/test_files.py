@@ -50,3 +50,14 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch)
         files.write_json(tmp_path / "x.json", {"new": True})
     assert json.loads((tmp_path / "x.json").read_text()) == {"old": True}
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_journal_keeps_what_is_good_and_goes_on_after_it(tmp_path):
+    (tmp_path / "x").write_text('{"step": 1}\n{"st\n{"step": 2}\n{"step": 3}\n')
+    journal = files.Journal(tmp_path / "x")
+    assert journal.keep(lambda row: row["step"] != 2) == [{"step": 1}, {"step": 3}] == list(journal)
+    journal.append({"step": 4}, {"step": 5})
+    journal.cut_after(4)
+    journal.append({"step": 6})
+    assert [row["step"] for row in files.Journal(journal.path)] == [1, 3, 4, 6]
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]

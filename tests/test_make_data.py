@@ -14,15 +14,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from faulty_server import Faults, serve, solution
 from scripted import Backend
 
 import make_data
 from slm import BadInput
 from slm.episode import Reply
 from slm.problems import Problem
+from slm.runs.files import Journal
 from slm.teachers import records
-from slm.teachers.cascade import Job, Progress, Teacher, read_cascade
-from slm.tiny.teacher import Faults, serve, solution
+from slm.teachers.cascade import Attempt, Progress, Teacher, read_cascade
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-very-secret-0123456789"
@@ -103,28 +104,28 @@ def attempts_of(*files):
     (GOOD.replace("2 and 2", "2 and 2 " * 3000), "stop", "too long"),
     ("", "error", "HTTP error")])
 def test_only_whole_verified_solutions_are_kept(text, finish, cause):
-    found = records.judge(Reply(text, finish=finish, error="x" if finish == "error" else None), "4", 500)
+    found = records.assess(Reply(text, finish=finish, error="x" if finish == "error" else None), "4", 500)
     assert found["cause"] == cause and (cause is None or cause in records.CAUSES)
 
 
 def test_a_record_is_split_into_thinking_and_solution():
-    found = records.judge(Reply(GOOD), "4", 500)
+    found = records.assess(Reply(GOOD), "4", 500)
     assert (found["thinking"], found["predicted"], found["response"]) == ("2 and 2", "4", GOOD)
     assert found["solution"] == GOOD.split("</think>\n")[1]
 
 
 def test_reasoning_in_a_field_of_its_own_is_put_into_tags():
     answer = GOOD.split("</think>\n")[1]
-    found = records.judge(Reply(answer, thinking="2 and 2"), "4", 500)
+    found = records.assess(Reply(answer, thinking="2 and 2"), "4", 500)
     assert found["cause"] is None and found["response"] == GOOD
     assert records.whole_text(GOOD, "hidden") == GOOD
 
 
 def test_our_own_model_may_think_without_tags_but_not_with_half_of_them():
     plain = GOOD.split("</think>\n")[1]
-    assert records.judge(Reply(plain), "4", 500, needs_think=False)["cause"] is None
-    assert records.judge(Reply(GOOD), "4", 500, needs_think=False)["cause"] is None
-    assert records.judge(Reply("</think>" + plain), "4", 500, needs_think=False)["cause"] == "no think"
+    assert records.assess(Reply(plain), "4", 500, needs_think=False)["cause"] is None
+    assert records.assess(Reply(GOOD), "4", 500, needs_think=False)["cause"] is None
+    assert records.assess(Reply("</think>" + plain), "4", 500, needs_think=False)["cause"] == "no think"
 
 
 def test_records_hold_what_the_page_promises_and_only_right_answers(setup):
@@ -191,14 +192,14 @@ def test_all_right_solutions_of_a_round_are_kept():
 
 def test_efforts_follow_their_ratio_and_are_drawn_once_a_problem():
     teacher = Teacher("a", "m", "u", attempts=3, temperatures=(0.7,), efforts={"low": 1, "very_high": 3})
-    draw = lambda i, attempt, seed=0: Job(Problem(f"p{i}", "?", "1", "s"), teacher, attempt, seed).effort
+    draw = lambda i, attempt, seed=0: Attempt(Problem(f"p{i}", "?", "1", "s"), teacher, attempt, seed).effort
     counts = Counter(draw(i, 0) for i in range(2000))
     assert 420 < counts["low"] < 580 and counts["very_high"] == 2000 - counts["low"]
     assert all(draw(i, 0) == draw(i, 2) for i in range(50))
     assert any(draw(i, 0) != draw(i, 0, 1) for i in range(50))
     teacher = Teacher("a", "m", "u", attempts=3, temperatures=(0.7,), efforts={"very_high": 1})
-    job = Job(Problem("p", "Why?", "1", "s"), teacher, 0, 0)
-    system, question = job.request().messages
+    attempt = Attempt(Problem("p", "Why?", "1", "s"), teacher, 0, 0)
+    system, question = attempt.request().messages
     assert "2500 tokens" in system["content"] and "<think>" in system["content"]
     assert question["content"] == "Why?"
 
@@ -270,18 +271,18 @@ def test_a_torn_last_line_is_repaired_wherever_it_is_torn(tmp_path):
     lines = [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in (first, second)]
     for cut in range(len(lines[1]) + 1):
         path.write_bytes(lines[0] + lines[1][:cut])
-        journal = records.Journal(path)
+        journal = Journal(path)
         whole = cut >= len(lines[1]) - 1  # only the line break is missing
         assert list(journal) == ([first, second] if whole else [first])
         journal.append(second)
         assert list(journal) == [first, second, second][:3 if whole else 2]
         assert path.read_bytes().endswith(b"\n")
     path.write_bytes(b'{"long": "' + b"x" * 200_000)
-    assert list(records.Journal(path)) == [] and path.read_bytes() == b""
+    assert list(Journal(path)) == [] and path.read_bytes() == b""
 
 
 def test_half_a_surrogate_in_a_servers_words_is_written(tmp_path):
-    journal = records.Journal(tmp_path / "j.jsonl")
+    journal = Journal(tmp_path / "j.jsonl")
     journal.append({"reason": "HTTP 400 half \ud83d pair"})
     assert list(journal) == [{"reason": "HTTP 400 half ? pair"}]
 
@@ -290,7 +291,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path = tmp_path / "j.jsonl"
     path.write_text('{"a": 1}\n{"a": \n{"a": 2}\n')
     with pytest.raises(BadInput, match=r"j.jsonl line 2"):
-        list(records.Journal(path))
+        list(Journal(path))
 
 
 def start(tmp_path, url, out, problems=150, *options, **env):
@@ -347,7 +348,7 @@ def test_the_records_are_in_the_order_of_the_problems_however_they_came(setup):
 
 
 def test_sorting_a_journal_is_one_step_and_it_goes_on_afterwards(tmp_path, monkeypatch):
-    journal = records.Journal(tmp_path / "j.jsonl")
+    journal = Journal(tmp_path / "j.jsonl")
     rows = [{"n": n, "text": "größe" * n} for n in (3, 1, 2)]
     for row in rows:
         journal.append(row)
@@ -358,7 +359,7 @@ def test_sorting_a_journal_is_one_step_and_it_goes_on_afterwards(tmp_path, monke
     assert list(journal) == rows
     journal.sort(lambda row: row["n"])
     journal.append({"n": 0})
-    assert [row["n"] for row in records.Journal(journal.path)] == [1, 2, 3, 0]
+    assert [row["n"] for row in Journal(journal.path)] == [1, 2, 3, 0]
 
 
 def test_two_processes_on_one_output_are_refused(tmp_path):
@@ -512,7 +513,7 @@ def test_the_reports_table_comes_out():
     assert summary["source"]["gsm8k"]["solved"] == 7350 and summary["source"]["math"]["unsolved"] == 404
     assert summary["total"]["dollars"] == pytest.approx(19473 * (100 * 0.2 + 700 * 0.5) / 1e6)
     assert summary["tokens_out_of_records"] == {"512+": 18946}
-    assert summary["told"] == "19,473 problems -> 18,946 solved, 2.71 % unsolved, $7.2050"
+    assert summary["headline"] == "19,473 problems -> 18,946 solved, 2.71 % unsolved, $7.2050"
 
 
 def test_data_takes_commas_and_spaces():

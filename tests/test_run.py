@@ -48,6 +48,16 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
     rundir.RunDir(tmp_path, {}, resume=True)
 
 
+def test_a_collected_run_goes_on_by_itself_with_more_data_but_not_with_other_settings(tmp_path):
+    first = rundir.RunDir(tmp_path, {"seed": 0}, "10 problems", goes_on=True)
+    first.log("records", {"id": 1})
+    first.lock.close()
+    again = rundir.RunDir(tmp_path, {"seed": 0}, "20 problems", goes_on=True)
+    assert again.resumed and not first.resumed and list(again.journal("records")) == [{"id": 1}]
+    with pytest.raises(BadInput, match="seed=0, now it is 1"):
+        rundir.RunDir(tmp_path, {"seed": 1}, "10 problems", goes_on=True)
+
+
 def test_resuming_nothing_is_refused(tmp_path):
     with pytest.raises(BadInput, match="no run"):
         rundir.RunDir(tmp_path / "none", {}, resume=True)

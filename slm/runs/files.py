@@ -1,9 +1,10 @@
-"""JSON on disk: every bad line is named, a file appears whole or not at all, a folder has one writer. Imports
-nothing heavy."""
+"""JSON on disk: errors name the bad line, a file appears whole or not at all, a journal survives a kill.
+Imports nothing heavy."""
 
-import fcntl
 import hashlib
 import json
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -65,11 +66,76 @@ def readable_rows(path: Path) -> Iterator[dict]:
                     yield row
 
 
-def keep_rows(path: Path, good: Callable[[dict], bool]) -> list[dict]:
-    """The readable rows of a log that are good. What was torn and the others are taken out of the file."""
-    rows = [row for row in readable_rows(path) if good(row)]
-    write_whole(path, as_lines(rows))
-    return rows
+class Journal:
+    """A JSON lines file that survives a kill (by SIGKILL; a power cut may take the last seconds).
+
+    Each append is one write, so a killed process leaves at most one torn line, the last. The next start
+    repairs it: a row that only lacks its line break is finished, half a row is cut off.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, path.open("ab", buffering=0)
+        with path.open("rb") as f:
+            last = b"".join(deque(f, maxlen=1))
+        if last and not last.endswith(b"\n"):
+            try:
+                json.loads(last)
+                self.file.write(b"\n")
+            except ValueError:
+                self.file.truncate(path.stat().st_size - len(last))
+
+    def append(self, *rows: dict) -> None:
+        lines = as_lines(rows)
+        while lines:  # a signal or a nearly full disk can cut a write short
+            lines = lines[self.file.write(lines):]
+
+    def __iter__(self) -> Iterator[dict]:
+        """The rows. BadInput names a line that is not JSON."""
+        with self.path.open("rb") as f:
+            for n, line in enumerate(f, 1):
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    raise BadInput(f"{self.path} line {n}: not JSON; delete the line to go on") from None
+
+    def keep(self, good: Callable[[dict], bool]) -> list[dict]:
+        """The rows that are good. All others leave the file, and so do lines that are not JSON."""
+        rows = [row for row in readable_rows(self.path) if good(row)]
+        self._replace([as_lines(rows)])
+        return rows
+
+    def sort(self, key: Callable[[dict], tuple]) -> None:
+        """Put the rows into the order of key(row). Only the keys are held in memory."""
+        places, at = [], 0
+        with self.path.open("rb") as f:
+            for line in f:
+                places.append((key(json.loads(line)), at, len(line)))
+                at += len(line)
+            self._replace(os.pread(f.fileno(), size, at) for _, at, size in sorted(places))
+
+    def cut_after(self, step: int) -> None:
+        """Keep the lines up to the first that is torn or belongs to a step after `step`."""
+        kept = 0
+        with self.path.open("rb") as f:
+            for line in f:
+                try:
+                    if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                        break
+                except (ValueError, KeyError):
+                    break
+                kept += len(line)
+        self.file.truncate(kept)
+
+    def _replace(self, lines: Iterable[bytes]) -> None:
+        """Put these lines in place of all others, in one step: a kill leaves the old file or the new one."""
+        part = self.path.with_name(self.path.name + ".tmp")
+        with part.open("wb") as new:
+            new.writelines(lines)
+            new.flush()
+            os.fsync(new.fileno())
+        os.replace(part, self.path)
+        self.file.close()
+        self.file = self.path.open("ab", buffering=0)
 
 
 def as_lines(rows: Iterable[dict]) -> bytes:
@@ -91,16 +157,6 @@ def write_whole(path: Path, content: bytes) -> None:
 def write_json(path: Path, value) -> None:
     """Write a value for people to read, in one step."""
     write_whole(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors="replace"))
-
-
-def lock(folder: Path):
-    """Claim a folder for this process; the claim ends with the process. Keep the returned file open."""
-    file = (folder / "lock").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise BadInput(f"{folder}: in use by another process; wait or choose another --out") from None
-    return file
 
 
 def fingerprint(value) -> str:

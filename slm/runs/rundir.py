@@ -12,8 +12,9 @@ the last bit).
 
 import contextlib
 import errno
+import fcntl
 import json
-import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,46 +24,63 @@ from pathlib import Path
 import torch
 
 from slm import BadInput
-from slm.runs.files import as_lines, lock, read_json, write_json
+from slm.runs.files import Journal, read_json, write_json
 from slm.runs.ranks import barrier, rank
 
 
 class RunDir:
-    """One run's folder, claimed by its process. A new run refuses a folder that holds one; resume=True
-    refuses different settings or data, cuts what was logged after the checkpoint (torn last lines too) and
-    loads the newest checkpoint."""
+    """One run's folder, claimed by its process until `lock` is closed or the process ends.
+
+    A new run refuses a folder that holds rows of another. resume=True goes on with that run and refuses other
+    settings or data. goes_on=True is for data that is collected: the run resumes by itself where there are
+    rows, and its data may have grown. log=False: this process only reads, and saves its part of checkpoints.
+    """
 
     FREE = frozenset({"out", "resume", "save_every"})  # what may differ between a run and its continuation
 
-    def __init__(self, path, settings: dict, data: str = "", resume: bool = False, log: bool = True):
-        self.path, self.log_here = Path(path), log
+    def __init__(self, path, settings: dict, data: str = "", resume: bool = False, log: bool = True,
+                 goes_on: bool = False):
+        self.path, self.log_here, self.journals = Path(path), log, {}
         self.checkpoints = self.path / "checkpoints"
         if self.path.is_file():
             raise BadInput(f"--out {self.path}: a file stands where the folder would be")
         old = read_json(self.path / "settings.json", {})
-        if resume:
-            self._compare(old, settings, data)
-        elif old and any(log.stat().st_size for log in self.path.glob("*.jsonl")):
+        begun = bool(old) and any(rows.stat().st_size for rows in self.path.glob("*.jsonl"))
+        self.resumed = resume or (goes_on and begun)
+        if self.resumed:
+            self._compare(old, settings, data if resume else old["data"])
+        elif begun:
             raise BadInput(f"{self.path} holds a run already: continue it with --resume, or change --out")
         if log:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = lock(self.path)
-        if log and not resume:
+            self.lock = claim(self.path)
+        if log and not self.resumed:
             write_json(self.path / "settings.json", {
-                "settings": settings, "data": data, "command": " ".join(sys.argv), "versions": versions(),
+                "settings": settings, "data": data, "command": shlex.join(sys.argv), "versions": versions(),
                 "started": time.strftime("%Y-%m-%d %H:%M:%S")})
 
     def _compare(self, old: dict, settings: dict, data: str) -> None:
         if not old:
             raise BadInput(f"--resume: {self.path} holds no run to continue (no settings.json)")
         now = json.loads(json.dumps(settings))
-        for name in sorted(set(now) | set(old["settings"])):
+        for name in sorted(now.keys() | old["settings"].keys()):
             if name not in self.FREE and now.get(name) != old["settings"].get(name):
-                raise BadInput(f"--resume: {self.path} was run with {name}={old['settings'].get(name)}, "
-                               f"now it is {now.get(name)}; use the same, or another --out")
+                raise BadInput(f"{self.path} was run with {name}={old['settings'].get(name)}, now it is "
+                               f"{now.get(name)}; use the same, or another --out")
         if data != old["data"]:
-            raise BadInput(f"--resume: the data changed since {self.path} was started "
-                           f"(fingerprint {old['data']}, now {data})")
+            raise BadInput(f"the data changed since {self.path} was started (fingerprint {old['data']}, now "
+                           f"{data}); use the same, or another --out")
+
+    def journal(self, name: str) -> Journal:
+        """The folder's <name>.jsonl."""
+        if name not in self.journals:
+            self.journals[name] = Journal(self.path / f"{name}.jsonl")
+        return self.journals[name]
+
+    def log(self, name: str, *rows: dict) -> None:
+        """Append rows to <name>.jsonl. A trainer's rows have a `step`, since load() cuts by it."""
+        if self.log_here:
+            self.journal(name).append(*rows)
 
     def load(self, device="cpu") -> dict | None:
         """The newest checkpoint's state, or None; log lines of later steps are cut away."""
@@ -75,15 +93,9 @@ class RunDir:
             except Exception as e:  # a damaged file fails in many ways
                 raise BadInput(f"{file} is not a readable checkpoint ({e}); remove its folder") from None
         if self.log_here:
-            for log in self.path.glob("*.jsonl"):
-                cut_after(log, state["step"] if state else 0)
+            for rows in self.path.glob("*.jsonl"):
+                self.journal(rows.stem).cut_after(state["step"] if state else 0)
         return state
-
-    def log(self, name: str, *rows: dict) -> None:
-        """Append rows to <name>.jsonl and flush. Each row has a `step`."""
-        if self.log_here:
-            with open(self.path / f"{name}.jsonl", "ab") as f:
-                f.write(as_lines(rows))
 
     def save(self, state: dict) -> None:
         """Write checkpoints/step-N, N = state["step"]: a temporary name first; drop older ones."""
@@ -105,18 +117,14 @@ class RunDir:
         barrier()
 
 
-def cut_after(log: Path, step: int) -> None:
-    """Keep the lines of a JSON lines file up to the first that is torn or belongs to a step after `step`."""
-    keep = 0
-    with open(log, "rb") as f:
-        for line in f:
-            try:
-                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                    break
-            except (ValueError, KeyError):
-                break
-            keep += len(line)
-    os.truncate(log, keep)
+def claim(folder: Path):
+    """Claim a folder for this process. The claim ends when the returned file is closed, or the process."""
+    file = (folder / "lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise BadInput(f"{folder}: in use by another process; wait or choose another --out") from None
+    return file
 
 
 def new_path(out: str | None, default: str, resume: bool) -> Path:

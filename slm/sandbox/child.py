@@ -1,4 +1,4 @@
-"""The processes of the sandbox, started by slm/sandbox.py as a program of its own:
+"""The processes of the sandbox, started by pool.py as a program of its own:
 
     supervisor   holds the queue, the clocks and the pipes, and alone decides what an outcome says about time,
                  kills and exits. Started fresh, so nothing of the caller's memory is in it.
@@ -27,7 +27,6 @@ import select
 import shutil
 import signal
 import socket
-import struct
 import sys
 import tempfile
 import threading
@@ -37,6 +36,7 @@ import types
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import layers as layer
+from messages import pack, take
 
 sys.path.pop(0)
 
@@ -77,20 +77,15 @@ def be_a_run(plan: dict, scratch: str, channel: int, out: int, err: int) -> None
     gc.enable()
     sys.set_int_max_str_digits(0)  # answers of any size; the clock bounds the quadratic conversion
     os.write(CHANNEL, b".")  # ready
-    job = receive(CHANNEL)
+    heard = bytearray()
+    while (job := take(heard)) is None:
+        chunk = os.read(CHANNEL, 1 << 16)
+        if not chunk:
+            os._exit(0)  # the supervisor hung up
+        heard += chunk
     seconds = int(job["timeout"]) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     run_blocks(job["blocks"], job["token"].encode(), sys.stdout)
-
-
-def receive(fd: int) -> dict:
-    data = b""
-    while len(data) < 4 or len(data) < 4 + struct.unpack("=I", data[:4])[0]:
-        chunk = os.read(fd, 1 << 16)
-        if not chunk:
-            os._exit(0)  # the supervisor hung up
-        data += chunk
-    return json.loads(data[4:])
 
 
 def run_blocks(blocks: list[str], token: bytes, out, write=os.write, leave=os._exit) -> None:
@@ -164,8 +159,9 @@ def cut(text: str, limit: int) -> str:
 # ---- zygote: forks runs ----------------------------------------------------------------------------------
 
 def be_the_zygote(plan: dict, commands: socket.socket, proc: int | None) -> None:
-    """Load the libraries, then obey, a line each: "fork" (answered with pid, scratch folder and three
-    descriptors), "kill PID", "reap PID" (answered with exit code and processor seconds). Never returns."""
+    """Load the libraries and say so with an empty message. Then obey, a line each: "fork" (answered with pid,
+    scratch folder and three descriptors), "kill PID", "reap PID" (answered with exit code and processor
+    seconds). Never returns."""
     layer.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: gone with the supervisor
     layer.prctl(36, 1)              # PR_SET_CHILD_SUBREAPER: what a run leaves behind without a pid namespace
     home = None
@@ -173,7 +169,7 @@ def be_the_zygote(plan: dict, commands: socket.socket, proc: int | None) -> None
         home = os.open("self/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
         os.close(proc)
     warm_up()
-    commands.sendall(b"ready\n")
+    commands.sendall(pack({}))
     scratch: dict[int, str | None] = {}
     for request in commands.makefile("rb"):
         verb, *pid = request.split()
@@ -183,7 +179,7 @@ def be_the_zygote(plan: dict, commands: socket.socket, proc: int | None) -> None
             kill(int(pid[0]))
         else:
             code, cpu = reap(int(pid[0]), scratch)
-            commands.sendall(json.dumps({"reaped": int(pid[0]), "code": code, "cpu": cpu}).encode() + b"\n")
+            commands.sendall(pack({"reaped": int(pid[0]), "code": code, "cpu": cpu}))
     for pid in list(scratch):
         reap(pid, scratch)
     os._exit(0)
@@ -227,8 +223,7 @@ def fork_run(plan: dict, commands: socket.socket, home: int | None, scratches: d
             os.write(2, traceback.format_exc().encode())
         os._exit(70)
     scratches[pid] = scratch if home is None else None  # in memory it goes with its namespace
-    message = json.dumps({"pid": pid, "scratch": scratch}).encode() + b"\n"
-    socket.send_fds(commands, [message], [ours.fileno(), out, err])
+    socket.send_fds(commands, [pack({"pid": pid, "scratch": scratch})], [ours.fileno(), out, err])
     for fd in out, out_end, err, err_end:
         os.close(fd)
     ours.close()
@@ -298,7 +293,7 @@ class Run:
 
 
 class Supervisor:
-    """Serves one caller (messages of JSON, each after its length) until the caller hangs up."""
+    """Serves one caller until the caller hangs up."""
 
     def __init__(self, caller: socket.socket, zygote: socket.socket, plan: dict):
         self.caller, self.zygote, self.plan = caller, zygote, plan
@@ -338,9 +333,8 @@ class Supervisor:
         """Take jobs in. False when the caller has hung up."""
         chunk = self.caller.recv(1 << 18)
         self.heard += chunk
-        while len(self.heard) >= 4 and len(self.heard) >= (end := 4 + struct.unpack("=I", self.heard[:4])[0]):
-            self.queue.append(json.loads(self.heard[4:end]))
-            del self.heard[:end]
+        while (job := take(self.heard)) is not None:
+            self.queue.append(job)
         return bool(chunk)
 
     def hear_zygote(self) -> None:
@@ -348,9 +342,7 @@ class Supervisor:
         if not data:
             raise EOFError("the zygote died")
         self.answer += data
-        while b"\n" in self.answer:
-            line, _, self.answer = self.answer.partition(b"\n")
-            message = {} if line == b"ready" else json.loads(line)
+        while (message := take(self.answer)) is not None:
             if "reaped" in message:
                 self.finish(self.runs.pop(message["reaped"]), message["code"], message["cpu"])
                 continue
@@ -367,11 +359,10 @@ class Supervisor:
         """Hand waiting jobs to spare runs."""
         while self.queue and self.spare and len(self.busy) < self.plan["workers"]:
             run, job = self.spare.popleft(), self.queue.popleft()
-            data = json.dumps({"blocks": job["blocks"], "timeout": job["timeout"],
-                               "token": (token := secrets.token_hex(16))}).encode()
+            token = secrets.token_hex(16)
+            data = pack({"blocks": job["blocks"], "timeout": job["timeout"], "token": token})
             os.set_blocking(run.fds[0], True)  # it reads at once, or is dead
             try:
-                data = struct.pack("=I", len(data)) + data
                 while data:
                     data = data[os.write(run.fds[0], data):]
             except OSError:
@@ -455,15 +446,11 @@ class Supervisor:
         if run.job is None:
             return
         self.busy.discard(run)
-        self.say({"ticket": run.job["ticket"], "stdout": run.out.text(), "seconds": run.ended - run.started,
-                  **verdict(run, code, cpu)})
-
-    def say(self, message: dict) -> None:
-        data = json.dumps(message).encode()
-        self.to_say += struct.pack("=I", len(data)) + data
+        self.to_say += pack({"ticket": run.job["ticket"], "stdout": run.out.text(),
+                             "seconds": run.ended - run.started, **what_happened(run, code, cpu)})
 
 
-def verdict(run: Run, code: int, cpu: float) -> dict:
+def what_happened(run: Run, code: int, cpu: float) -> dict:
     """error, traceback and timed_out. What the kernel says of a process goes before what the process says."""
     if code == -signal.SIGKILL and not run.why and cpu >= int(run.job["timeout"]) + 0.9:
         run.why = f"Timeout: stopped after {cpu:.1f} seconds of processor time"
@@ -512,7 +499,7 @@ def main() -> None:
     else:
         os.mkdir(plan["base"], 0o700)
     server = Supervisor(caller, supervisor, plan)
-    server.say({"layers": plan["layers"], "refused": plan["refused"]})
+    server.to_say += pack({"layers": plan["layers"], "refused": plan["refused"]})
     pid = os.fork()
     if pid == 0:
         caller.close()
@@ -525,9 +512,8 @@ def main() -> None:
     try:
         server.serve()
     except RuntimeError as error:
-        server.say({"broken": str(error)})
         caller.setblocking(True)
-        caller.sendall(server.to_say)
+        caller.sendall(server.to_say + pack({"broken": str(error)}))
     finally:
         supervisor.close()
         os.waitpid(pid, 0)

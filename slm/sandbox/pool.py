@@ -21,7 +21,6 @@ import secrets
 import select
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ import weakref
 from dataclasses import dataclass
 
 from slm import BadInput
+from slm.sandbox.messages import pack, take
 
 FULL = {"namespaces", "seccomp", "landlock"}
 CODE_BYTES = 4 << 20
@@ -99,14 +99,14 @@ class Sandbox:
             raise BadInput(f"timeout={timeout!r}: expected seconds, more than 0 and at most a day")
         blocks = [code] if isinstance(code, str) else list(code)
         ticket, self._tickets = self._tickets, self._tickets + 1
-        data = json.dumps({"ticket": ticket, "blocks": blocks, "timeout": timeout}).encode()
-        if len(data) > CODE_BYTES:
+        message = pack({"ticket": ticket, "blocks": blocks, "timeout": timeout})
+        if len(message) > CODE_BYTES:
             said = f"SizeLimit: the program is longer than {CODE_BYTES >> 20} MB"
             self._done.append((ticket, Outcome(error=said, isolation=self.isolation)))
             return ticket
-        self._jobs[ticket] = struct.pack("=I", len(data)) + data
+        self._jobs[ticket] = message
         if self._pool:
-            self._pool.to_say += self._jobs[ticket]
+            self._pool.to_say += message
         self._pump(0)
         return ticket
 
@@ -197,7 +197,7 @@ class Sandbox:
 
 
 class _Pool:
-    """The running child.py and the socket to it. Messages are JSON, each after its length."""
+    """The running child.py and the socket to it."""
 
     def __init__(self, workers: int, memory: int, output: int):
         self.owner, self.heard, self.to_say = os.getpid(), bytearray(), bytearray()
@@ -235,20 +235,10 @@ class _Pool:
                 if not chunk:
                     raise EOFError
                 self.heard += chunk
-            while message := take(self.heard):
+            while (message := take(self.heard)) is not None:
                 messages.append(message)
             if not event and (messages or left == 0.0):
                 return messages
-
-
-def take(heard: bytearray) -> dict | None:
-    """Remove the first message from what was heard, when it is whole."""
-    end = 4 + struct.unpack("=I", heard[:4])[0] if len(heard) >= 4 else 4
-    if len(heard) < end:
-        return None
-    message = json.loads(heard[4:end])
-    del heard[:end]
-    return message
 
 
 def _end(connection: socket.socket, process: subprocess.Popen, base: str, owner: int) -> None:

@@ -8,16 +8,20 @@ their solutions are kept.
 import hashlib
 import itertools
 import random
+import time
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+from tqdm import tqdm
 
 from slm import BadInput
 from slm.episode import Reply, Request, Sampling
 from slm.problems import Problem
-from slm.prompts import EFFORTS, SOLVER, TEACHER, Prompt
-from slm.teachers.records import judge
+from slm.prompts import EFFORTS, SOLVER, TEACHER
+from slm.runs.files import Journal
+from slm.teachers.records import assess, cost
 
 TEMPERATURES = {1: (0.7, 0.5, 0.9), 2: (0.7, 0.5, 0.9, 0.3, 1.0)}  # the report's, by round
 KEPT_TEXT = 20_000  # characters of a rejected answer
@@ -97,39 +101,21 @@ def _teacher(row: dict, where: str) -> Teacher:
     return Teacher(**row)
 
 
-@dataclass(frozen=True)
-class Job:
-    """One attempt: everything about it follows from the seed, the problem, the teacher and its number."""
-    problem: Problem
-    teacher: Teacher
-    attempt: int
-    seed: int
+class Attempt:
+    """One attempt. All about it follows from the seed, the problem, the teacher and its number, from 0 on."""
 
-    @property
-    def temperature(self) -> float:
-        return self.teacher.temperatures[self.attempt % len(self.teacher.temperatures)]
-
-    @property
-    def sample_seed(self) -> int:
-        text = f"{self.seed} {self.problem.id} {self.teacher.name} {self.attempt}"
-        return int(hashlib.sha256(text.encode()).hexdigest()[:7], 16)
-
-    @property
-    def effort(self) -> str | None:
-        if not self.teacher.efforts:
-            return None
-        names, ratios = zip(*self.teacher.efforts.items())
-        return random.Random(f"{self.seed} {self.problem.id} {self.teacher.round}").choices(names, ratios)[0]
-
-    @property
-    def most_dollars(self) -> float:
-        """What this attempt can cost, roughly: three characters a token in, every allowed token out."""
-        t = self.teacher
-        return ((len(self.problem.question) / 3 + 200) * t.price_in + t.max_tokens * t.price_out) / 1e6
-
-    @property
-    def prompt(self) -> Prompt:
-        return TEACHER if self.effort else SOLVER
+    def __init__(self, problem: Problem, teacher: Teacher, number: int, seed: int):
+        self.problem, self.teacher, self.number = problem, teacher, number
+        self.temperature = teacher.temperatures[number % len(teacher.temperatures)]
+        text = f"{seed} {problem.id} {teacher.name} {number}"
+        self.seed = int(hashlib.sha256(text.encode()).hexdigest()[:7], 16)
+        self.effort = None
+        if teacher.efforts:
+            rng = random.Random(f"{seed} {problem.id} {teacher.round}")
+            self.effort, = rng.choices(list(teacher.efforts), teacher.efforts.values())
+        self.prompt = TEACHER if self.effort else SOLVER
+        tokens_in = len(problem.question) / 3 + 200  # roughly: three characters a token
+        self.most_dollars = (tokens_in * teacher.price_in + teacher.max_tokens * teacher.price_out) / 1e6
 
     def request(self) -> Request:
         if self.effort is None:
@@ -138,18 +124,18 @@ class Job:
             tokens, words = EFFORTS[self.effort]
             messages = [{"role": "system", "content": self.prompt(effort=words, tokens=str(tokens))},
                         {"role": "user", "content": self.problem.question}]
-        return Request(messages, Sampling(self.teacher.max_tokens, self.temperature, seed=self.sample_seed,
+        return Request(messages, Sampling(self.teacher.max_tokens, self.temperature, seed=self.seed,
                                           stop_at_box=not self.effort))
 
     def record(self, reply: Reply, seconds: float) -> dict:
         """The row of this attempt; its `cause` is None when it is kept."""
         p, t = self.problem, self.teacher
-        found = judge(reply, p.gold, t.max_tokens, needs_think=self.effort is not None)
+        found = assess(reply, p.gold, t.max_tokens, needs_think=self.effort is not None)
         if found["cause"]:  # the page needs the count, a reader the beginning
             found = found | {"response": found["response"][:KEPT_TEXT], "thinking": "", "solution": ""}
         return {"id": p.id, "question": p.question, "gold": p.gold, "source": p.source, **found,
                 "teacher": t.name, "model": t.model, "effort": self.effort, "round": t.round,
-                "attempt": self.attempt + 1, "temperature": self.temperature, "seed": self.sample_seed,
+                "attempt": self.number + 1, "temperature": self.temperature, "seed": self.seed,
                 "tokens_in": reply.tokens_in, "tokens_out": reply.tokens_out, "finish": reply.finish,
                 "seconds": round(seconds, 2), "prompt": self.prompt.id}
 
@@ -180,3 +166,87 @@ class Progress:
             if todo or right:
                 return todo
         return []
+
+
+class Asking:
+    """The loop that keeps every teacher busy until no attempt is due, or until `why` says what ended it.
+
+    Then it waits for what is on the wire: that is paid for. An attempt is in a journal as soon as it lands.
+    """
+    def __init__(self, teachers: list, kept: Journal, rejected: Journal, budget: float | None, seed: int):
+        self.teachers, self.progress = teachers, Progress(teachers)
+        self.prices = {t.name: (t.price_in, t.price_out) for t in teachers}
+        self.kept, self.rejected, self.budget, self.seed = kept, rejected, budget, seed
+        self.queues = {t.name: deque() for t in teachers}  # problems
+        self.wire = {t.name: {} for t in teachers}         # ticket -> (attempt, when it was sent)
+        self.spent, self.counts = 0.0, Counter(kept=0)     # dollars; attempts by cause
+        self.why: str | None = None
+        self.dead: BadInput | None = None                  # what a dead teacher's backend said
+
+    def attempts(self):
+        return itertools.chain(self.kept, self.rejected)
+
+    def recall(self, questions: dict[str, str]) -> None:
+        """Count the attempts on disk. Those that failed over HTTP are due again."""
+        for row in self.attempts():
+            if questions.get(row["id"], row["question"]) != row["question"]:
+                raise BadInput(f"problem {row['id']!r} has another text in the records; choose another --out")
+            self._count(row)
+            if row["cause"] != "HTTP error":
+                self.progress.note(row)
+
+    def run(self, problems: list, backends: dict) -> None:
+        for problem in problems:
+            for teacher in self.progress.due(problem.id):
+                self.queues[teacher.name].append(problem)
+        over = sum(not self.progress.due(problem.id) for problem in problems)
+        with tqdm(total=len(problems), initial=over, unit="problem", mininterval=1) as bar:
+            while True:
+                for teacher in self.teachers:
+                    self._send(teacher, backends[teacher.name])
+                if not any(self.wire.values()):
+                    return
+                for teacher in self.teachers:
+                    if self.wire[teacher.name]:
+                        self._collect(teacher, backends[teacher.name], bar)
+
+    def _send(self, teacher, backend) -> None:
+        queue, wire = self.queues[teacher.name], self.wire[teacher.name]
+        while queue and len(wire) < teacher.workers and not self.why:
+            number = self.progress.missing(queue[0].id, teacher.name)
+            attempt = Attempt(queue[0], teacher, number, self.seed)
+            if self.budget is not None and self._at_most() + attempt.most_dollars > self.budget:
+                if not any(self.wire.values()):  # else wait: what is on the wire may turn out cheaper
+                    self.why = f"the budget of ${self.budget:g} allows no further attempt"
+                return
+            queue.popleft()
+            wire[backend.submit(attempt.request())] = attempt, time.monotonic()
+
+    def _at_most(self) -> float:
+        """Dollars spent when all that is on the wire costs as much as it can."""
+        return self.spent + sum(attempt.most_dollars for wire in self.wire.values()
+                                for attempt, _ in wire.values())
+
+    def _collect(self, teacher, backend, bar) -> None:
+        try:
+            landed = backend.step()
+        except BadInput as e:  # a dead teacher; the others finish what they have on the wire
+            self.dead, self.why = e, "a teacher cannot answer"
+            self.wire[teacher.name].clear()
+            return
+        for ticket, _, reply in landed:
+            attempt, sent = self.wire[teacher.name].pop(ticket)
+            row = attempt.record(reply, time.monotonic() - sent)
+            (self.rejected if row["cause"] else self.kept).append(row)
+            self._count(row)
+            self.progress.note(row)
+            due = self.progress.due(row["id"])
+            for t in due:  # the other teachers of this round have the problem already
+                if t == teacher or t.round > teacher.round:
+                    self.queues[t.name].appendleft(attempt.problem)
+            bar.set_postfix({**self.counts, "$": round(self.spent, 4)}, refresh=False)
+            bar.update(not due)
+
+    def _count(self, row: dict) -> None:
+        self.spent += cost(row, self.prices)
+        self.counts[row["cause"] or "kept"] += 1

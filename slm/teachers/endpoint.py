@@ -29,6 +29,7 @@ from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from slm import BadInput
 from slm.episode import Reply, Request
+from slm.runs.files import as_lines
 
 LARGEST = 8 * 2**20  # bytes of one response body; more is refused unread
 AGAIN = {408, 409, 425, 429}
@@ -96,7 +97,9 @@ class Endpoint:
             raise BadInput(f"endpoint {base_url!r}: expected an address such as http://localhost:8000/v1")
         self.url = base_url.rstrip("/") + "/chat/completions"
         self.model, self.timeout, self.tries, self.backoff = model, timeout, tries, backoff
-        self._key = _key(key_env, self.url)
+        self._key = os.environ.get(key_env, "").strip() if key_env else ""
+        if key_env and not self._key:
+            raise BadInput(f"{self.url}: the environment variable {key_env} is empty, expected its key in it")
         self.limiter = Limiter(requests_per_minute, tokens_per_minute)
         self.counts: Counter[str] = Counter()
         self.workers = workers
@@ -256,11 +259,9 @@ class Endpoint:
     def _said(self, raw: bytes) -> str:
         """The server's own words on an error, short, without our key."""
         text = raw[:2000].decode("utf-8", "replace")
-        try:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             error = json.loads(raw)["error"]
             text = str(error["message"] if isinstance(error, dict) else error)
-        except (ValueError, KeyError, TypeError):
-            pass
         return " ".join((text.replace(self._key, "***") if self._key else text).split())[:200]
 
     def _sign(self, prepared):
@@ -289,11 +290,12 @@ class Endpoint:
 def read(raw: bytes) -> Reply:
     """The Reply in a response body; reasoning may come in its own field. Raises _Again without one."""
     try:
-        data = json.loads(raw)
+        data = json.loads(as_lines([json.loads(raw)]))  # half a surrogate becomes a question mark
         choice = data["choices"][0]
         message, usage = choice["message"], data.get("usage")
-        text = _clean(message.get("content") or "")
-        thinking = _clean(message.get("reasoning_content") or message.get("reasoning") or "") or None
+        text = message.get("content") or ""
+        thinking = message.get("reasoning_content") or message.get("reasoning") or None
+        written = len(text + (thinking or ""))  # TypeError for what is no text
     except IndexError:
         raise _Again("empty choices") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -301,11 +303,12 @@ def read(raw: bytes) -> Reply:
     finish = "length" if choice.get("finish_reason") == "length" else "stop"
     if choice.get("finish_reason") == "content_filter" or message.get("refusal"):
         finish = "refused"
-    count = lambda name: n if isinstance(usage, dict) and isinstance(n := usage.get(name), int) else 0
-    tokens_in = count("prompt_tokens")  # xAI counts hidden thinking, which it bills, in the total only
-    tokens_out = max(count("completion_tokens"), count("total_tokens") - tokens_in)
+    usage = usage if isinstance(usage, dict) else {}
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    tokens_in, tokens_out, total = (n if isinstance(n, int) else 0 for n in map(usage.get, names))
+    tokens_out = max(tokens_out, total - tokens_in)  # xAI counts hidden thinking in the total only
     return Reply(text, finish=finish, thinking=thinking, tokens_in=tokens_in,
-                 tokens_out=tokens_out or (len(text) + len(thinking or "")) // 4)
+                 tokens_out=tokens_out or written // 4)
 
 
 def cut_after_box(reply: Reply) -> None:
@@ -316,20 +319,6 @@ def cut_after_box(reply: Reply) -> None:
         if depth == 0 and reply.text[at] == "}":
             reply.text, reply.finish = reply.text[:at + 1], "box"
             return
-
-
-def _clean(text: str) -> str:
-    """Half surrogate pairs, which JSON can carry and UTF-8 cannot, become question marks."""
-    return text.encode("utf-8", "replace").decode()
-
-
-def _key(key_env: str | None, url: str) -> str | None:
-    if not key_env:
-        return None
-    key = os.environ.get(key_env, "").strip()
-    if not key:
-        raise BadInput(f"{url}: the environment variable {key_env} is empty, but should hold its key")
-    return key
 
 
 def _retry_after(value: str | None) -> float:

@@ -1,79 +1,19 @@
-"""Training records: the file that survives a SIGKILL, which answers become records, which problems leak a
-test set, and the summary of it all.
+"""Training records: which answers become records, which problems leak a test set, and the summary of it all.
 
 Files of a make_data.py run: records.jsonl (kept), rejected.jsonl (every other attempt, with its cause),
 settings.json, summary.json and report.html. Imports no torch.
 """
 
-import json
-import os
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
-from slm import BadInput
 from slm.grading import boxes, grade
-from slm.runs.files import as_lines
 
 CAUSES = ("HTTP error", "refused", "truncated", "too long", "no think", "no steps", "no box", "several boxes",
           "text after the box", "wrong")
 LONG = 20    # characters per allowed token: a longer text is not what was asked for
 BINS = (0, 128, 256, 512, 1024, 2048, 4096, 8192)  # tokens
-
-
-# ---- files -----------------------------------------------------------------------------------------------
-
-class Journal:
-    """A JSON lines file that is only appended to, one write a row, so a killed process leaves whole rows and
-    at most one torn line at the end, which the next start repairs: a row that only lacks its line break is
-    finished, half a row is cut off. Safe against SIGKILL; a power cut may take the last seconds."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        self._repair()
-
-    def _repair(self) -> None:
-        with self.path.open("rb") as f:
-            last = b"".join(deque(f, maxlen=1))
-        if last and not last.endswith(b"\n"):
-            try:
-                json.loads(last)
-                os.write(self.file, b"\n")
-            except ValueError:
-                os.ftruncate(self.file, self.path.stat().st_size - len(last))
-
-    def append(self, row: dict) -> None:
-        line = as_lines([row])
-        while line:  # a signal or a nearly full disk can cut a write short
-            line = line[os.write(self.file, line):]
-
-    def __iter__(self) -> Iterator[dict]:
-        with self.path.open("rb") as f:
-            for n, line in enumerate(f, 1):
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    raise BadInput(f"{self.path} line {n}: not JSON; delete the line to go on") from None
-
-    def sort(self, key) -> None:
-        """Put the rows into the order of key(row), in one step: a kill leaves the old file or the new one."""
-        places, at = [], 0
-        with self.path.open("rb") as f:
-            for line in f:
-                places.append((key(json.loads(line)), at, len(line)))
-                at += len(line)
-        part = self.path.with_name(self.path.name + ".part")
-        with self.path.open("rb") as old, part.open("wb") as new:
-            for _, at, size in sorted(places):
-                old.seek(at)
-                new.write(old.read(size))
-            new.flush()
-            os.fsync(new.fileno())
-        os.replace(part, self.path)
-        os.close(self.file)
-        self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------
@@ -83,7 +23,7 @@ def whole_text(text: str, thinking: str | None) -> str:
     return text if not thinking or "<think>" in text else f"<think>\n{thinking.strip()}\n</think>\n{text}"
 
 
-def judge(reply, gold: str, max_tokens: int, needs_think: bool = True) -> dict:
+def assess(reply, gold: str, max_tokens: int, needs_think: bool = True) -> dict:
     """What a Reply is worth: a record's fields, with `cause` None when it is kept, else one of CAUSES.
 
     Kept: not truncated, thinking once (required of teachers, allowed to our own model), steps after it, one
@@ -196,9 +136,9 @@ def summarize(problems: list, dropped: dict[str, dict], still_open: set[str], at
         elif p.id in asked:
             counts["open" if p.id in still_open else "unsolved"] += 1
     every = sources["all"] = sum(sources.values(), Counter())
-    told = (f"{every['problems']:,} problems -> {every['solved']:,} solved, {_percent(every)} % unsolved, "
-            f"${total['dollars']:.4f}")
-    return {"told": told,
+    headline = (f"{every['problems']:,} problems -> {every['solved']:,} solved, "
+                f"{_percent(every)} % unsolved, ${total['dollars']:.4f}")
+    return {"headline": headline,
             "source": {name: dict(c) | {"unsolved %": _percent(c)} for name, c in sources.items()},
             **{key: {name: dict(c) for name, c in sorted(group.items())} for key, group in groups.items()},
             "total": dict(total), "causes": {c: causes[c] for c in CAUSES if causes[c]}, "overlaps": dropped,

@@ -54,15 +54,15 @@ class Story:
 
     @property
     def answer(self) -> str:
-        return number(self.steps[-1].value)
+        return written(self.steps[-1].value)
 
 
 # ---- numbers and arithmetic ------------------------------------------------------------------------------
 
-def number(x: Fraction) -> str:
+def written(x: Fraction) -> str:
     """An integer, a short decimal, or a fraction a/b, as people write it.
 
-    >>> number(Fraction(15, 2)), number(Fraction(2, 3))
+    >>> written(Fraction(15, 2)), written(Fraction(2, 3))
     ('7.5', '2/3')
     """
     if x.denominator == 1:
@@ -78,8 +78,8 @@ def compute(a: Fraction, op: str, b: Fraction) -> Fraction:
 
 def expression(a: Fraction, op: str, b: Fraction) -> str:
     if op == "%":
-        return f"{number(a)}% of {number(b)}"
-    return f"{number(a)}/{number(b)}" if op == "frac" else f"{number(a)} {op} {number(b)}"
+        return f"{written(a)}% of {written(b)}"
+    return f"{written(a)}/{written(b)}" if op == "frac" else f"{written(a)} {op} {written(b)}"
 
 
 def places(n: int) -> list[int]:
@@ -137,7 +137,7 @@ def spelled_out(a: Fraction, op: str, b: Fraction) -> list[str]:
 
 def equation(step: Step, detailed: bool) -> str:
     middle = spelled_out(step.a, step.op, step.b) if detailed else []
-    return " = ".join([expression(step.a, step.op, step.b), *middle, number(step.value)])
+    return " = ".join([expression(step.a, step.op, step.b), *middle, written(step.value)])
 
 
 # ---- templates -> stories --------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def tell(template: Template, rng: random.Random, id: str = "") -> Story:
              "he": "she" if female else "he", "He": "She" if female else "He",
              "his": "her" if female else "his", "him": "her" if female else "him"}
     text = re.sub(r"\[(.+?)\]", lambda m: rng.choice(m[1].split("|")), template.question)
-    fill = words | {name: number(value) for name, value in values.items()}
+    fill = words | {name: written(value) for name, value in values.items()}
     steps = []
     for name, left, op, right, sentence in template.steps:
         a, b = (values[x] if x in values else Fraction(x) for x in (left, right))
@@ -258,7 +258,7 @@ def solve(story: Story, style: str = "short") -> str:
 
 def restate(story: Story) -> str:
     """The steps with their results alone, as a solution that follows a longer train of thought."""
-    return " ".join(step.sentence.replace("{=}", number(step.value)) for step in story.steps)
+    return " ".join(step.sentence.replace("{=}", written(step.value)) for step in story.steps)
 
 
 def plan(story: Story) -> str:
@@ -274,7 +274,7 @@ def program(story: Story) -> str:
               "frac": "Fraction({}, {})"}
     whole = all(value.denominator == 1 for value in story.given.values())
     python["/"], python["%"] = ("{} // {}", "{} * {} // 100") if whole else (python["/"], python["%"])
-    lines = [f"{name} = {number(value)}" for name, value in story.given.items()]
+    lines = [f"{name} = {written(value)}" for name, value in story.given.items()]
     lines += [f"{s.name} = {python[s.op].format(s.left, s.right)}" for s in story.steps]
     if story.steps[-1].op == "frac":
         lines.insert(0, "from fractions import Fraction")
@@ -299,7 +299,7 @@ def corrupt(story: Story, rng: random.Random) -> Story:
             steps.append(replace(step, op=op, a=a, b=b, value=value))
             if value <= 0:  # a later step may divide by it
                 break
-        fair = all(0 < s.value <= LARGEST and number(s.value).count(".") < 2 for s in steps)
+        fair = all(0 < s.value <= LARGEST and written(s.value).count(".") < 2 for s in steps)
         simple = all(s.value.denominator <= 100 for s in steps)
         if fair and simple and steps[-1].value != story.steps[-1].value:
             return replace(story, steps=tuple(steps))

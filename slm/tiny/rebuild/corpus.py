@@ -14,7 +14,7 @@ from fractions import Fraction
 
 from slm import prompts
 from slm.tiny import world
-from slm.tiny.world import Story, number, solve
+from slm.tiny.world import Story, solve, written
 
 END = "<|endoftext|>"
 TURN, STOP = "<|im_start|>", "<|im_end|>"
@@ -35,8 +35,8 @@ def code(story: Story) -> str:
 def thought(story: Story, style: str) -> str:
     """A teacher's reasoning trace: <think>, the steps restated, the box."""
     inner = world.plan(story) if style == "plan" else solve(story, style)
-    told = solve(story, "short").replace("\n", " ") if style == "plan" else world.restate(story)
-    return f"<think>\n{inner}\n</think>\n{told}\nTherefore, the answer is \\boxed{{{story.answer}}}."
+    steps = solve(story, "short").replace("\n", " ") if style == "plan" else world.restate(story)
+    return f"<think>\n{inner}\n</think>\n{steps}\nTherefore, the answer is \\boxed{{{story.answer}}}."
 
 
 def check(story: Story, rng: random.Random, compare: bool = False) -> str:
@@ -90,7 +90,7 @@ MORE_CHATS = KINDS | {"terse": 5, "detailed": 15, "check": 0, "compared check": 
 def document(rng: random.Random, kinds: dict[str, int]) -> str:
     """One document, its kind drawn by weight."""
     story = world.training_story(rng)
-    question, answer = story.question, number(story.steps[-1].value)
+    question, answer = story.question, written(story.steps[-1].value)
     match rng.choices(list(kinds), kinds.values())[0]:
         case "sums":
             text = sums(rng)

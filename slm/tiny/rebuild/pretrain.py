@@ -6,15 +6,36 @@ A Qwen2 of 2.6 million parameters reads documents of corpus.py, packed, in float
 (Jordan et al. 2024, kellerjordan.github.io/posts/muon), AdamW the rest; the weights are stored in bfloat16.
 """
 
+from pathlib import Path
+
+from slm.runs import cli
+
+if __name__ == "__main__":
+    p = cli.parser(__doc__)
+    p.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder to write (default runs/tiny)")
+    p.add_argument("--steps", type=cli.positive, default=1100,
+                   help="optimizer steps of phase 1; phase 2 has 3/8 of it (default 1100)")
+    p.add_argument("--seed", type=int, default=1, help="corpus and initialization (default 1)")
+    args = p.parse_args()  # before the heavy imports, so that --help answers at once
+
 import json
 import math
 import re
 import time
-from pathlib import Path
+from itertools import islice
 
-from slm import prompts
-from slm.runs import cli
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from slm import checkpoint, prompts
+from slm.attention import Packed
+from slm.model import Config, Qwen2
+from slm.tiny.rebuild.corpus import MORE_CHATS, documents
+
+TOKENS = 8192             # a step, about
+MUON, ADAM = 0.02, 0.004  # learning rates
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 VOCABULARY = 1280
 SHAPE = {"hidden": 192, "intermediate": 512, "layers": 6, "heads": 6, "kv_heads": 2, "head_size": 32,
@@ -30,12 +51,6 @@ CHAT_TEMPLATE = (
 
 def build_tokenizer(out: Path) -> None:
     """Train a byte-level BPE on the corpus and the project's prompts; write the files to `out`."""
-    from itertools import islice
-
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
-    from slm.tiny.rebuild.corpus import documents
-
     t = Tokenizer(models.BPE())
     t.normalizer = normalizers.NFC()
     t.pre_tokenizer = pre_tokenizers.Sequence([
@@ -57,14 +72,13 @@ def build_tokenizer(out: Path) -> None:
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
-def batches(encode, documents, tokens: int):
-    """Packs of whole documents, each of about `tokens` tokens: lists of id lists."""
+def batches(bpe, texts):
+    """Packs of whole documents, each of about TOKENS tokens: lists of id lists."""
     pack, size = [], 0
-    for text in documents:
-        ids = encode(text)
-        pack.append(ids)
-        size += len(ids)
-        if size >= tokens:
+    for text in texts:
+        pack.append(bpe.encode(text).ids)
+        size += len(pack[-1])
+        if size >= TOKENS:
             yield pack
             pack, size = [], 0
 
@@ -74,22 +88,16 @@ def learning_rate(step: int, steps: int, decay: float) -> float:
     return min(1.0, (step + 1) / (0.02 * steps), (steps - step) / (decay * steps))
 
 
-def train(model, documents, out: Path, steps: int, tokens: int, peak: float, decay: float) -> None:
-    """One phase: `steps` steps of about `tokens` tokens each; peak scales both learning rates."""
-    import torch
-    import torch.nn.functional as F
-    from tokenizers import Tokenizer
-
-    from slm.attention import Packed
-
+def train(model, texts, out: Path, steps: int, peak: float, decay: float) -> None:
+    """One phase of `steps` steps, then the files; peak scales both learning rates."""
     bpe = Tokenizer.from_file(str(out / "tokenizer.json"))
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
     optimizers = [torch.optim.Muon(matrices, lr=MUON, weight_decay=0.01, momentum=0.95),
                   torch.optim.AdamW(others, lr=ADAM, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of {tokens} tokens")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of {TOKENS} tokens")
     start, seen = time.time(), 0
-    for step, pack in zip(range(steps), batches(lambda text: bpe.encode(text).ids, documents, tokens)):
+    for step, pack in zip(range(steps), batches(bpe, texts)):
         for optimizer, rate in zip(optimizers, (MUON, ADAM)):
             optimizer.param_groups[0]["lr"] = rate * peak * learning_rate(step, steps, decay)
         ids = torch.tensor([i for row in pack for i in row])
@@ -107,18 +115,11 @@ def train(model, documents, out: Path, steps: int, tokens: int, peak: float, dec
         if step % 50 == 0 or step == steps - 1:
             rate = seen / (time.time() - start)
             print(f"step {step} loss {loss.item():.4f} tokens/s {rate:.0f} "
-                  f"left {(steps - step) * tokens / rate / 60:.1f} min", flush=True)
-        if step % 100 == 99:
-            store(model, out)
+                  f"left {(steps - step) * TOKENS / rate / 60:.1f} min", flush=True)
     store(model, out)
 
 
-MUON, ADAM = 0.02, 0.004
-
-
 def initialize(model) -> None:
-    import torch
-
     for name, p in model.named_parameters():
         if p.ndim == 2:
             last = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -130,11 +131,6 @@ def initialize(model) -> None:
 
 def store(model, out: Path) -> None:
     """The Hugging Face files of the weights, in bfloat16."""
-    import torch
-    from safetensors.torch import save_file
-
-    from slm import checkpoint
-
     config = checkpoint.config_json(model.config)
     config |= {"eos_token_id": VOCABULARY - 3, "torch_dtype": "bfloat16"}
     (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -145,30 +141,14 @@ def store(model, out: Path) -> None:
 
 
 def main(args) -> None:
-    import torch
-    from safetensors.torch import load_file
-
-    from slm.model import Config, Qwen2
-    from slm.tiny.rebuild.corpus import MORE_CHATS, documents
-
     model = Qwen2(Config(vocab=VOCABULARY, **SHAPE))
     torch.manual_seed(args.seed)
-    if args.phase in (None, 1):
-        build_tokenizer(args.out)
-        initialize(model)
-        train(model, documents(args.seed), args.out, args.steps, args.tokens, peak=1.0, decay=0.4)
-    if args.phase in (None, 2):
-        model.load_state_dict(load_file(args.out / "model.safetensors"))
-        chats = documents(args.seed + 1, MORE_CHATS)
-        train(model, chats, args.out, args.steps * 3 // 8, args.tokens, peak=0.5, decay=0.95)
+    build_tokenizer(args.out)
+    initialize(model)
+    train(model, documents(args.seed), args.out, args.steps, peak=1.0, decay=0.4)
+    model.load_state_dict(load_file(args.out / "model.safetensors"))  # rounded to bfloat16
+    train(model, documents(args.seed + 1, MORE_CHATS), args.out, args.steps * 3 // 8, peak=0.5, decay=0.95)
 
 
 if __name__ == "__main__":
-    p = cli.parser(__doc__)
-    p.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder to write (default runs/tiny)")
-    p.add_argument("--steps", type=cli.positive, default=1100,
-                   help="optimizer steps of phase 1; phase 2 has 3/8 of it (default 1100)")
-    p.add_argument("--phase", type=int, choices=(1, 2), help="only this one; 2 goes on with what is in --out")
-    p.add_argument("--tokens", type=cli.positive, default=8192, help="tokens a step, about (default 8192)")
-    p.add_argument("--seed", type=int, default=1, help="corpus and initialization (default 1)")
-    cli.run(main, p.parse_args())
+    cli.run(main, args)
