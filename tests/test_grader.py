@@ -15,8 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm.grading import boxes, equal, extract, first_box_end, grade
-from slm.grading.grader import same
-from slm.grading.parse import parse
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("SLM_DATA", ROOT.parent / "shared" / "data"))
@@ -198,7 +196,7 @@ def test_math_solutions_as_responses_are_all_right_but_those_with_several_answer
 def test_every_gold_equals_itself_and_hardly_another():
     texts = sorted({r["answer"] for r in golds("math/train") + golds("math500/test") if r["answer"]})
     for text in texts[::3]:
-        assert equal(f"${text}$", text) and same(parse(text), parse(f"{text}.")), text
+        assert equal(f"${text}$", text) and equal(text, f"{text}."), text
     rng = random.Random(0)
     pairs = [(a, b) for a in texts[::3] for b in rng.sample(texts, 1) if a != b]
     met = [(a, b) for a, b in pairs if equal(a, b)]
@@ -232,6 +230,9 @@ HOSTILE = {
     "boxed list": r"\boxed{1} and " * 80_000, "zero": r"\boxed{\frac10}", "0^0": r"\boxed{0^0}",
     "nan": r"\boxed{NaN}", "e": r"\boxed{1e999999999}", "nul": "\\boxed{\0}",
     "repeating": r"\boxed{0.\overline{" + "7" * 1400 + "}}", "base": r"\boxed{" + "9" * 1400 + "_{36}}",
+    "floor": r"\boxed{\lfloor e^{10^8} \rfloor}", "e tower": r"\boxed{e^{e^{e^{20}}}}",
+    "log": r"\boxed{\ln 0}",
+    "angle": r"\boxed{\sin(10^{5000}\sqrt2)}", "complex power": r"\boxed{(1+i\sqrt2)^{399^{2}}}",
     "tan": r"\boxed{\tan 90^\circ}", "of nothing": r"\boxed{\max\{\}+\gcd()}", "f of nothing": r"\boxed{f()}",
 }
 GOLDS = [
@@ -278,7 +279,7 @@ def test_model_text_is_not_executed(tmp_path):
 
 def test_import_is_quick_and_needs_neither_sympy_nor_torch():
     code = "import slm.grading, sys; assert slm.grading.grade('x', r'\\frac{\\pi}{2}').correct is False; " \
-           "assert not {'sympy', 'torch', 'mpmath', 'numpy'} & set(sys.modules)"
+           "assert not {'sympy', 'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -18,7 +18,7 @@ from fractions import Fraction
 
 from slm.grading.boxes import MAX_BOX, boxes
 from slm.grading.parse import MAX_CHARS, Unreadable, children, parse
-from slm.grading.values import bounded, equal_values, letters, names, number, proportional
+from slm.grading.values import bounded, equal_values, letters, names, proportional, real_value
 
 Node = tuple
 
@@ -218,11 +218,11 @@ def equal_or_rounded(exact: Node, other: Node) -> bool:
     """Equal, or the second a decimal to which the first rounds."""
     if same(exact, other):
         return True
-    x, y = (number(n[1] if n[0] == "unit" else n) for n in (exact, other))
-    if x is None or not isinstance(y, Fraction) or 10**18 % y.denominator:
+    x, y = (real_value(n[1] if n[0] == "unit" else n) for n in (exact, other))
+    if x is None or y is None or 10**18 % y.denominator:
         return False
     places = next(k for k in range(19) if 10**k % y.denominator == 0)
-    return places > 0 and abs(Fraction(x) - y) <= Fraction(1, 10**places)
+    return places > 0 and abs(x - y) <= Fraction(1, 10**places)
 
 
 def has(node: Node, kind: str) -> bool:
@@ -335,7 +335,7 @@ def place(node: Node) -> float | None:
     """Where an end lies on the line; None if it has letters."""
     if node in (INFINITY, ("-", INFINITY)):
         return math.inf if node == INFINITY else -math.inf
-    value = number(node[1] if node[0] == "unit" else node)
+    value = real_value(node[1] if node[0] == "unit" else node)
     try:
         return None if value is None else float(value)
     except OverflowError:
