@@ -77,7 +77,8 @@ def main(args: argparse.Namespace) -> None:
                 print(transcript(row))
     write_json(run.path / "table.json", results)
     print(table(results, len(problems)))
-    print(f"every prompt, reply and code run: {run.path / 'episodes.jsonl'}; some to read: {write_report(run.path)}")
+    print(f"every prompt, reply and code run: {run.path / 'episodes.jsonl'}; some to read: "
+          f"{write_report(run.path)}")
 
 
 def whole_record(problem, episode: Episode) -> dict:

@@ -14,9 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm.grading import equal, extract, grade
-from slm.grading.grader import same
-from slm.grading.parse import parse
+from slm.grading import boxes, equal, extract, first_box_end, grade
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("SLM_DATA", ROOT.parent / "shared" / "data"))
@@ -93,6 +91,61 @@ def test_boxes_side_by_side_are_a_list_and_apart_are_not():
     assert grade(r"\boxed{2}. Now for the whole question, add one and get \boxed{3}", "3").correct
 
 
+# ---- boxes: one reader for grader, sampler and endpoint ----------------------------------------------------
+
+BOX_CASES = [  # text, contents of its boxes, where a reply ends
+    (r"so \boxed{\frac{1}{2}}$. More", [r"\frac{1}{2}"], r"so \boxed{\frac{1}{2}}"),
+    (r"put it in \boxed{}. It is \boxed{7}, so", ["7"], r"put it in \boxed{}. It is \boxed{7}"),
+    ("in \\boxed{ \n}: none", [], None),
+    (r"\boxed{a\}b} c}", [r"a\}b"], r"\boxed{a\}b}"),
+    (r"\boxed{\left\{ x \right.} c", [r"\left\{ x \right."], r"\boxed{\left\{ x \right.}"),
+    (r"\boxed {x} c", ["x"], r"\boxed {x}"),
+    (r"\fbox{x} c", ["x"], r"\fbox{x}"),
+    (r"\\boxed{x} c", ["x"], r"\\boxed{x}"),
+    (r"{ \boxed{1 \boxed{2} c", ["2"], r"{ \boxed{1 \boxed{2}"),
+    (r"} \boxed{1} \boxed{2} c", ["1", "2"], r"} \boxed{1}"),
+    (r"<think>\boxed{1}</think> \boxed{2} c", ["1", "2"], r"<think>\boxed{1}</think> \boxed{2}"),
+    (r"<think> is it \boxed{1}?", ["1"], None),
+    (r"\boxed 5, \boxed x", ["5,"], None),
+    (r"\boxed{a\\} b", [r"a\\"], r"\boxed{a\\}"),
+    (r"\boxed{" + 1998 * "x" + "}", [1998 * "x"], r"\boxed{" + 1998 * "x" + "}"),
+    (r"\boxed{" + 1999 * "x" + "}", [], None)]
+
+
+@pytest.mark.parametrize("text, contents, reply", BOX_CASES)
+def test_boxes_and_where_a_reply_ends(text, contents, reply):
+    assert [box.content for box in boxes(text)] == contents
+    assert all(text[box.start] == "\\" and box.content in text[box.start : box.stop] for box in boxes(text))
+    end = first_box_end(text)
+    assert (None if end is None else text[:end]) == reply
+
+
+BOX_PIECES = st.lists(st.sampled_from([
+    r"\boxed{", r"\boxed {", r"\fbox{", "{", "}", r"\{", r"\}", "\\", "7", " ", "<think>", "</think>"]),
+    max_size=24)
+
+
+@settings(max_examples=300, deadline=None)
+@given(BOX_PIECES.map("".join))
+def test_a_reply_ends_at_the_same_place_read_whole_or_as_it_grows(text):
+    ends = (first_box_end(text[:i]) for i in range(len(text) + 1))
+    assert first_box_end(text) == next(filter(None, ends), None)
+
+
+@settings(max_examples=300, deadline=None)
+@given(BOX_PIECES.map(lambda pieces: "".join(p for p in pieces if "think" not in p)))
+def test_a_reply_ends_where_the_grader_finds_an_answer(text):
+    end = first_box_end(text)
+    found = [box for box in boxes(text[:end]) if text[box.stop - 1] == "}"]
+    assert bool(end) is bool(found)
+
+
+def test_the_end_of_a_reply_is_found_in_linear_time():
+    for text in (r"\boxed{" * 140_000, r"\boxed{}" * 120_000, "{" * M, "\\" * M, r"\boxed" + " " * M,
+                 "<think>" * 140_000):
+        assert seconds(lambda text=text: first_box_end(text)) < 1.0
+
+
 # ---- why ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("answer, gold, reason", [
@@ -143,7 +196,7 @@ def test_math_solutions_as_responses_are_all_right_but_those_with_several_answer
 def test_every_gold_equals_itself_and_hardly_another():
     texts = sorted({r["answer"] for r in golds("math/train") + golds("math500/test") if r["answer"]})
     for text in texts[::3]:
-        assert equal(f"${text}$", text) and same(parse(text), parse(f"{text}.")), text
+        assert equal(f"${text}$", text) and equal(text, f"{text}."), text
     rng = random.Random(0)
     pairs = [(a, b) for a in texts[::3] for b in rng.sample(texts, 1) if a != b]
     met = [(a, b) for a, b in pairs if equal(a, b)]
@@ -177,6 +230,9 @@ HOSTILE = {
     "boxed list": r"\boxed{1} and " * 80_000, "zero": r"\boxed{\frac10}", "0^0": r"\boxed{0^0}",
     "nan": r"\boxed{NaN}", "e": r"\boxed{1e999999999}", "nul": "\\boxed{\0}",
     "repeating": r"\boxed{0.\overline{" + "7" * 1400 + "}}", "base": r"\boxed{" + "9" * 1400 + "_{36}}",
+    "floor": r"\boxed{\lfloor e^{10^8} \rfloor}", "e tower": r"\boxed{e^{e^{e^{20}}}}",
+    "log": r"\boxed{\ln 0}",
+    "angle": r"\boxed{\sin(10^{5000}\sqrt2)}", "complex power": r"\boxed{(1+i\sqrt2)^{399^{2}}}",
     "tan": r"\boxed{\tan 90^\circ}", "of nothing": r"\boxed{\max\{\}+\gcd()}", "f of nothing": r"\boxed{f()}",
 }
 GOLDS = [
@@ -223,7 +279,7 @@ def test_model_text_is_not_executed(tmp_path):
 
 def test_import_is_quick_and_needs_neither_sympy_nor_torch():
     code = "import slm.grading, sys; assert slm.grading.grade('x', r'\\frac{\\pi}{2}').correct is False; " \
-           "assert not {'sympy', 'torch', 'mpmath', 'numpy'} & set(sys.modules)"
+           "assert not {'sympy', 'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

@@ -16,8 +16,9 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from slm.grading.parse import MAX_CHARS, Unreadable, braced, children, parse
-from slm.grading.values import bounded, equal_values, letters, names, number, proportional
+from slm.grading.boxes import MAX_BOX, boxes
+from slm.grading.parse import MAX_CHARS, Unreadable, children, parse
+from slm.grading.values import bounded, equal_values, letters, names, proportional, real_value
 
 Node = tuple
 
@@ -58,7 +59,6 @@ def equal(a: str, b: str) -> bool:
 
 # ---- what the answer is ------------------------------------------------------------------------------------
 
-BOX_START = re.compile(r"\\(?:boxed|fbox)\s*")
 WORD = r"(?:\\(?:text|mbox|textrm)\{\s*)?(?:and|or)?(?: maybe| possibly| perhaps)?(?:\s*\})?"
 GLUE = re.compile(rf"[\s$,;.&]*{WORD}[\s$,;.&]*(?:\\(?:quad|qquad|,|;|\\)\s*)*{WORD}[\s$]*"
                   r"(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?\$?", re.I)
@@ -75,7 +75,7 @@ ONE_FORMULA = re.compile(r"(?:(?!.*(?:\b(?:or|not|maybe)\b|n't))(?:.{0,200}?\b(?
                          r"(?:so|thus|hence|therefore|finally|then)\b[^$.]{0,40})\s*)?"
                          r"(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\])[a-z\s]{0,30}[.\s]*", re.I | re.S)
 FORMULA_START = re.compile(r"[a-zA-Z]\w?\s*(?:=|<|>|\\[lg]e)|[-+−\d.\\({\[$|√π±]|[\w()]+[.\s]*$")
-MAX_BOX, MAX_TRIES, MAX_TAIL = 2000, 16, 20_000
+MAX_TAIL = 20_000
 
 
 def extract(response: str, strict: bool = False, plain_gold: bool = True) -> str | None:
@@ -92,41 +92,16 @@ def gold_answer(gold: str) -> str:
     return boxed(gold) or gold.strip()
 
 
-def boxes(text: str) -> list[tuple[int, int, str]]:
-    """(start, end, content) of the last complete, non-empty boxes in order, nested ones within their outer
-    box. From the end, MAX_TRIES openings are looked at, MAX_BOX characters each."""
-    found: list[tuple[int, int, str]] = []
-    at = len(text)
-    for _ in range(MAX_TRIES):
-        at = max(text.rfind("\\boxed", 0, at), text.rfind("\\fbox", 0, at))
-        if at < 0:
-            break
-        start = BOX_START.match(text, at).end() if BOX_START.match(text, at) else at
-        if text[start : start + 1] == "{":
-            try:
-                stop = start + braced(text[start : start + MAX_BOX], 0)
-            except Unreadable:
-                continue
-            content = text[start + 1 : stop - 1]
-        else:  # \boxed 5
-            digits = re.compile(r"-?\d[\d,.]*").match(text, start)
-            if not digits:
-                continue
-            stop, content = digits.end(), digits[0]
-        if content.strip():
-            found = [(at, stop, content), *(f for f in found if f[0] >= stop)]
-    return found
-
-
 def boxed(text: str) -> str | None:
     """The last box, joined by commas with those directly before it unless they say the same."""
     found = boxes(text)
     if not found:
         return None
     group = [found.pop()]
-    while found and group[0][0] - found[-1][1] <= 40 and GLUE.fullmatch(text, found[-1][1], group[0][0]):
+    while found and group[0].start - found[-1].stop <= 40 and GLUE.fullmatch(
+            text, found[-1].stop, group[0].start):
         group.insert(0, found.pop())
-    *others, last = (content.strip() for _, _, content in group)
+    *others, last = (box.content.strip() for box in group)
     return last if all(equal(last, o) for o in others) else ", ".join(dict.fromkeys([*others, last]))
 
 
@@ -243,11 +218,11 @@ def equal_or_rounded(exact: Node, other: Node) -> bool:
     """Equal, or the second a decimal to which the first rounds."""
     if same(exact, other):
         return True
-    x, y = (number(n[1] if n[0] == "unit" else n) for n in (exact, other))
-    if x is None or not isinstance(y, Fraction) or 10**18 % y.denominator:
+    x, y = (real_value(n[1] if n[0] == "unit" else n) for n in (exact, other))
+    if x is None or y is None or 10**18 % y.denominator:
         return False
     places = next(k for k in range(19) if 10**k % y.denominator == 0)
-    return places > 0 and abs(Fraction(x) - y) <= Fraction(1, 10**places)
+    return places > 0 and abs(x - y) <= Fraction(1, 10**places)
 
 
 def has(node: Node, kind: str) -> bool:
@@ -360,7 +335,7 @@ def place(node: Node) -> float | None:
     """Where an end lies on the line; None if it has letters."""
     if node in (INFINITY, ("-", INFINITY)):
         return math.inf if node == INFINITY else -math.inf
-    value = number(node[1] if node[0] == "unit" else node)
+    value = real_value(node[1] if node[0] == "unit" else node)
     try:
         return None if value is None else float(value)
     except OverflowError:

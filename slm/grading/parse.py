@@ -16,6 +16,8 @@ import re
 import unicodedata
 from fractions import Fraction
 
+from slm.grading.boxes import closing_brace
+
 MAX_CHARS, MAX_TOKENS, MAX_DEPTH, MAX_ITEMS, MAX_DIGITS = 2000, 500, 24, 60, 1500
 
 
@@ -188,17 +190,6 @@ TOKEN = re.compile(
     r"|\\(?P<cmd>[a-zA-Z]+|.)|(?P<word>[a-zA-Z]+)|(?P<op><=|>=|!=|==|=>|->|\*\*|\S)")
 UNIT = re.compile(r"\s*(?:\d[\d.]*\s+)?(?![ie]\s*$)(?:[a-zA-Z]{1,3}(?![a-zA-Z])[\s/^{}\d-]*)+")  # m, m s^{-2}
 AFTER = [("op", ")")], [("op", "}")]  # where a unit may stand
-BRACE = re.compile(r"\\.|[{}]", re.S)
-
-
-def braced(text: str, start: int) -> int:
-    """Index just after the brace that closes the one at `start`."""
-    depth = 0
-    for m in BRACE.finditer(text, start):
-        depth += (m[0] == "{") - (m[0] == "}")
-        if depth == 0:
-            return m.end()
-    raise Unreadable("unbalanced braces")
 
 
 def run_of_letters(run: str, after_number: bool) -> list[tuple[str, str]]:
@@ -240,7 +231,9 @@ def tokenize(text: str, prose: bool = False, merge: bool = True, unit: bool = Fa
             pos = m.start() + len(tok)
         elif kind == "cmd" and tok in TEXT and text[pos:].lstrip().startswith("{"):
             start = text.index("{", pos)
-            pos = braced(text, start)
+            pos = closing_brace(text, start)
+            if pos is None:
+                raise Unreadable("unbalanced braces")
             inside = text[start + 1 : pos - 1]
             letter = tok == "mathrm" and len(inside.strip()) == 1  # \mathrm{e}, but 5 \mathrm{~m}
             measured = inside.strip()[:1].isdigit() or out[-1:] in AFTER or (out and out[-1][0] == "num")

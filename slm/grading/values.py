@@ -1,109 +1,88 @@
 """The values of expression trees: are two of them equal as numbers, or as functions of their letters?
 
-Rationals are exact. What is irrational is evaluated in decimal arithmetic, at a precision chosen from the
-sizes met on the way, so that 10**100 + sqrt(2) is not 10**100 + sqrt(3). Letters get random rational
-values: two polynomials of degree d that differ agree at a random point of a set S with chance at most
-d/|S| (Schwartz 1980). Bits, exponents, factorials and steps are bounded before computing; beyond the
-bounds a tree has no value, and equals only itself.
+Rationals are exact. What is irrational is evaluated by mpmath, at a precision chosen from the sizes met on
+the way, so that 10**100 + sqrt(2) is not 10**100 + sqrt(3). Letters get random rational values: two
+polynomials of degree d that differ agree at a random point of a set S with chance at most d/|S| (Schwartz
+1980). Bits, exponents, factorials and steps are bounded before computing; beyond the bounds a tree has no
+value, and equals only itself.
 """
 
-import builtins
 import math
+import operator
 import random
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from decimal import (
-    Context,
-    Decimal,
-    DecimalException,
-    DivisionByZero,
-    InvalidOperation,
-    Overflow,
-    getcontext,
-    localcontext,
-)
 from fractions import Fraction
+from functools import lru_cache
+
+from mpmath import MPContext, mpc, mpf
 
 from slm.grading.parse import Unreadable, children
 
-MAX_BITS, MAX_FACTORIAL, MAX_SPAN, MAX_STEPS = 30_000, 3000, 1500, 9000
-UNDEFINED = (ZeroDivisionError, DecimalException, OverflowError, ValueError)
-ZERO, MINUS = Decimal(0), Fraction(-1)
+MAX_BITS, MAX_FACTORIAL, MAX_SPAN, MAX_STEPS = 30_000, 3000, 5000, 9000
+MAX_EXPONENT, MAX_ANGLE = 2**31, 10**20
+BITS = 200  # of the first look at an irrational value
+UNDEFINED = (ZeroDivisionError, OverflowError, ValueError)
 PLAIN = (False, False, False)  # modes of an Evaluator: do degrees count, do percents, is log to base 10
-
 SIGNS = ("%", "deg", "!")
+ARITHMETIC = {"+": operator.add, "*": operator.mul, "/": operator.truediv}
 
-Value = Fraction | tuple[Decimal, Decimal]  # a rational, or the real and imaginary part of what is not
+Value = Fraction | mpf | mpc
 
 
-BUDGET: ContextVar[list[int] | None] = ContextVar("budget", default=None)
+# ---- the bounds --------------------------------------------------------------------------------------------
+
+STEPS_LEFT: ContextVar[list[int]] = ContextVar("steps_left")
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """All comparisons of one answer share one budget of steps."""
-    token = BUDGET.set([MAX_STEPS])
+    """All comparisons inside share one budget of steps."""
+    token = STEPS_LEFT.set([MAX_STEPS])
     try:
         yield
     finally:
-        BUDGET.reset(token)
+        STEPS_LEFT.reset(token)
 
 
-@contextmanager
-def precision(digits: int) -> Iterator[None]:
-    traps = [InvalidOperation, DivisionByZero, Overflow]
-    with localcontext(Context(prec=digits, Emax=10**9, Emin=-(10**9), traps=traps)):
-        yield
+def spend(steps: int) -> None:
+    left = STEPS_LEFT.get()
+    left[0] -= steps
+    if left[0] < 0:
+        raise Unreadable("too much work")
 
 
-# ---- arithmetic of values ----------------------------------------------------------------------------------
+@lru_cache(maxsize=64)
+def context(bits: int) -> MPContext:
+    """mpmath at one precision. Nobody changes it again, so threads may share it."""
+    made = MPContext()
+    made.prec = bits
+    return made
 
-def parts(x: Value) -> tuple[Decimal, Decimal]:
-    return (Decimal(x.numerator) / x.denominator, ZERO) if isinstance(x, Fraction) else x
 
+# ---- parts of values ---------------------------------------------------------------------------------------
 
-def real(x: Value) -> Fraction | Decimal:
-    if not isinstance(x, Fraction) and x[1]:
+def real(x: Value) -> Value:
+    if not isinstance(x, Fraction) and x.imag:
         raise Unreadable("not real")
-    return x if isinstance(x, Fraction) else x[0]
+    return x if isinstance(x, Fraction) else x.real
 
 
-def decimal(x: Value) -> Decimal:
-    real(x)
-    return parts(x)[0]
-
-
-def add(a: Value, b: Value) -> Value:
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return a + b
-    (ar, ai), (br, bi) = parts(a), parts(b)
-    return ar + br, ai + bi
-
-
-def mul(a: Value, b: Value) -> Value:
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return a * b
-    (ar, ai), (br, bi) = parts(a), parts(b)
-    return (ar * br - ai * bi, ar * bi + ai * br) if ai or bi else (ar * br, ZERO)
-
-
-def inverse(a: Value) -> Value:
-    if isinstance(a, Fraction):
-        return 1 / a
-    size = a[0] * a[0] + a[1] * a[1]
-    return a[0] / size, -a[1] / size
-
-
-def integer(x: Value, limit: int) -> int:
+def natural(x: Value, limit: int) -> int:
     if not isinstance(x, Fraction) or x.denominator != 1 or not 0 <= x <= limit:
         raise Unreadable("too large, or no natural number")
     return int(x)
 
 
-def bits(x: Fraction) -> int:
+def bits_of(x: Fraction) -> int:
     return max(x.numerator.bit_length(), x.denominator.bit_length())
+
+
+def magnitudes(x: Value) -> list[int]:
+    """About log2 of the real and of the imaginary part, without those that are 0."""
+    return [part.exp + part.bc for part in (x.real, x.imag) if part]
 
 
 def whole_root(value: int, n: int) -> int | None:
@@ -114,98 +93,33 @@ def whole_root(value: int, n: int) -> int | None:
     return root if root**n == value else None
 
 
-# ---- functions, at the precision of the context ------------------------------------------------------------
-
-def machin() -> Decimal:
-    """pi = 16 arctan(1/5) - 4 arctan(1/239), in integers."""
-    one = 10 ** (getcontext().prec + 5)
-
-    def arctan_of_inverse(n: int) -> int:
-        power = total = one // n
-        k = 1
-        while abs(power) > 1:
-            power, k = -power // (n * n), k + 2
-            total += power // k
-        return total
-    return Decimal(4 * (4 * arctan_of_inverse(5) - arctan_of_inverse(239))) / one
-
-
-def sin_cos(x: Decimal, pi: Decimal) -> tuple[Decimal, Decimal]:
-    """Taylor series, after reduction to [-pi, pi] and eight halvings."""
-    if abs(x) > 10**20:
-        raise Unreadable("too large")
-    x = (x - 2 * pi * (x / (2 * pi)).to_integral_value()) / 256
-    term, sin, cos, k, last = Decimal(1), ZERO, Decimal(1), 0, -getcontext().prec - 8
-    while term and term.adjusted() > last:
-        k += 1
-        term = term * x / k
-        if k % 2:
-            sin += term if k % 4 == 1 else -term
-        else:
-            cos += term if k % 4 == 0 else -term
-    for _ in range(8):
-        sin, cos = 2 * sin * cos, 1 - 2 * sin * sin
-    return sin, cos
-
-
-def atan(x: Decimal) -> Decimal:
-    for _ in range(6):
-        x = x / (1 + (1 + x * x).sqrt())
-    power, total, k = x, x, 1
-    while power and power.adjusted() > total.adjusted() - getcontext().prec - 2:
-        power, k = -power * x * x, k + 2
-        total += power / k
-    return total * 64
-
-
-def exp(x: Value, pi: Decimal) -> Value:
-    re, im = parts(x)
-    sin, cos = sin_cos(im, pi) if im else (ZERO, Decimal(1))
-    return re.exp() * cos, re.exp() * sin
-
-
-def log(x: Value, pi: Decimal) -> Value:
-    """The principal value."""
-    re, im = parts(x)
-    if not im and re > 0:
-        return re.ln(), ZERO
-    angle = pi if not im else pi / 2 if not re else atan(abs(im) / abs(re))
-    angle = pi - angle if im and re < 0 else angle
-    return (re * re + im * im).ln() / 2, -angle if im < 0 else angle
-
+# ---- the value of a tree -----------------------------------------------------------------------------------
 
 class Evaluator:
-    """The value of a tree at a point {letter: Fraction}. `span` is the largest decimal exponent met, in
-    size."""
+    """The value of a tree at a point {letter: Fraction}. `span` is the largest binary exponent met, in size.
+    `only_real`: roots and logarithms of negative numbers are undefined."""
 
-    def __init__(self, point: dict[str, Fraction], modes: tuple = PLAIN, real=False, budget=None):
-        self.point, self.real, self.budget = point, real, budget or [MAX_STEPS]
+    def __init__(self, point: dict[str, Fraction], modes: tuple = PLAIN, only_real=False, bits: int = BITS):
+        self.point, self.only_real, self.mp = point, only_real, context(bits)
         self.degree, self.percent, self.log10 = modes
-        self.span, self.known_pi = 0, None
-
-    @property
-    def pi(self) -> Decimal:
-        self.known_pi = self.known_pi or machin()
-        return self.known_pi
-
-    def work(self, steps: int) -> None:
-        self.budget[0] -= steps
-        if self.budget[0] < 0:
-            raise Unreadable("too much work")
-
-    def transcendental(self) -> None:
-        self.work(30 * (getcontext().prec // 60) ** 2)
+        self.span = 0
 
     def __call__(self, node: tuple) -> Value:
-        self.work(1)
+        spend(1)
         value = self.evaluate(node)
         if isinstance(value, Fraction):
-            if bits(value) > MAX_BITS:
+            if bits_of(value) > MAX_BITS:
                 raise Unreadable("too large")
-            self.span = max(self.span, bits(value) * 3 // 10)
+            self.span = max(self.span, bits_of(value))
         else:
-            self.span = max(self.span, *(abs(part.adjusted()) for part in value if part), 0)
+            self.span = max([self.span, *map(abs, magnitudes(value))])
         return value
+
+    def inexact(self, x: Value) -> Value:
+        return self.mp.convert(x) if isinstance(x, Fraction) else x
+
+    def transcendental(self) -> None:
+        spend(30 * (self.mp.prec // BITS) ** 2)
 
     def evaluate(self, node: tuple) -> Value:
         kind = node[0]
@@ -217,31 +131,25 @@ class Evaluator:
             return self.function(node[1], node[2:])
         if kind not in ("+", "-", "*", "/", "^", "!", "%", "deg"):
             raise Unreadable(f"no value for {kind}")
-        x, y = self(node[1]), self(node[2]) if len(node) > 2 else None
-        if kind == "+":
-            return add(x, y)
-        if kind == "-":
-            return mul(MINUS, x)
-        if kind == "*":
-            return mul(x, y)
-        if kind == "/":
-            return mul(x, inverse(y))
+        x, *rest = map(self, node[1:])
         if kind == "^":
-            return self.power(x, y)
+            return self.power(x, *rest)
+        if kind in ARITHMETIC:
+            y, = rest
+            if not (isinstance(x, Fraction) and isinstance(y, Fraction)):
+                x, y = self.inexact(x), self.inexact(y)
+            return ARITHMETIC[kind](x, y)
+        if kind == "-":
+            return -x
         if kind == "!":
-            return Fraction(math.factorial(integer(x, MAX_FACTORIAL)))
+            return Fraction(math.factorial(natural(x, MAX_FACTORIAL)))
         if kind == "%":
-            return mul(x, Fraction(1, 100)) if self.percent else x
-        return mul(x, (self.pi / 180, ZERO)) if self.degree else x
+            return x / 100 if self.percent else x
+        return self.inexact(x) * self.mp.pi / 180 if self.degree else x
 
     def letter(self, name: str) -> Value:
-        if name == "i":
-            return ZERO, Decimal(1)
-        if name == "pi":
-            return self.pi, ZERO
-        if name == "e":
-            self.transcendental()
-            return Decimal(1).exp(), ZERO
+        if name in ("pi", "e", "i"):
+            return {"pi": +self.mp.pi, "e": +self.mp.e, "i": self.mp.j}[name]
         if name not in self.point:
             raise Unreadable(f"no value for {name}")
         return self.point[name]
@@ -252,83 +160,97 @@ class Evaluator:
             if isinstance(base, Fraction):
                 if base in (1, -1, 0) and n >= 0:
                     n = n % 2 + 2 * (n > 0)
-                if bits(base) * abs(n) > MAX_BITS:
+                if bits_of(base) * abs(n) > MAX_BITS:
                     raise Unreadable("too large")
-                return self.root(base**n, exponent.denominator) if exponent.denominator > 1 else base**n
+                return self.root(base**n, exponent.denominator)
             if exponent.denominator == 1 and abs(n) <= 400:
-                out: Value = Fraction(1)
-                for bit in bin(abs(n))[2:]:
-                    out = mul(out, out)
-                    out = mul(out, base) if bit == "1" else out
-                return inverse(out) if n < 0 else out
-        if not any(parts(base)):
-            raise ZeroDivisionError
+                return base**n
         self.transcendental()
-        return exp(mul(exponent, log(base, self.pi)), self.pi)
+        return self.exp(exponent * self.log(base))
 
     def root(self, value: Value, n: int) -> Value:
-        """The n-th root: rational where it is, the real one of a negative number for odd n, else the
-        principal."""
-        self.work(10)
-        if self.real and not n % 2 and real(value) < 0:
+        """The n-th root: the real one of a negative number if n is odd, else the principal one."""
+        if n == 1:
+            return value
+        spend(10)
+        if self.only_real and not n % 2 and real(value) < 0:
             raise ValueError("not real")
         if isinstance(value, Fraction):
             if value < 0 and (n % 2 or n == 2):
-                return mul(self.root(-value, n), MINUS if n % 2 else (ZERO, Decimal(1)))
+                positive = self.root(-value, n)
+                return -positive if n % 2 else positive * self.mp.j
             top, low = whole_root(abs(value.numerator), n), whole_root(value.denominator, n)
             if value >= 0 and top is not None and low is not None:
                 return Fraction(top, low)
-        re, im = parts(value)
-        if im or n > 2:
+        x = self.inexact(value)
+        if x.imag or n > 2:
             self.transcendental()
-        if not im and (re >= 0 or n % 2):
-            size = abs(re).sqrt() if n == 2 else abs(re) ** (1 / Decimal(n)) if re else re
-            return size.copy_sign(re), ZERO
-        return exp(mul(Fraction(1, n), log(value, self.pi)), self.pi)
+        if x.imag or (x.real < 0 and not n % 2):
+            return self.exp(self.log(x) / n)
+        size = self.mp.root(abs(x.real), n)
+        return -size if x.real < 0 else size
+
+    def exp(self, x: Value) -> Value:
+        x = self.inexact(x)
+        if abs(x.real) > MAX_EXPONENT or abs(x.imag) > MAX_ANGLE:
+            raise Unreadable("too large")
+        return self.mp.exp(x)
+
+    def log(self, x: Value) -> Value:
+        """The principal value."""
+        if not x:
+            raise ZeroDivisionError
+        return self.mp.ln(self.inexact(x))
 
     def function(self, name: str, args: tuple) -> Value:
         if not args:
             raise Unreadable("of nothing")
-        self.work(20)
+        spend(20)
         if name not in ("root", "abs", "floor", "ceil"):
             self.transcendental()
         degree, self.degree = self.degree, self.degree or name in ("sin", "cos")
-        values = [self(a) for a in args]
+        x, *more = values = [self(a) for a in args]
         self.degree = degree
-        x = values[0]
-        if name in ("sin", "cos"):
-            return sin_cos(decimal(x), self.pi)[name == "cos"], ZERO
         if name == "root":
-            return self.root(x, max(integer(values[1], 1000), 1))
-        if name in ("ln", "log", "log10"):
-            if self.real and real(x) < 0:
-                raise ValueError("not real")
-            base10 = name == "log10" or (name == "log" and self.log10)
-            return mul(log(x, self.pi), inverse(log(Fraction(10), self.pi))) if base10 else log(x, self.pi)
-        if name == "exp":
-            return exp(x, self.pi)
+            return self.root(x, max(natural(more[0], 1000), 1))
         if name == "abs":
-            return abs(x) if isinstance(x, Fraction) else ((x[0] * x[0] + x[1] * x[1]).sqrt(), ZERO)
-        if name == "atan":
-            return atan(decimal(x)), ZERO
-        if name in ("asin", "acos"):
-            y = decimal(x)
-            angle = atan(y / (1 - y * y).sqrt()) if abs(y) < 1 else y * self.pi / 2
-            return angle if name == "asin" else self.pi / 2 - angle, ZERO
+            return abs(x)
+        if name in ("ln", "log", "log10"):
+            if self.only_real and real(x) < 0:
+                raise ValueError("not real")
+            base_10 = name == "log10" or (name == "log" and self.log10)
+            return self.log(x) / self.mp.ln(10) if base_10 else self.log(x)
+        if name == "exp":
+            return self.exp(x)
         if name in ("sinh", "cosh"):
-            up = exp(x, self.pi)
-            return mul(add(up, mul(MINUS if name == "sinh" else Fraction(1), inverse(up))), Fraction(1, 2))
-        if name in ("floor", "ceil"):
-            return Fraction(getattr(math, name)(real(x)))
+            up = self.exp(x)
+            return (up + 1 / up) / 2 if name == "cosh" else (up - 1 / up) / 2
+        if name in ("gcd", "lcm", "mod", "binom"):
+            whole = [natural(v, MAX_FACTORIAL if name == "binom" else 10**100) for v in values]
+            if name == "mod":
+                return Fraction(whole[0] % whole[1])
+            return Fraction({"gcd": math.gcd, "lcm": math.lcm, "binom": math.comb}[name](*whole))
+        if name[0] == "?":
+            key = name + "".join(str(v) if isinstance(v, Fraction) else self.mp.nstr(v, 26) for v in values)
+            return Fraction(zlib.crc32(key.encode()) + 1, 65537)  # one value for each argument
+        return self.real_function(name, list(map(real, values)))
+
+    def real_function(self, name: str, values: list) -> Value:
+        x = values[0]
         if name in ("max", "min"):
-            return getattr(builtins, name)(values, key=decimal)
-        if name in ("gcd", "lcm", "mod"):
-            numbers = [integer(v, 10**100) for v in values]
-            return Fraction(numbers[0] % numbers[1] if name == "mod" else getattr(math, name)(*numbers))
-        if name == "binom":
-            return Fraction(math.comb(*(integer(v, MAX_FACTORIAL) for v in values)))
-        key = name + "".join(str(v) if isinstance(v, Fraction) else f"{v[0]:.25e}{v[1]:.25e}" for v in values)
-        return Fraction(zlib.crc32(key.encode()) + 1, 65537)  # unknown: one value for each argument
+            return (max if name == "max" else min)(values, key=self.inexact)
+        if name in ("floor", "ceil") and isinstance(x, Fraction):
+            return Fraction(math.floor(x) if name == "floor" else math.ceil(x))
+        x = self.inexact(x)
+        if max(magnitudes(x), default=0) > MAX_BITS or (name in ("sin", "cos") and abs(x) > MAX_ANGLE):
+            raise Unreadable("too large")
+        if name in ("floor", "ceil"):
+            return Fraction(int(getattr(self.mp, name)(x)))
+        if name in ("asin", "acos") and abs(x) > 1:
+            if abs(x) > 1.001:
+                raise ValueError("not real")
+            x = self.mp.sign(x)  # 1, but for rounding
+        return getattr(self.mp, name)(x)
 
 
 # ---- equality ----------------------------------------------------------------------------------------------
@@ -346,37 +268,42 @@ def letters(node: tuple) -> set[str]:
     return {n for n in names(node) if n not in SIGNS and (n[:2] != "f:" or n[2] == "?")}
 
 
-def number(node: tuple, digits: int = 40) -> Fraction | Decimal | None:
-    """The real value of a tree without letters; None where there is none within the bounds."""
+def real_value(node: tuple) -> Fraction | None:
+    """The real value of a tree without letters, to BITS bits; None if it has none within the bounds."""
     try:
-        with precision(digits):
-            return real(Evaluator({})(node))
+        value = real(Evaluator({})(node))
+        if isinstance(value, Fraction):
+            return value
+        if abs(value.exp) > MAX_BITS:
+            return None
+        size = int(value.man) * Fraction(2) ** value.exp
+        return -size if value < 0 else size
     except (Unreadable, *UNDEFINED):
         return None
 
 
-def zero_at(a: tuple, b: tuple, point: dict, modes: tuple, real: bool, budget: list) -> bool | None:
-    """Is a - b zero here? None where it is undefined. At 60 digits; where the sizes met leave that undecided,
+def zero_at(a: tuple, b: tuple, point: dict, modes: tuple, only_real: bool) -> bool | None:
+    """Is a - b zero here? None if it is undefined. If the sizes met leave that undecided at BITS bits, then
     once more at a precision above twice their span."""
-    digits, span = 60, None
+    bits, span = BITS, None
     while True:
-        with precision(digits):
-            value = Evaluator(point, modes, real, budget)
-            try:
-                x, y = value(a), value(b)
-                if isinstance(x, Fraction) and isinstance(y, Fraction):
-                    return x == y
-                gap = max(map(abs, parts(add(x, mul(MINUS, y)))))
-            except UNDEFINED:
-                return None
+        value = Evaluator(point, modes, only_real, bits)
+        try:
+            x, y = value(a), value(b)
+            if isinstance(x, Fraction) and isinstance(y, Fraction):
+                return x == y
+            gap = value.inexact(x) - value.inexact(y)
+        except UNDEFINED:
+            return None
+        size = max(magnitudes(gap)) if gap else -math.inf
         first, span = span is None, value.span if span is None else span
-        if gap and gap.adjusted() > span - digits + 15:
+        if size > span - bits + 50:
             return False
-        if not first or span <= 4:
-            return not gap or gap.adjusted() <= -(span + 35)
+        if not first or span <= 16:
+            return size <= -(span + 116)
         if span > MAX_SPAN:
             raise Unreadable("too large")
-        digits = 60 + 2 * span
+        bits = (BITS + 2 * span) // 32 * 32 + 32  # few precisions, so that context() knows most of them
 
 
 def random_point(rng: random.Random, variables: list[str], whole: bool = False) -> dict[str, Fraction]:
@@ -386,22 +313,28 @@ def random_point(rng: random.Random, variables: list[str], whole: bool = False) 
     return {n: Fraction(rng.randint(1, 9999), rng.randint(500, 2500)) for n in variables}
 
 
-def agree(a: tuple, b: tuple, variables: list[str], found: set[str], modes: tuple, budget: list) -> bool:
-    """Equality at three random points or more: natural ones where factorials occur; and where roots or
-    logarithms do, no difference at negative ones with real values."""
+def seeded(a: tuple, b: tuple) -> random.Random:
+    """The same random numbers for (a, b) as for (b, a)."""
+    return random.Random("".join(sorted((repr(a), repr(b)))))
+
+
+def agree(a: tuple, b: tuple, found: set[str], modes: tuple) -> bool:
+    """Equality at three random points or more: natural ones if factorials occur; and if roots or logarithms
+    do, no difference at negative ones with real values. found: the names in both trees."""
+    variables = sorted(n for n in found if n[:2] != "f:" and n not in SIGNS)
     if not variables:
-        return bool(zero_at(a, b, {}, modes, False, budget))
-    rng, agreed = random.Random("".join(sorted((repr(a), repr(b))))), 0
+        return bool(zero_at(a, b, {}, modes, False))
+    rng, agreed = seeded(a, b), 0
     roots, whole = bool(found & {"f:root", "f:ln", "f:log", "f:log10"}), bool(found & {"!", "f:binom"})
     for attempt in range(6):
         point = random_point(rng, variables, whole)
-        real = roots and attempt > 2
-        if not whole and (real if roots else attempt):
+        only_real = roots and attempt > 2
+        if not whole and (only_real if roots else attempt):
             point = {n: -v if attempt == 1 or rng.random() < 0.5 else v for n, v in point.items()}
-        verdict = zero_at(a, b, point, modes, real, budget)
-        if verdict is False:
+        zero = zero_at(a, b, point, modes, only_real)
+        if zero is False:
             return False
-        agreed += verdict is True
+        agreed += zero is True
         if agreed == 3 and not roots:
             return True
     return agreed > 2
@@ -413,18 +346,15 @@ def equal_values(a: tuple, b: tuple) -> bool:
     if a == b or a[0] == b[0] == "n":
         return a == b
     in_a, in_b = names(a), names(b)
-    found = in_a | in_b
     modes = [PLAIN]
     if ("deg" in in_a) != ("deg" in in_b):
         modes.append((True, False, False))
     if ("%" in in_a) != ("%" in in_b):
         modes.append((False, True, False))
-    if "f:log" in found:
+    if "f:log" in in_a | in_b:
         modes.append((False, False, True))
-    variables = sorted(n for n in found if n[:2] != "f:" and n not in SIGNS)
-    budget = BUDGET.get() or [MAX_STEPS]
     try:
-        return any(agree(a, b, variables, found, mode, budget) for mode in modes)
+        return any(agree(a, b, in_a | in_b, mode) for mode in modes)
     except (Unreadable, *UNDEFINED):
         return False
 
@@ -434,18 +364,18 @@ def proportional(a: tuple, b: tuple, positive: bool = False) -> bool:
     variables = sorted(letters(a))
     if not variables or letters(b) != letters(a):
         return False
-    rng = random.Random("".join(sorted((repr(a), repr(b)))))
+    rng = seeded(a, b)
     try:
         for _ in range(3):
-            p, q = (random_point(rng, variables) for _ in range(2))
-            with precision(60):
-                ap, aq, bp, bq = (Evaluator(at)(x) for x in (a, b) for at in (p, q))
-                left, right = mul(ap, bq), mul(aq, bp)
-                gap, size = max(map(abs, parts(add(left, mul(MINUS, right))))), max(map(abs, parts(left)))
-                if gap > (0 if isinstance(left, Fraction) else size.scaleb(-35)) or not size:
-                    return False
-                if positive and real(mul(ap, inverse(bp))) < 0:
-                    return False
+            at_p, at_q = (Evaluator(random_point(rng, variables)) for _ in range(2))
+            ap, aq, bp, bq = at_p(a), at_q(a), at_p(b), at_q(b)
+            left, right = ap * bq, aq * bp
+            gap = left - right
+            if not left or (gap and (isinstance(gap, Fraction)
+                                     or max(magnitudes(gap)) > max(magnitudes(at_p.inexact(left))) - 116)):
+                return False
+            if positive and real(at_p.inexact(ap) / bp) < 0:
+                return False
         return True
     except (Unreadable, *UNDEFINED):
         return False

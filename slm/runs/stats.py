@@ -1,7 +1,7 @@
 """The statistics of an evaluation: intervals, pass@k, two runs compared on the same problems.
 
-Every interval is 95 % unless a level is given. Not covered: correction for many comparisons; correlated problems.
-Imports numpy, no torch.
+Every interval is 95 % unless a level is given. Not covered: correction for many comparisons, correlated
+problems. Imports numpy, no torch.
 """
 
 from math import comb, sqrt

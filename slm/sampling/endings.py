@@ -1,16 +1,11 @@
-"""Where a reply ends: at a stop id, a stop string, its first complete box, or its limit.
+"""Where a reply ends: at a stop id, a stop string, its first box, or its limit.
 
 Stop strings and boxes are looked for in the text, since many token sequences spell the same. To decode the
 reply after every token would take time that grows with its square, so that is done only after tokens that
 hold the last character of what is looked for.
 """
 
-import contextlib
-import re
-
-from slm.grading.parse import Unreadable, braced
-
-BOX = re.compile(r"\\boxed\s*\{")
+from slm.grading import first_box_end
 
 
 class Endings:
@@ -32,7 +27,7 @@ class Endings:
                     text = self.tokenizer.decode(row.tokens[row.prompt:] + new[:count])
                     if any(stop in text for stop in sampling.stop):
                         return count, "stop_string"
-                    if sampling.stop_at_box and boxed(text):
+                    if sampling.stop_at_box and first_box_end(text):
                         return count, "box"
         return min(room, len(new)), "length" if len(new) >= room else None
 
@@ -46,15 +41,9 @@ class Endings:
             stop[-1] in there or "\ufffd" in there for stop in sampling.stop)
 
     def text(self, ids: list[int], finish: str, stop: list[str]) -> str:
-        """A reply's text; as servers do, up to the stop string, though all ids that were sampled are kept."""
+        """A reply's text; as servers do, up to the stop string, though all ids that were sampled are kept.
+        After a box nothing follows, as at an endpoint."""
         text = self.tokenizer.decode(ids)
+        if finish == "box":
+            return text[:first_box_end(text)]
         return text[:min(i for i in map(text.find, stop) if i >= 0)] if finish == "stop_string" else text
-
-
-def boxed(text: str) -> bool:
-    """Whether a \\boxed{...} is complete, its braces balanced."""
-    for start in BOX.finditer(text):
-        with contextlib.suppress(Unreadable):
-            braced(text, start.end() - 1)
-            return True
-    return False

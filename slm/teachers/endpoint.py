@@ -29,6 +29,7 @@ from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from slm import BadInput
 from slm.episode import Reply, Request
+from slm.grading import first_box_end
 from slm.runs.files import as_lines
 
 LARGEST = 8 * 2**20  # bytes of one response body; more is refused unread
@@ -312,13 +313,9 @@ def read(raw: bytes) -> Reply:
 
 
 def cut_after_box(reply: Reply) -> None:
-    """What a Sampler does while it writes, done afterwards: the text ends with its first complete box."""
-    depth, start = 0, reply.text.find("\\boxed{")
-    for at in range(max(0, start), len(reply.text)) if start >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(reply.text[at], 0)
-        if depth == 0 and reply.text[at] == "}":
-            reply.text, reply.finish = reply.text[:at + 1], "box"
-            return
+    """End the text with its first box, as a Sampler does while it writes."""
+    if end := first_box_end(reply.text):
+        reply.text, reply.finish = reply.text[:end], "box"
 
 
 def _retry_after(value: str | None) -> float:

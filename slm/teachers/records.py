@@ -58,10 +58,10 @@ def _form(reply, text: str, solution: str, max_tokens: int, needs_think: bool) -
     found = boxes(solution)
     if len(found) != 1:
         return "several boxes" if found else "no box"
-    (start, stop, _), = found
-    if len(re.sub(r"(?i)therefore|the (final )?answer is|\W", "", solution[:start])) < 8:
+    box, = found
+    if len(re.sub(r"(?i)therefore|the (final )?answer is|\W", "", solution[:box.start])) < 8:
         return "no steps"
-    more_lines = solution[stop:].partition("\n")[2]  # LaTeX that closes a formula may follow
+    more_lines = solution[box.stop:].partition("\n")[2]  # LaTeX that closes a formula may follow
     return "text after the box" if re.search(r"\w", re.sub(r"\\\w+(\{\w+\*?\})?", "", more_lines)) else None
 
 

@@ -1,0 +1,73 @@
+"""Where a reply ends, with a tokenizer whose tokens are short strings."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from slm.episode import Reply, Sampling
+from slm.sampling.endings import Endings
+from slm.teachers.endpoint import cut_after_box
+
+
+class Pieces:
+    """A stand-in tokenizer: the id of a token is its place in the list of pieces. It counts decoded texts."""
+
+    def __init__(self):
+        self.pieces, self.stop_ids, self.decoded = ["<end>"], {0}, 0
+
+    def encode(self, *pieces: str) -> list[int]:
+        self.pieces += [p for p in pieces if p not in self.pieces]
+        return [self.pieces.index(p) for p in pieces]
+
+    def decode(self, ids: list[int], skip_special: bool = True) -> str:
+        self.decoded += len(ids) > 1
+        return "".join(self.pieces[i] for i in ids if i or not skip_special)
+
+
+def written(*pieces: str, burst: int = 1, limit: int = 99, **sampling) -> tuple[str, str | None, Pieces]:
+    """(text, finish, tokenizer) of a reply whose tokens come `burst` at a time."""
+    tokenizer = Pieces()
+    ids, endings = tokenizer.encode(*pieces), Endings(tokenizer)
+    row = SimpleNamespace(sampling=Sampling(**sampling), tokens=[7, 7], prompt=2, limit=limit, logprobs=[])
+    finish = None
+    while ids and not finish:
+        count, finish = endings.find(row, ids[:burst])
+        row.tokens += ids[:count]
+        row.logprobs += [0.0] * count
+        del ids[:count]
+    return endings.text(row.tokens[2:], finish, row.sampling.stop), finish, tokenizer
+
+
+BOXES = [
+    (["so \\boxed", "{", "\\frac{", "1}", "{2", "}}$. ", "More"], "so \\boxed{\\frac{1}{2}}"),
+    (["in \\boxed", "{}", " it is ", "\\boxed{", "7", "}.", " More"], "in \\boxed{} it is \\boxed{7}"),
+    (["\\boxed{", " ", "}"], None),
+    (["\\boxed{", "a\\}", "b", "} ", "c"], "\\boxed{a\\}b}"),
+    (["\\boxed{\\left\\{", " x ", "\\right.", "}", "."], "\\boxed{\\left\\{ x \\right.}"),
+    (["\\boxed", " ", "{x", "}", "."], "\\boxed {x}"),
+    (["<think>", "\\boxed{1}", "</think>", "\\boxed{2}", "\n"], "<think>\\boxed{1}</think>\\boxed{2}"),
+    (["<think>", "\\boxed{1}", "!"], None),
+    (["\\boxed{1} or \\boxed{2}", "!"], "\\boxed{1}")]
+
+
+@pytest.mark.parametrize("burst", [1, 3, 99])
+@pytest.mark.parametrize("pieces, reply", BOXES)
+def test_a_reply_ends_with_its_first_box_here_as_at_an_endpoint(pieces, reply, burst):
+    text, finish, _ = written(*pieces, burst=burst, stop_at_box=True)
+    assert (text, finish) == ((reply, "box") if reply else ("".join(pieces), None))
+    answer = Reply("".join(pieces), finish="stop")
+    cut_after_box(answer)
+    assert (answer.text, answer.finish) == (text, finish or "stop")
+    assert written(*pieces, burst=burst)[:2] == ("".join(pieces), None)
+
+
+def test_stop_ids_stop_strings_and_limits():
+    assert written("a", "b", "<end>", "c")[:2] == ("ab", "stop")
+    assert written("a", "b#", "#c", "d", stop=["##"])[:2] == ("ab", "stop_string")
+    assert written("a", "b", "c", "d", limit=3, burst=2)[:2] == ("abc", "length")
+    assert written("a", "\\boxed{1}", "<end>", limit=2, stop_at_box=True)[:2] == ("a\\boxed{1}", "box")
+
+
+def test_a_reply_is_decoded_only_after_tokens_that_may_end_it():
+    *_, tokenizer = written(*(98 * ["word "]), "}", stop_at_box=True)
+    assert tokenizer.decoded == 2  # once after the brace, once for the reply
