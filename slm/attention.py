@@ -44,7 +44,8 @@ class Packed:
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, rope's angles have made them float32
         if varlen_attn and flash_runs(q.device, q.dtype, q.shape[-1]):
             return self.flash(q, k, v)
-        return torch.cat([_causal(*one) for one in zip(*(x.split(self.lengths) for x in (q, k, v)))])
+        q, k, v = (x.split(self.lengths) for x in (q, k, v))
+        return torch.cat([_causal(*sequence) for sequence in zip(q, k, v)])
 
     def flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         groups = q.shape[1] // k.shape[1]

@@ -4,10 +4,10 @@ Hu et al. 2021, arXiv:2106.09685, eq. 3. A starts as in a linear layer and B at 
 nothing. With rslora s = alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732). A and B are kept in float32
 and used in the model's dtype.
 
-Several adapters can live on one base model, each under a name. One is active: `add` activates its own.
-`use` and `off` change that inside a with block, and `use` can give every sequence of a batch its own adapter.
-Only `merge` ever touches the base weights. So with its adapter off a model is its base model, bit for bit,
-and policy and reference are one model. lora_files.py reads and writes PEFT's files.
+Several adapters can live on one base model, each under a name. One is active: `add` activates its own. `use`
+and `off` change that inside a with block, and `use` can give every sequence of a batch its own adapter. Only
+`merge` touches the base weights. So with its adapter off a model is its base model, bit for bit, and policy
+and reference are one model. lora_files.py reads and writes PEFT's files.
 """
 
 import contextlib
@@ -44,13 +44,12 @@ class Spec:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
 
+@dataclass
 class Adapters:
     """What all layers of a model share: its adapters by name, those merged (in order), and what is active."""
-
-    def __init__(self):
-        self.specs: dict[str, Spec] = {}
-        self.merged: list[str] = []
-        self.active: Active = None
+    specs: dict[str, Spec] = field(default_factory=dict)
+    merged: list[str] = field(default_factory=list)
+    active: Active = None
 
 
 class LoRALinear(nn.Linear):
@@ -92,8 +91,8 @@ def add(model: Qwen2, r: int = 16, alpha: float = 32, targets: list[str] | str =
         raise BadInput(f"adapter name {name!r}: expected a new one without dots; there are {names(model)}")
     if r < 1 or not 0 <= dropout < 1:
         raise BadInput(f"LoRA rank {r}, dropout {dropout}: expected a rank of 1 or more, a dropout in [0, 1)")
-    spec = Spec(r, alpha, targets if isinstance(targets, str) else list(targets), dropout, rslora)
-    spec.modules = matching(model, spec.targets)
+    targets = targets if isinstance(targets, str) else list(targets)
+    spec = Spec(r, alpha, targets, dropout, rslora, matching(model, targets))
     for path, p in model.named_parameters():
         p.requires_grad_(".lora_" in path)
     for path in spec.modules:
@@ -102,9 +101,9 @@ def add(model: Qwen2, r: int = 16, alpha: float = 32, targets: list[str] | str =
             parent, _, leaf = path.rpartition(".")
             layer = LoRALinear(layer, adapters).train(layer.training)
             model.get_submodule(parent).add_module(leaf, layer)
-        like = {"device": layer.weight.device, "dtype": torch.float32}
-        layer.lora_A[name] = nn.Parameter(torch.empty(r, layer.in_features, **like))
-        layer.lora_B[name] = nn.Parameter(torch.zeros(layer.out_features, r, **like))
+        device = layer.weight.device
+        layer.lora_A[name] = nn.Parameter(torch.empty(r, layer.in_features, device=device))
+        layer.lora_B[name] = nn.Parameter(torch.zeros(layer.out_features, r, device=device))
         nn.init.kaiming_uniform_(layer.lora_A[name], a=math.sqrt(5))
     adapters.specs[name], adapters.active = spec, name
 
@@ -116,8 +115,7 @@ def matching(model: Qwen2, targets: list[str] | str) -> list[str]:
     for target in [targets] if isinstance(targets, str) else targets:
         pattern = targets if isinstance(targets, str) else rf"(.*\.)?{re.escape(target)}"
         if target.endswith("lm_head") and model.config.tied:
-            raise BadInput("LoRA target 'lm_head': this model's head is its embedding (tied), so merging "
-                           "an adapter there would change the embedding too; leave lm_head out")
+            raise BadInput("LoRA target 'lm_head': this model's head is tied to its embedding; leave it out")
         hits = [path for path in linear if re.fullmatch(pattern, path)]
         if not hits:
             there = sorted({path.rpartition(".")[2] for path in linear})
@@ -133,20 +131,18 @@ def names(model: Qwen2) -> list[str]:
 
 
 def active(model: Qwen2) -> Active:
-    """What applies now: an adapter's name, inside `use` possibly {name: indices of its tokens}, or None."""
     return _adapters(model).active
 
 
 def spec(model: Qwen2, name: str = "default") -> Spec:
-    """What an adapter is."""
-    specs = _adapters(model).specs
-    if name not in specs:
-        raise BadInput(f"adapter {name!r}: not on this model; there are {list(specs)}")
-    return specs[name]
+    """What an adapter is. BadInput if the model has none of this name."""
+    if name not in _adapters(model).specs:
+        raise BadInput(f"adapter {name!r}: not on this model; there are {list(_adapters(model).specs)}")
+    return _adapters(model).specs[name]
 
 
 def layers(model: Qwen2, name: str = "default") -> dict[str, LoRALinear]:
-    """The layers that an adapter changes, by their full names."""
+    """Full name -> layer that this adapter changes."""
     return {path: model.get_submodule(path) for path in spec(model, name).modules}
 
 
@@ -160,15 +156,14 @@ def use(model: Qwen2, wanted: str | list[tuple[str | None, int]] | None) -> Iter
     """Apply another adapter inside the block: a name, None, or rows [(name or None, tokens), ...], one after
     the other over the packed tokens, so that every sequence of a batch has its own."""
     rows = wanted if isinstance(wanted, list) else [(wanted, 0)]
-    used = {name for name, _ in rows}
+    used, now = {name for name, _ in rows}, rows[0][0]
     for name in used - {None, *names(model)}:
         raise BadInput(f"adapter {name!r}: not on this model or merged into it; there are {names(model)}")
-    now: Active = rows[0][0]
     if len(used) > 1:
-        of_token = [name for name, count in rows for _ in range(count)]
-        device = model.model.embed_tokens.weight.device
-        now = {name: torch.tensor([i for i, other in enumerate(of_token) if other == name], device=device)
-               for name in used - {None}}
+        counts, now = torch.tensor([count for _, count in rows]), {}
+        for name in used - {None}:
+            own = torch.tensor([other == name for other, _ in rows]).repeat_interleave(counts)
+            now[name] = own.nonzero().squeeze(1).to(model.model.embed_tokens.weight.device)
     with _activated(model, now):
         yield
 
@@ -179,8 +174,7 @@ def off(model: Qwen2):
 
 
 def recompute(model: Qwen2) -> Callable:
-    """For Qwen2.recompute: layers that the backward pass computes again use the adapter of the forward
-    pass, whichever is active by then."""
+    """For Qwen2.recompute: a layer that is computed again uses the adapter that its forward pass used."""
     return lambda: (contextlib.nullcontext(), _activated(model, active(model)))
 
 
@@ -191,10 +185,10 @@ def merge(model: Qwen2, name: str = "default") -> float:
     `remove` makes it final and frees the copy of the weights that is kept until then."""
     with use(model, name):
         apart = _probe(model)
-    adapters = _adapters(model)
+    adapters, scale = _adapters(model), spec(model, name).scale
     for layer in layers(model, name).values():
         layer.unmerged[name] = layer.weight.detach().clone()
-        update = layer.lora_B[name].float() @ layer.lora_A[name].float() * adapters.specs[name].scale
+        update = layer.lora_B[name].float() @ layer.lora_A[name].float() * scale
         layer.weight.copy_(layer.weight.float() + update)
     adapters.merged.append(name)
     adapters.active = None if adapters.active == name else adapters.active
@@ -239,8 +233,8 @@ def _activated(model: Qwen2, now: Active) -> Iterator[None]:
 
 
 def _probe(model: Qwen2) -> Tensor:
-    device, training = model.model.embed_tokens.weight.device, model.training
-    ids, attend = torch.arange(64, device=device) * 977 % model.config.vocab, Packed([64], device)
+    attend, training = Packed([64], model.model.embed_tokens.weight.device), model.training
+    ids = attend.positions * 977 % model.config.vocab
     logits = model.eval().logits(model(ids, attend.positions, attend)).float()
     model.train(training)
     return logits

@@ -40,8 +40,10 @@ class SafeTensors:
             header.pop("__metadata__", None)
             self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
             self.codes = {name: entry["dtype"] for name, entry in header.items()}
-            self.spans = {name: [8 + length + x for x in entry["data_offsets"]]
-                          for name, entry in header.items()}
+            self.spans = {}  # name -> first byte, byte after the last one
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                self.spans[name] = 8 + length + begin, 8 + length + end
         except FileNotFoundError:
             raise BadInput(f"{path}: no such file") from None
         except (ValueError, KeyError, TypeError, AttributeError, struct.error) as e:

@@ -21,10 +21,11 @@ class Controls:
     """
 
     def __init__(self, rows: list[tuple], device, size: int = 0, outside: int = 0):
-        blank = max(0, size - len(rows))
+        def tensor(values, fill, dtype):
+            values = [*values, *[fill] * (size - len(rows))]
+            return torch.tensor(values, dtype=dtype, device=device)
+
         last, position, key, place, s = zip(*rows)
-        tensor = lambda values, fill, dtype: torch.tensor([*values, *[fill] * blank], dtype=dtype,
-                                                          device=device)
         self.last, self.position = tensor(last, 0, torch.int64), tensor(position, outside, torch.int64)
         self.key, self.place = tensor(key, 0, torch.int64), tensor(place, 0, torch.int64)
         self.sampled, self.greedy_rows = any(x.temperature for x in s), not all(x.temperature for x in s)
@@ -130,7 +131,9 @@ def warp(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0) -> torch.Ten
     Each setting is a number or an (N,) tensor with one value a row; temperature > 0; top_k 0 and top_p 1 are
     off. The most likely token always stays; tokens that are cut get -inf.
     """
-    column = lambda x: x.unsqueeze(-1) if torch.is_tensor(x) else x
+    def column(x):
+        return x.unsqueeze(-1) if torch.is_tensor(x) else x
+
     if torch.is_tensor(temperature) or temperature != 1.0:
         logits = logits / column(temperature)
     cut_k = top_k.any() if torch.is_tensor(top_k) else top_k > 0

@@ -246,8 +246,8 @@ class Fast(Plain):
 
     def _chosen(self, rows: Rows) -> Chosen:
         embeddings = self.model.model.embed_tokens.weight
-        member = [[float(name == other) for other in self.names] for name, _ in rows]
-        member = torch.tensor(member, device=embeddings.device, dtype=embeddings.dtype)
+        at = torch.tensor([self.names.index(name) if name else len(self.names) for name, _ in rows])
+        member = F.one_hot(at, len(self.names) + 1)[:, :-1].to(embeddings.device, embeddings.dtype)
         if len(rows) > 1:
             counts = torch.tensor([count for _, count in rows], device=embeddings.device)
             member = member.repeat_interleave(counts, 0)

@@ -166,7 +166,7 @@ class Sampler:
         except BadInput:
             self.waiting.clear()
             raise
-        replies: list[dict] = [{} for _ in requests]
+        replies: list[dict] = [{} for _ in requests]  # sample -> Reply
         start, tokens = time.monotonic(), self.tokens
         bar = tqdm(total=sum(r.n for r in requests), disable=not progress, unit="reply", smoothing=0.1)
         try:
@@ -185,7 +185,7 @@ class Sampler:
             print(f"\nstopped: {bar.n} of {bar.total} replies are finished")
         finally:
             bar.close()
-        return [[group[i] for i in sorted(group)] for group in replies]
+        return [[reply for _, reply in sorted(group.items())] for group in replies]
 
     # ---- waiting requests come in --------------------------------------------------------------------------
 
@@ -239,8 +239,8 @@ class Sampler:
         for row in pack:
             copies = [place(twin) for twin, original in twins if original is row]
             self.cache.copy(place(row), copies, len(row.tokens))
-        rows = pack + [twin for twin, _ in twins]
-        hidden = torch.stack([last[row] for row in [*pack, *(original for _, original in twins)]])
+        rows, originals = pack + [twin for twin, _ in twins], pack + [original for _, original in twins]
+        hidden = torch.stack([last[row] for row in originals])
         controls = Controls([state for row in rows for state in row.states()], self.device)
         chosen = self.network.choose([(row.adapter, 1) for row in rows])
         ids, logprobs = controls.draw(self.network.logits(hidden, chosen))

@@ -123,7 +123,7 @@ class Slots:
         elif self.recorded:
             lengths[:0] = [max(row.prompt + row.limit for row in [*waiting, *self.live]), up(length * 3 // 2)]
         most = min(self.positions, self.max_tokens)
-        fitting = [n for n in (min(n, most) for n in lengths) if n * slots <= self.max_tokens]
+        fitting = [min(n, most) for n in lengths if min(n, most) * slots <= self.max_tokens]
         if not fitting:
             return False
         wish = min(self.max_rows, self.running + len(waiting)) * 3 // 2
