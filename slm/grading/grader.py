@@ -1,13 +1,11 @@
 r"""Grade a response against the gold answer: what the answer is, whether it is right, and why not.
 
-The answer is the last complete \boxed{} or \fbox{} (boxes side by side are a list); without one, what
-follows the last "answer is" or "####"; without one, the last number where the gold is a plain number. A
-response that is nothing but one formula is that formula. Strict mode, for rewards, takes a box only.
-slm/answers.py reads an answer into a tree, slm/values.py compares expressions; here is what surrounds
-them: lists, tuples, intervals, equations, units, choices.
+The answer is the last box of the response (boxes side by side are a list). Without a box, it is what follows
+the last "answer is" or "####"; without these, the response itself if it is one formula, or the last number
+if the gold answer is a plain number. Strict mode, for rewards, takes a box only.
 
-Pure functions: no signals, threads or global state; model text is never executed; any input gets a
-verdict within milliseconds, since every size is bounded before anything is computed.
+parse.py reads an answer into a tree, values.py compares expressions. This file compares what is made of
+expressions: lists, tuples, intervals, equations, units, choices.
 """
 
 import math
@@ -15,12 +13,11 @@ import operator
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 from slm.grading.boxes import MAX_BOX, boxes
-from slm.grading.parse import MAX_CHARS, Unreadable, children, parse
+from slm.grading.parse import FIRST_CHILD, MAX_CHARS, Node, Unreadable, children, parse
 from slm.grading.values import bounded, equal_values, letters, names, proportional, real_value
-
-Node = tuple
 
 
 @dataclass(frozen=True)
@@ -156,9 +153,9 @@ def same(a: Node, b: Node) -> bool:
     if "text" in kinds:
         return words_of(a) == words_of(b) != ""
     if kinds & {"union", "meet", "minus", "rel", "tuple"} or inequalities(a) or inequalities(b):
-        verdict = same_regions(a, b)
-        if verdict is not None:
-            return verdict
+        alike = same_regions(a, b)
+        if alike is not None:
+            return alike
     if "rel" in kinds:
         return same_relations(a, b)
     if kinds & {"list", "set", "tuple", "matrix"}:
@@ -173,7 +170,7 @@ def plain(node: Node) -> Node:
     """What an answer stands for: the result of a chain, the two values of ±, the only member of a list."""
     if node[0] == "rel":
         node = plain_relation(node)
-    if node[0] not in ("list", "set", "matrix", "rel") and has(node, "±"):
+    if node[0] not in ("list", "set", "matrix", "rel") and "±" in names(node):
         return ("list", with_sign(node, 1), with_sign(node, -1))
     if node[0] in ("list", "set"):
         items: list[Node] = []
@@ -207,7 +204,7 @@ def plain_relation(node: Node) -> Node:
         return plain(nodes[-1])
     labelled = bool(letters(nodes[0])) or nodes[0][0] in ("tuple", "text")
     if set(ops) == {"="} and (len(ops) > 1 or not (labelled or letters(nodes[1]))):
-        values = nodes[labelled:]
+        values = nodes[1:] if labelled else nodes
         if all(equal_or_rounded(values[0], v) for v in values[1:]):
             value = values[-1] if all(same(values[0], v) for v in values[1:]) else values[0]
             return ("rel", (nodes[0], value), ("=",)) if labelled else plain(value)
@@ -225,16 +222,12 @@ def equal_or_rounded(exact: Node, other: Node) -> bool:
     return places > 0 and abs(x - y) <= Fraction(1, 10**places)
 
 
-def has(node: Node, kind: str) -> bool:
-    return node[0] == kind or any(has(c, kind) for c in children(node))
-
-
 def with_sign(node: Node, sign: int) -> Node:
     """The tree with ± read as + or as -."""
     if node[0] == "±":
         return with_sign(node[1], sign) if sign > 0 else ("-", with_sign(node[1], sign))
     below = children(node)
-    at = {"f": 2, "tuple": 3, "choice": 2}.get(node[0], 1)
+    at = FIRST_CHILD.get(node[0], 1)
     return (*node[:at], *(with_sign(c, sign) for c in below), *node[at + len(below) :]) if below else node
 
 
@@ -356,12 +349,17 @@ def positions(ends: list[Node]) -> dict[Node, float]:
     return at
 
 
+def holds(relation: Node, at: dict[Node, float], point: float) -> bool:
+    """Is a chain of comparisons true if the letter in it, which has no place of its own, is at the point?"""
+    values = [at.get(n, point) for n in relation[1]]
+    return all(COMPARE[op](x, y) for op, (x, y) in zip(relation[2], pairwise(values)))
+
+
 def inside(node: Node, at: dict[Node, float], points: range) -> list[bool]:
     """Which of the points belong to a region. Comparisons side by side are alternatives, unless these leave
     nothing out (`x > 1 and x < 2`)."""
     if node[0] == "rel":
-        values = ([at.get(n, t) for n in node[1]] for t in points)
-        return [all(COMPARE[op](x, y) for op, x, y in zip(node[2], v, v[1:])) for v in values]
+        return [holds(node, at, t) for t in points]
     if node[0] == "tuple":
         low, high = (at[x] for x in node[3:])
         return [(low < t or (low == t and node[1] == "[")) and (t < high or (t == high and node[2] == "]"))
@@ -394,9 +392,9 @@ def bindings(node: Node) -> dict[str, Node] | None:
         if left[0] == right[0] == "tuple" and len(left) == len(right) and all(n[0] == "s" for n in left[3:]):
             return {n[1]: value for n, value in zip(left[3:], right[3:])}
     if node[0] in ("list", "set") and len(node) > 2:
-        pairs = [assignment(n) for n in node[1:]]
-        if all(pairs) and len({name for name, _ in pairs}) == len(pairs):
-            return dict(pairs)
+        named = [assignment(n) for n in node[1:]]
+        if all(named) and len({name for name, _ in named}) == len(named):
+            return dict(named)
     return None
 
 
@@ -474,8 +472,13 @@ def same_collections(a: Node, b: Node) -> bool:
         return "set" not in kinds and in_order(members(a), members(b))
     left, right = (distinct(x[1:]) if "set" in kinds else list(x[1:]) for x in (a, b))
     if all(x[0] == "unit" and not x[2] for x in left + right):  # 3 red, 4 blue
-        left, right = ([("tuple", "(", ")", x[1], ("text", x[3])) for x in some] for some in (left, right))
+        left, right = (list(map(counted, items)) for items in (left, right))
     return len(left) == len(right) and matched(left, right)
+
+
+def counted(unit: Node) -> Node:
+    """`3 red` as the pair of 3 and `red`."""
+    return ("tuple", "(", ")", unit[1], ("text", unit[3]))
 
 
 def distinct(items: tuple) -> list[Node]:

@@ -1,15 +1,13 @@
-r"""Read a written answer, LaTeX or plain text, into a small tree of tuples. Nothing is computed or
-executed here.
+r"""Read a written answer, LaTeX or plain text, into a small tree of tuples. Nothing is executed here.
 
-Three steps: `clean` spells one thing one way, `tokenize` cuts it up, `Parser` is a recursive descent over
-the tokens. `parse` does all three; what is outside the grammar or the bounds becomes ("raw", text), which
+`clean` gives one thing one spelling, `tokenize` cuts the text into tokens, `Parser` is a recursive descent
+over them. `parse` does all three. A text outside the grammar or the bounds becomes ("raw", text), which
 equals only itself.
 
 Nodes: ("n", Fraction) ("s", name) ("+" "*" "/" "^", a, b) ("-" "!" "%" "deg" "±", a) ("f", name, *args)
 ("inf",) ("text", words) ("list" "set", *items) ("tuple", opener, closer, *items) ("matrix", *rows)
 ("rel", nodes, operators) ("union" "meet" "minus", a, b) ("ratio", *parts) ("unit", node, unit) ("choice",
-letter, node) ("time", seconds, "a" | "p" | "") ("raw", text). A function named "?f" is one we know
-nothing about.
+letter, node) ("time", seconds, "a" | "p" | "") ("raw", text). A function f that we do not know is named "?f".
 """
 
 import re
@@ -25,7 +23,11 @@ class Unreadable(Exception):
     """The text is outside the grammar, or the value outside the bounds."""
 
 
-def children(node: tuple) -> tuple:
+Node = tuple
+FIRST_CHILD = {"f": 2, "choice": 2, "tuple": 3}  # where the children start in a node; else at 1
+
+
+def children(node: Node) -> Node:
     """The nodes directly below a node."""
     kind = node[0]
     if kind in ("n", "s", "text", "raw", "time", "inf"):
@@ -34,17 +36,18 @@ def children(node: tuple) -> tuple:
         return sum(node[1:], ())
     if kind in ("rel", "unit"):
         return node[1] if kind == "rel" else node[1:2]
-    return node[{"f": 2, "choice": 2, "tuple": 3}.get(kind, 1) :]
+    return node[FIRST_CHILD.get(kind, 1) :]
 
 
 # ---- cleaning ----------------------------------------------------------------------------------------------
 
-def pairs(text: str) -> dict[str, str]:
+def table(text: str) -> dict[str, str]:
+    """{first word: second, third: fourth, ...}"""
     words = text.split()
     return dict(zip(words[::2], words[1::2]))
 
 
-SIGNS = {sign: latex + " " * latex[-1].isalpha() for sign, latex in pairs(r"""
+SIGNS = {sign: latex + " " * latex[-1].isalpha() for sign, latex in table(r"""
     √ \sqrt ∛ \sqrt[3] π \pi ∞ \infty
     ≤ \le ≥ \ge ≠ \ne × \cdot · \cdot ⋅ \cdot ∙ \cdot ÷ / ∕ / ⁄ / − - – - — - ∪ \cup ∩ \cap ∈ \in ∅ \emptyset
     ° ^\circ º ^\circ ± \pm ∓ \mp ≈ \approx θ \theta α \alpha β \beta γ \gamma φ \phi λ \lambda ℝ \mathbb{R}
@@ -127,7 +130,7 @@ COINS = {"$": "money", "euro": "euro", "pound": "gbp", "yen": "yen"}
 NUMBER_WORDS = {word: n for n, word in enumerate(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     "seventeen eighteen nineteen twenty".split())}
-SCALES = {word: Fraction(n) for word, n in pairs("""hundred 100 thousand 1000 million 1000000
+SCALES = {word: Fraction(n) for word, n in table("""hundred 100 thousand 1000 million 1000000
     dozen 12 billion 1000000000 trillion 1000000000000 half 1/2 halves 1/2 quarters 1/4
     hundredths 1/100 thousandths 1/1000""").items()}
 for n, word in enumerate("third fourth fifth sixth seventh eighth ninth tenth".split(), 3):
@@ -174,7 +177,7 @@ TEXT = set("""text mbox textbf textit textrm mathrm textnormal operatorname hbox
     rm mathtt""".split())
 WRAPPERS = set("""mathbf boldsymbol vec hat widehat overrightarrow mathit mathcal bm triangle angle overline
     bar boxed fbox framebox underline tilde mathbb measuredangle ensuremath""".split())
-ALIAS = pairs(r"""cdot * times * ast * div / le <= leq <= leqslant <= ge >= geq >= geqslant >= lt < gt > ne !=
+ALIAS = table(r"""cdot * times * ast * div / le <= leq <= leqslant <= ge >= geq >= geqslant >= lt < gt > ne !=
     neq != { \{ } \} lbrace \{ rbrace \} vert | lvert | rvert | mid | colon : lbrack [ rbrack ] lparen (
     rparen ) \ ; newline ; and , land , lor , wedge , vee , or , approx ~ thickapprox ~ simeq ~ doteq ~
     dfrac frac tfrac frac cfrac frac varnothing emptyset dots ldots cdots ldots degree circ implies
@@ -226,6 +229,8 @@ def tokenize(text: str, prose: bool = False, merge: bool = True, unit: bool = Fa
     pos = 0
     while m := TOKEN.search(text, pos):
         kind, tok, pos = m.lastgroup, m[m.lastgroup], m.end()
+        if len(tok) > MAX_DIGITS or len(out) > MAX_TOKENS:
+            raise Unreadable("too long")
         if kind == "num" and "," in tok and (not merge or (brackets and brackets[-1] != "{")):
             tok = tok.split(",")[0]
             pos = m.start() + len(tok)
@@ -262,35 +267,31 @@ def tokenize(text: str, prose: bool = False, merge: bool = True, unit: bool = Fa
             elif brackets and tok in (")", "]", "}", r"\}"):
                 brackets.pop()
         out.append((kind, tok))
-        if len(out) > MAX_TOKENS:
-            raise Unreadable("too long")
     return out
 
 
-def decimal(text: str) -> tuple:
-    if len(text) > MAX_DIGITS or len(text.lower().partition("e")[2]) > 4:
+def decimal(text: str) -> Node:
+    if len(text.lower().partition("e")[2]) > 4:
         raise Unreadable("number too long")
     return ("n", Fraction(text.replace(",", "").removesuffix(".")))
 
 
-def based(text: str) -> tuple:
+def based(text: str) -> Node:
     """`1101_2`, `2A_{11}`, `0.11_{two}`: the value."""
     digits, _, base = text.partition("_")
     base = re.sub(r"\\\w+|[{} ]", "", base).lower()
     radix = NUMBER_WORDS.get(base) or (int(base) if base.isdigit() else 0)
     whole, _, part = digits.partition(".")
-    if not 2 <= radix <= 36 or len(digits) > MAX_DIGITS or any(int(d, 36) >= radix for d in whole + part):
+    if not 2 <= radix <= 36 or any(int(d, 36) >= radix for d in whole + part):
         raise Unreadable("not a numeral of that base")
     return ("n", Fraction(int(whole + part, radix), radix ** len(part)))
 
 
-def repeating(text: str) -> tuple:
+def repeating(text: str) -> Node:
     r"""`0.1\overline{6}` = 1/6."""
     head, tail = re.split(r"\\\w+\s*", text)
     tail = tail.strip("{}")
     whole, _, fixed = head.partition(".")
-    if len(text) > MAX_DIGITS:
-        raise Unreadable("number too long")
     start, period = int(whole + fixed or 0), int(whole + fixed + tail)
     return ("n", Fraction(period - start, 10 ** len(fixed) * (10 ** len(tail) - 1)))
 
@@ -316,14 +317,15 @@ class Parser:
     measure."""
 
     def __init__(self, tokens: list[tuple[str, str]]):
-        self.tokens, self.pos, self.depth, self.bars, self.money = tokens, 0, 0, 0, None
+        self.tokens = tokens + 5 * [("end", "")]  # as far as anybody looks ahead
+        self.pos, self.depth, self.bars, self.money = 0, 0, 0, None
 
     def peek(self, ahead: int = 0) -> tuple[str, str]:
-        i = self.pos + ahead
-        return self.tokens[i] if i < len(self.tokens) else ("end", "")
+        return self.tokens[self.pos + ahead]
 
     def take(self, *ops: str) -> str | None:
-        kind, tok = self.peek()
+        """The next token, and go on, if it is one of these; else None."""
+        kind, tok = self.tokens[self.pos]
         if tok not in ops or kind not in ("op", "cmd"):
             return None
         self.pos += 1
@@ -341,13 +343,13 @@ class Parser:
 
     # lists, relations, words
 
-    def answer(self) -> tuple:
+    def answer(self) -> Node:
         node = self.items(())
         if self.peek()[0] != "end":
             raise Unreadable(f"unexpected {self.peek()[1]}")
         return node
 
-    def items(self, closers: tuple) -> tuple:
+    def items(self, closers: tuple) -> Node:
         out: list[tuple] = []
         while self.peek()[0] != "end" and self.peek()[1] not in closers:
             if not self.take(",", ";", "&"):
@@ -356,7 +358,7 @@ class Parser:
                 raise Unreadable("too many items")
         return out[0] if len(out) == 1 else ("list", *out)
 
-    def item(self) -> tuple:
+    def item(self) -> Node:
         """A relation chain such as `x = 1 < y`, words, or a letter choice with its text."""
         if choice := self.choice():
             return choice
@@ -380,7 +382,7 @@ class Parser:
         self.pos += 2 + skip
         return ("choice", letter[1], self.item())
 
-    def words(self) -> tuple:
+    def words(self) -> Node:
         """Words up to the next separator: a label, dropped, before `=`, `:` or "is"; else the answer."""
         start = self.pos
         while self.peek()[0] != "end" and self.peek()[1] not in (*",;=:~)]}", r"\}"):
@@ -396,7 +398,7 @@ class Parser:
             return self.item()
         return text_node(" ".join(words))
 
-    def measured(self) -> tuple:
+    def measured(self) -> Node:
         """An expression with its unit: `5 cm^2`, `$5`, `3 eggs per day`, `2 hours 30 minutes`, `5
         million`."""
         self.money = None
@@ -444,7 +446,7 @@ class Parser:
 
     # expressions
 
-    def sum(self) -> tuple:
+    def sum(self) -> Node:
         """Terms under + - ± and the set operations."""
         self.deeper()
         sign = self.take("+", "-", "pm", "mp") or "+"
@@ -458,12 +460,12 @@ class Parser:
         return node
 
     @staticmethod
-    def signed(sign: str, node: tuple) -> tuple:
+    def signed(sign: str, node: Node) -> Node:
         if sign == "-" and node[0] == "matrix":
             return product(("n", Fraction(-1)), node)
         return {"+": node, "-": ("-", node), "pm": ("±", node), "mp": ("-", ("±", node))}[sign]
 
-    def term(self) -> tuple:
+    def term(self) -> Node:
         r"""Factors, multiplied or divided, with or without a sign; `2\frac{1}{3}` and `2 1/3` are mixed
         numbers."""
         node = self.factor()
@@ -494,7 +496,7 @@ class Parser:
             return tok in ("(", "{", r"\{") or (tok == "|" and not self.bars)
         return kind in ("sym", "num", "begin") or (kind == "cmd" and tok not in NOT_FACTORS)
 
-    def factor(self) -> tuple:
+    def factor(self) -> Node:
         """A signed atom with its postfixes: powers, factorial, percent, degrees, currency."""
         if sign := self.take("-", "+", "pm"):
             self.deeper()
@@ -527,7 +529,7 @@ class Parser:
             else:
                 return node
 
-    def power(self, base: tuple) -> tuple:
+    def power(self, base: Node) -> Node:
         if self.peek() == ("cmd", "circ"):
             return base
         if [self.peek(i)[1] for i in range(3)] == ["{", "circ", "}"]:
@@ -539,7 +541,7 @@ class Parser:
             return ("matrix", *zip(*base[1:])) if base[0] == "matrix" else base
         return ("^", base, self.signed(sign, exponent))
 
-    def argument(self, whole: bool = False) -> tuple:
+    def argument(self, whole: bool = False) -> Node:
         r"""What a command takes: `{...}` or one token; \frac takes one digit, a power the whole number."""
         kind, tok = self.peek()
         if self.take("{"):
@@ -551,7 +553,7 @@ class Parser:
             return ("n", Fraction(int(tok[0])))
         return self.atom()
 
-    def atom(self) -> tuple:
+    def atom(self) -> Node:
         kind, tok = self.peek()
         if kind == "op" and tok in ENDS:
             return self.bracket()
@@ -572,7 +574,7 @@ class Parser:
             return ("f", "abs", node)
         raise Unreadable(f"unexpected {tok}")
 
-    def symbol(self, name: str) -> tuple:
+    def symbol(self, name: str) -> Node:
         """A variable with its subscript; `f(x)` is a call, `P(1, 2)` a labelled point."""
         if self.take("_"):
             sub = self.argument(whole=True)
@@ -587,7 +589,7 @@ class Parser:
             self.pos = start
         return ("s", name)
 
-    def bracket(self) -> tuple:
+    def bracket(self) -> Node:
         r"""( ) [ ] \{ \} and \langle: a group, tuple, interval or set; a set may carry a condition."""
         opener = self.take(*ENDS)
         self.deeper()
@@ -611,7 +613,7 @@ class Parser:
         opener = "(" if opener in ("langle", "]") else opener
         return ("tuple", opener, ")" if closer in ("rangle", "[") else closer, *members)
 
-    def command(self, name: str) -> tuple:
+    def command(self, name: str) -> Node:
         if name in ("frac", "binom"):
             top, low = self.argument(), self.argument()
             return ("/", top, low) if name == "frac" else ("f", "binom", top, low)
@@ -636,7 +638,7 @@ class Parser:
             return {"infty": ("inf",), "emptyset": ("set",)}.get(name, ("s", name))
         raise Unreadable(f"unknown command {name}")
 
-    def function(self, name: str) -> tuple:
+    def function(self, name: str) -> Node:
         r"""`\sin^2 3x`, `\log_2 8`, `sin(x)`: a bare argument runs to the next sign, operator or function."""
         power = base = None
         while op := self.take("^", "_"):
@@ -669,7 +671,7 @@ class Parser:
         value = ("/", value, ("f", low, node)) if low else value
         return ("^", value, power) if power else value
 
-    def environment(self, name: str) -> tuple:
+    def environment(self, name: str) -> Node:
         """Matrices by rows; cases, aligned and the like as a list."""
         if name == "array" and self.take("{"):
             self.skip_to("}")
@@ -700,7 +702,7 @@ class Parser:
             self.pos += 1
 
 
-def product(a: tuple, b: tuple) -> tuple:
+def product(a: Node, b: Node) -> Node:
     """a times b; a scalar goes into a vector or matrix."""
     if b[0] == "tuple":
         return (*b[:3], *(product(a, x) for x in b[3:]))
@@ -709,7 +711,7 @@ def product(a: tuple, b: tuple) -> tuple:
     return ("*", a, b)
 
 
-def text_node(text: str) -> tuple:
+def text_node(text: str) -> Node:
     words = [w for w in re.findall(r"[^\W_]+|[^\w\s.,'\"!?]", text.lower()) if w not in ("a", "an", "the")]
     joined = " ".join(words)
     if joined.removesuffix("s") in ("none", "empty set", "no solution", "no real solution"):
@@ -733,7 +735,7 @@ def clock(text: str) -> tuple | None:
 OPERATOR = re.compile(r"\\(?:sum|prod|i+nt|lim|partial|det|text|operatorname)(?![a-z])")  # its value counts
 
 
-def parse(text: str, merge: bool = True) -> tuple:
+def parse(text: str, merge: bool = True) -> Node:
     """The tree of a written answer; ("raw", text) where it cannot be read. merge: `1,000` may be one
     number."""
     cleaned = clean(text[: MAX_CHARS + 1])

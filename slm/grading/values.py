@@ -19,14 +19,14 @@ from functools import lru_cache
 
 from mpmath import MPContext, mpc, mpf
 
-from slm.grading.parse import Unreadable, children
+from slm.grading.parse import Node, Unreadable, children
 
 MAX_BITS, MAX_FACTORIAL, MAX_SPAN, MAX_STEPS = 30_000, 3000, 5000, 9000
 MAX_EXPONENT, MAX_ANGLE = 2**31, 10**20
 BITS = 200  # of the first look at an irrational value
 UNDEFINED = (ZeroDivisionError, OverflowError, ValueError)
 PLAIN = (False, False, False)  # modes of an Evaluator: do degrees count, do percents, is log to base 10
-SIGNS = ("%", "deg", "!")
+MARKS = ("%", "deg", "!", "±")  # kinds of nodes that change how a tree is compared
 ARITHMETIC = {"+": operator.add, "*": operator.mul, "/": operator.truediv}
 
 Value = Fraction | mpf | mpc
@@ -104,7 +104,7 @@ class Evaluator:
         self.degree, self.percent, self.log10 = modes
         self.span = 0
 
-    def __call__(self, node: tuple) -> Value:
+    def __call__(self, node: Node) -> Value:
         spend(1)
         value = self.evaluate(node)
         if isinstance(value, Fraction):
@@ -121,7 +121,7 @@ class Evaluator:
     def transcendental(self) -> None:
         spend(30 * (self.mp.prec // BITS) ** 2)
 
-    def evaluate(self, node: tuple) -> Value:
+    def evaluate(self, node: Node) -> Value:
         kind = node[0]
         if kind == "n":
             return node[1]
@@ -148,8 +148,13 @@ class Evaluator:
         return self.inexact(x) * self.mp.pi / 180 if self.degree else x
 
     def letter(self, name: str) -> Value:
-        if name in ("pi", "e", "i"):
-            return {"pi": +self.mp.pi, "e": +self.mp.e, "i": self.mp.j}[name]
+        if name == "i":
+            return self.mp.j
+        if name == "pi":
+            return +self.mp.pi
+        if name == "e":
+            self.transcendental()
+            return +self.mp.e
         if name not in self.point:
             raise Unreadable(f"no value for {name}")
         return self.point[name]
@@ -255,20 +260,20 @@ class Evaluator:
 
 # ---- equality ----------------------------------------------------------------------------------------------
 
-def names(node: tuple) -> set[str]:
-    """The letters, functions ("f:sin") and signs of a tree."""
+def names(node: Node) -> set[str]:
+    """The letters, functions ("f:sin") and marks of a tree."""
     if node[0] == "s":
         return set() if node[1] in ("pi", "e", "i") else {node[1]}
-    own = {node[0]} if node[0] in SIGNS else {"f:" + node[1]} if node[0] == "f" else set()
+    own = {node[0]} if node[0] in MARKS else {"f:" + node[1]} if node[0] == "f" else set()
     return own.union(*map(names, children(node)))
 
 
-def letters(node: tuple) -> set[str]:
+def letters(node: Node) -> set[str]:
     """The letters and unknown functions of a tree."""
-    return {n for n in names(node) if n not in SIGNS and (n[:2] != "f:" or n[2] == "?")}
+    return {n for n in names(node) if n not in MARKS and (n[:2] != "f:" or n[2] == "?")}
 
 
-def real_value(node: tuple) -> Fraction | None:
+def real_value(node: Node) -> Fraction | None:
     """The real value of a tree without letters, to BITS bits; None if it has none within the bounds."""
     try:
         value = real(Evaluator({})(node))
@@ -282,7 +287,7 @@ def real_value(node: tuple) -> Fraction | None:
         return None
 
 
-def zero_at(a: tuple, b: tuple, point: dict, modes: tuple, only_real: bool) -> bool | None:
+def zero_at(a: Node, b: Node, point: dict, modes: tuple, only_real: bool) -> bool | None:
     """Is a - b zero here? None if it is undefined. If the sizes met leave that undecided at BITS bits, then
     once more at a precision above twice their span."""
     bits, span = BITS, None
@@ -313,15 +318,15 @@ def random_point(rng: random.Random, variables: list[str], whole: bool = False) 
     return {n: Fraction(rng.randint(1, 9999), rng.randint(500, 2500)) for n in variables}
 
 
-def seeded(a: tuple, b: tuple) -> random.Random:
+def seeded(a: Node, b: Node) -> random.Random:
     """The same random numbers for (a, b) as for (b, a)."""
     return random.Random("".join(sorted((repr(a), repr(b)))))
 
 
-def agree(a: tuple, b: tuple, found: set[str], modes: tuple) -> bool:
+def agree(a: Node, b: Node, found: set[str], modes: tuple) -> bool:
     """Equality at three random points or more: natural ones if factorials occur; and if roots or logarithms
     do, no difference at negative ones with real values. found: the names in both trees."""
-    variables = sorted(n for n in found if n[:2] != "f:" and n not in SIGNS)
+    variables = sorted(n for n in found if n[:2] != "f:" and n not in MARKS)
     if not variables:
         return bool(zero_at(a, b, {}, modes, False))
     rng, agreed = seeded(a, b), 0
@@ -340,7 +345,7 @@ def agree(a: tuple, b: tuple, found: set[str], modes: tuple) -> bool:
     return agreed > 2
 
 
-def equal_values(a: tuple, b: tuple) -> bool:
+def equal_values(a: Node, b: Node) -> bool:
     """Equality of two expressions. A degree or percent sign that only one of them has may be read either way,
     and a logarithm without a base as the natural or the common one."""
     if a == b or a[0] == b[0] == "n":
@@ -359,7 +364,7 @@ def equal_values(a: tuple, b: tuple) -> bool:
         return False
 
 
-def proportional(a: tuple, b: tuple, positive: bool = False) -> bool:
+def proportional(a: Node, b: Node, positive: bool = False) -> bool:
     """Is a = c b for one constant c (above zero)? Tested as a(p) b(q) = a(q) b(p) at random points p, q."""
     variables = sorted(letters(a))
     if not variables or letters(b) != letters(a):
