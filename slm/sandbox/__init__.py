@@ -6,8 +6,8 @@
     layers.py    the walls around a run, by system call: namespaces, Landlock, seccomp, limits
     messages.py  how these processes talk: JSON with a length before it
 
-A run is contained before it is given its code. What an outcome says about time, kills and exits comes from the
-supervisor, never from the run. The files use the standard library only.
+A run is contained before it is given its code. What an outcome says about time, kills and exits comes from
+the supervisor, never from the run. The files use the standard library only.
 """
 
 from slm.sandbox.pool import Outcome, Sandbox, run_python
