@@ -69,8 +69,11 @@ HERE = Path(__file__).parent
 
 # ---- a run -----------------------------------------------------------------------------------------------
 
-def main(args):
-    (make_verifier if args.what == "verifier" else make_solutions)(args)
+def main(args) -> None:
+    if args.what == "verifier":
+        make_verifier(args)
+    else:
+        make_solutions(args)
 
 
 def make_solutions(args) -> None:

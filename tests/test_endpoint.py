@@ -1,4 +1,4 @@
-"""The promises of slm/endpoint.py, against small servers over real HTTP."""
+"""The promises of slm/teachers/endpoint.py, against small servers over real HTTP."""
 
 import gzip
 import json
@@ -13,9 +13,12 @@ import pytest
 from faulty_server import Faults, serve
 
 from slm import BadInput
-from slm.episode import Request, Sampling
+from slm.episode import Request, Sampling, jobs_for, run_episodes
+from slm.problems import load
 from slm.teachers import endpoint
 from slm.teachers.endpoint import Endpoint, Limiter, read
+from slm.tiny.teacher import FAULTS, StandIn
+from slm.workflows import solver
 
 KEY = "sk-very-secret-0123456789"
 
@@ -331,10 +334,18 @@ def test_close_drops_the_queue_and_ends_the_threads():
     assert not endpoint.pending and len(seen) <= 2 and not any(t.is_alive() for t in endpoint._threads)
 
 
+def test_the_stand_in_teacher_replies_as_a_server_with_its_answers_and_faults_would():
+    system = {"role": "system", "content": "Think in about 500 tokens."}
+    requests = [Request([system, {"role": "user", "content": p.question}], Sampling(500, 0.7, seed=i), n=2)
+                for i, p in enumerate(load("tiny", "train", 100))]
+    stand_in = collect(StandIn("careless"), *requests)
+    with serve(faults=Faults({name: rate for name, rate in FAULTS.items() if name})) as server:
+        assert stand_in == collect(Endpoint(server.url, "careless", workers=4), *requests)
+    assert stand_in == collect(StandIn("careless"), *requests)
+    assert {reply.finish for reply in stand_in} == {"stop", "length", "refused"}
+
+
 def test_a_workflow_runs_against_a_server_unchanged():
-    from slm.episode import jobs_for, run_episodes
-    from slm.problems import load
-    from slm.workflows import solver
     problems = load("tiny", "test", 5)
     with serve() as server:
         episodes = run_episodes(jobs_for(problems, solver), Endpoint(server.url, "perfect"))

@@ -1,4 +1,4 @@
-"""The promises of make_data.py, slm/cascade.py and slm/records.py: nothing lost, nothing asked twice, only
+"""The promises of make_data.py, the cascade and the records: nothing lost, nothing asked twice, only
 verified records, one sentence for what is wrong."""
 
 import itertools

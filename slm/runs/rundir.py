@@ -10,7 +10,6 @@ run repeats the bits of an unbroken one (on CPU with the same number of threads;
 the last bit).
 """
 
-import contextlib
 import errno
 import fcntl
 import json
@@ -140,8 +139,7 @@ def new_path(out: str | None, default: str, resume: bool) -> Path:
 def settled(out: Path, args) -> str:
     """The dtype to ask for: a resumed run keeps the one that it was started with."""
     if args.resume and args.dtype == "auto":
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            return json.loads((out / "settings.json").read_text())["settings"]["dtype"]
+        return read_json(out / "settings.json", {}).get("settings", {}).get("dtype", "auto")
     return args.dtype
 
 

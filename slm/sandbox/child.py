@@ -451,25 +451,26 @@ class Supervisor:
 
 
 def what_happened(run: Run, code: int, cpu: float) -> dict:
-    """error, traceback and timed_out. What the kernel says of a process goes before what the process says."""
+    """The fields error, traceback and timed_out of an Outcome, where they are not at their defaults. What the
+    kernel says of a process goes before what the process says."""
     if code == -signal.SIGKILL and not run.why and cpu >= int(run.job["timeout"]) + 0.9:
         run.why = f"Timeout: stopped after {cpu:.1f} seconds of processor time"
     if run.why:
-        return {"error": run.why, "traceback": "", "timed_out": run.why.startswith("Timeout")}
+        return {"error": run.why, "timed_out": run.why.startswith("Timeout")}
     _, token, body = run.said.partition(run.token)
     report = {}
     if code == 0 and token:
         with contextlib.suppress(ValueError, RecursionError):
             report = json.loads(body)
     if report is None:
-        return {"error": None, "traceback": "", "timed_out": False}
-    if isinstance(report, dict) and all(isinstance(report.get(k), str) for k in ("error", "traceback")):
-        said = {k: report[k].encode("utf-8", "replace").decode() for k in ("error", "traceback")}
-        return {**said, "timed_out": False}
+        return {}
+    names = ("error", "traceback")
+    if isinstance(report, dict) and all(isinstance(report.get(name), str) for name in names):
+        return {name: report[name].encode("utf-8", "replace").decode() for name in names}
     how = f"left with exit code {code} before its end"
     if code < 0:
         how = "died of " + {s.value: s.name for s in signal.Signals}.get(-code, f"signal {-code}")
-    return {"error": f"Crash: the program {how}", "timed_out": False, "traceback": run.err.text()}
+    return {"error": f"Crash: the program {how}", "traceback": run.err.text()}
 
 
 def folder_size(folder: str) -> int:

@@ -1,7 +1,8 @@
 """The kernel's side of the sandbox: namespaces, Landlock, seccomp and limits, by system call through ctypes.
 
 Each layer is a function that confines the calling process for good, or raises OSError where it is refused.
-`confine` puts them around one run. Linux on x86_64 and aarch64; macOS has limits and a sandbox of its own.
+`confine` puts them around one run. Linux on x86_64 and aarch64; macOS has limits and a sandbox of its own,
+which this project has not measured.
 Sources: user_namespaces(7), pivot_root(2), mount_setattr(2), landlock(7), seccomp(2), system call tables.
 """
 
@@ -303,7 +304,7 @@ def drop_privileges() -> None:
 # ---- all of them -----------------------------------------------------------------------------------------
 
 def seatbelt(paths: list[str], scratch: str) -> None:
-    """macOS: its own sandbox, written after its documentation and not measured by this project."""
+    """macOS: its own sandbox. UNMEASURED: written after its documentation, never run by this project."""
     readable = " ".join(f'(subpath "{p}")' for p in [*paths, "/System", "/usr/lib", "/dev/urandom"])
     scratch = os.path.realpath(scratch)
     profile = ("(version 1)(deny default)(allow sysctl-read)(allow file-read-metadata)"

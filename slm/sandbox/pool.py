@@ -1,4 +1,4 @@
-"""Run Python that a model wrote, contained by the kernel. Standard library only; Linux holds it best.
+"""Run Python that a model wrote, contained by the kernel. Measured on Linux only, not on macOS.
 
     outcome = run_python("from sympy import *\\nx = symbols('x')\\nfactor(x**2 - 1)")
     outcome.stdout, outcome.error, outcome.isolation
@@ -73,7 +73,7 @@ class Sandbox:
         self.workers, self.memory, self.output, self.require = workers, memory, output, require
         self._layers: list[str] | None = None
         self._jobs: dict[int, bytes] = {}         # ticket -> its message, until its outcome is here
-        self._done: list[tuple[int, Outcome]] = []
+        self._done: dict[int, Outcome] = {}       # by ticket, until somebody takes it
         self._tickets = self._deaths = 0
         self._broken: str | None = None           # why the pool ended itself
         self._pool: _Pool | None = None
@@ -86,7 +86,7 @@ class Sandbox:
         if self._layers is None:
             self._start()
         name = "+".join([*self._layers, "limits"]) if self._layers else "limits only"
-        return f"full: {name}" if set(self._layers) >= FULL else name
+        return f"full: {name}" if FULL <= set(self._layers) else name
 
     @property
     def pending(self) -> int:
@@ -101,8 +101,7 @@ class Sandbox:
         ticket, self._tickets = self._tickets, self._tickets + 1
         message = pack({"ticket": ticket, "blocks": blocks, "timeout": timeout})
         if len(message) > CODE_BYTES:
-            said = f"SizeLimit: the program is longer than {CODE_BYTES >> 20} MB"
-            self._done.append((ticket, Outcome(error=said, isolation=self.isolation)))
+            self._fail(ticket, f"SizeLimit: the program is longer than {CODE_BYTES >> 20} MB")
             return ticket
         self._jobs[ticket] = message
         if self._pool:
@@ -114,18 +113,15 @@ class Sandbox:
         """The runs that ended since the last poll, as (ticket, Outcome). Waits `wait` seconds for one."""
         if self._jobs:
             self._pump(0 if self._done else wait)
-        done, self._done = self._done, []
-        return done
+        done, self._done = self._done, {}
+        return list(done.items())
 
     def run(self, code: str | list[str], timeout: float = 5.0) -> Outcome:
         """Submit one program and wait for it; the outcomes of other tickets stay for poll()."""
         ticket = self.submit(code, timeout)
-        while True:
-            for i, (which, outcome) in enumerate(self._done):
-                if which == ticket:
-                    del self._done[i]
-                    return outcome
+        while ticket not in self._done:
             self._pump(1.0)
+        return self._done.pop(ticket)
 
     def close(self) -> None:
         """End the pool's processes; what was pending is forgotten."""
@@ -174,7 +170,7 @@ class Sandbox:
                 self._deaths, self._broken = 0, None
                 ticket = message.pop("ticket")
                 if self._jobs.pop(ticket, None):
-                    self._done.append((ticket, Outcome(**message, isolation=self.isolation)))
+                    self._done[ticket] = Outcome(**message, isolation=self.isolation)
         except (EOFError, ConnectionError):
             self._drop()
             self._deaths += 1
@@ -192,8 +188,10 @@ class Sandbox:
         self._deaths = 0
         for ticket in list(self._jobs)[:self.workers]:
             del self._jobs[ticket]
-            said = f"Crash: the sandbox's own process died {TRIES} times while this program ran"
-            self._done.append((ticket, Outcome(error=said, isolation=self.isolation)))
+            self._fail(ticket, f"Crash: the sandbox's own process died {TRIES} times while this program ran")
+
+    def _fail(self, ticket: int, error: str) -> None:
+        self._done[ticket] = Outcome(error=error, isolation=self.isolation)
 
 
 class _Pool:

@@ -113,12 +113,9 @@ def spelled_out(a: Fraction, op: str, b: Fraction) -> list[str]:
     if op == "+" and min(a, b) >= 10:
         by_place = [(a // p % 10 + b // p % 10) * p for p in (1000, 100, 10, 1)]
         return running_sum([part for part in by_place if part])
-    if op == "-" and len(places(b)) > 1:
-        lines = []
+    if op == "-":
         parts = places(b)
-        for i in range(len(parts)):
-            lines.append(" - ".join(map(str, [a - sum(parts[:i]), *parts[i:]])))
-        return lines[1:]
+        return [" - ".join(map(str, [a - sum(parts[:i]), *parts[i:]])) for i in range(1, len(parts))]
     if op == "*":
         a, b = max(a, b), min(a, b)
         if b >= 10 and len(places(b)) > 1:
@@ -158,15 +155,14 @@ def templates(unseen: bool = False) -> list[Template]:
 
 
 def _template(block: str) -> Template:
-    name = re.search(r"^# (.+)\nQ", block, re.M)[1]
-    question = re.search(r"^Q (.+)$", block, re.M)[1]
+    name, question, variables = (re.search(pattern, block, re.M)[1] for pattern in
+                                 (r"^# (.+)\nQ", r"^Q (.+)$", r"^V (.+)$"))
     ranges, kind = {}, ""
-    for item in re.search(r"^V (.+)$", block, re.M)[1].split("; "):
-        if " " not in item:
+    for item in variables.split("; "):
+        variable, _, values = item.partition(" ")
+        if not values:
             kind = item
-            continue
-        variable, values = item.split(" ")
-        if "-" in values:
+        elif "-" in values:
             low, high = map(int, values.split("-"))
             ranges[variable] = [Fraction(n) for n in range(low, high + 1)]
         else:
@@ -176,12 +172,16 @@ def _template(block: str) -> Template:
     return Template(name, question, ranges, steps, kind)
 
 
+def operands(left: str, right: str, values: dict[str, Fraction]) -> list[Fraction]:
+    return [values[x] if x in values else Fraction(x) for x in (left, right)]
+
+
 def _values(template: Template, rng: random.Random) -> dict[str, Fraction]:
     """Numbers for the template's variables for which every step gives a fair value."""
     while True:
         values = {name: rng.choice(choices) for name, choices in template.ranges.items()}
         for name, left, op, right, _ in template.steps:
-            a, b = (values[x] if x in values else Fraction(x) for x in (left, right))
+            a, b = operands(left, right, values)
             value = values[name] = compute(a, op, b)
             whole = value.denominator == 1
             fair = {"": whole, "decimal": 100 % value.denominator == 0,
@@ -206,7 +206,7 @@ def tell(template: Template, rng: random.Random, id: str = "") -> Story:
     fill = words | {name: written(value) for name, value in values.items()}
     steps = []
     for name, left, op, right, sentence in template.steps:
-        a, b = (values[x] if x in values else Fraction(x) for x in (left, right))
+        a, b = operands(left, right, values)
         steps.append(Step(name, left, op, right, a, b, values[name], sentence.format(**fill | {name: "{=}"})))
     given = {name: values[name] for name in template.ranges}
     return Story(id, template.name, re.sub(r" +([.,?])", r"\1", text.format(**fill)), given, tuple(steps))
@@ -287,8 +287,7 @@ def corrupt(story: Story, rng: random.Random) -> Story:
     while True:
         wrong_at, values, steps = rng.randrange(len(story.steps)), dict(story.given), []
         for i, step in enumerate(story.steps):
-            a, b = (values.get(x, None) for x in (step.left, step.right))
-            a, b = (Fraction(x) if v is None else v for x, v in ((step.left, a), (step.right, b)))
+            a, b = operands(step.left, step.right, values)
             op, value = step.op, compute(a, step.op, b)
             if i == wrong_at and op in "+-*" and rng.random() < 0.3:
                 op = rng.choice([o for o in "+-*" if o != op])
