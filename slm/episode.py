@@ -314,7 +314,7 @@ class _Runner:
                 if not (self.fixed and k in ("temperature", "top_p", "top_k"))}
         want["max_tokens"] = min(self.sampling.max_tokens, want.get("max_tokens", self.sampling.max_tokens))
         sampling = replace(self.sampling, **want, seed=0)
-        if sampling.temperature or any("reply" in m for m in ask.messages):  # it shares no reply
+        if sampling.temperature or any("reply" in m for m in ask.messages):  # not shared
             seed = seed_of(self.seed, live.episode.problem_id, live.episode.sample, live.steps, place)
             sampling = replace(sampling, seed=seed)
         adapter = self.adapters.get(ask.role, self.adapters.get("*"))
@@ -332,7 +332,7 @@ class _Runner:
 
     def replied(self, asked: tuple, reply: Reply) -> None:
         _, sampling, _ = asked
-        if not sampling.seed and not reply.error:
+        if not sampling.seed and not reply.error:  # a shared one
             self.memo[asked] = reply
         self.tokens += reply.tokens_out
         for live, place in self.waiting.pop(asked):
@@ -354,8 +354,8 @@ class _Live:
 
 
 def _drive(workflow: Generator, episode: Episode) -> Generator:
-    """Drive one workflow from its first yield to its answer and write down all that happens. Yields lists of
-    Asks and Runs, and is sent the list of their results."""
+    """Drive one workflow from its first yield to its answer and write down all that happens. Yields a list of
+    Asks and Runs and is sent the list of their results, until the workflow ends."""
     answer = None
     try:
         while True:
