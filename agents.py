@@ -61,7 +61,8 @@ def main(args: argparse.Namespace) -> None:
     backend, adapters = open_backend(args)
     refuse_long(problems, backend)
     run = RunDir(args.out, vars(args), fingerprint(problems), args.resume)
-    done = finished(run, "episodes") if args.resume else []
+    log = run.path / "episodes.jsonl"
+    done = finished(log) if args.resume else []
     sampling = Sampling(args.max_tokens, stop_at_box=True)
     memo, results = {}, {}
     with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox:
@@ -77,8 +78,7 @@ def main(args: argparse.Namespace) -> None:
                 print(transcript(row))
     write_json(run.path / "table.json", results)
     print(table(results, len(problems)))
-    print(f"every prompt, reply and code run: {run.path}/episodes.jsonl\n"
-          f"some of them to read: {write_report(run.path)}")
+    print(f"every prompt, reply and code run: {log}; some to read: {write_report(run.path)}")
 
 
 def whole_record(problem, episode: Episode) -> dict:

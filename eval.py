@@ -91,7 +91,7 @@ def evaluate(args: argparse.Namespace) -> None:
     backend, adapters = open_backend(args, args.batch)
     problems.refuse_long(everything, backend)
     run = RunDir(args.out, settings | identity(args), problems.fingerprint(everything), args.resume)
-    done = finished(run, "answers") if args.resume else []
+    done = finished(run.path / "answers.jsonl") if args.resume else []
     sampling = Sampling(args.max_tokens, args.temperature, stop_at_box=True)
     results = {}
     print(HEAD)

@@ -4,6 +4,7 @@ Here, and not in episode.py, the gold answers come in: no workflow and no frame 
 """
 
 from collections.abc import Callable, Generator
+from pathlib import Path
 
 from slm.episode import Episode, Reply, jobs_for, run_episodes
 from slm.grading import grade
@@ -29,10 +30,10 @@ def answer_record(problem, episode: Episode) -> dict:
         "ids": said.ids, "finish": said.finish}
 
 
-def finished(run, name: str) -> list[dict]:
-    """The records in <name>.jsonl of a stopped run. What is torn leaves the file, and so do episodes in which
-    an Ask got no reply: they are asked again."""
-    return keep_rows(run.path / f"{name}.jsonl", lambda row: row.get("broken", "unknown") is None)
+def finished(log: Path) -> list[dict]:
+    """The records of a stopped run. All others leave the file and are asked again: torn lines, and episodes in
+    which an Ask got no reply."""
+    return keep_rows(log, lambda row: row.get("broken", "unknown") is None)
 
 
 def run_graded(problems, workflow: Callable[[str], Generator], backend, sandbox, *, have: list[dict],
