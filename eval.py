@@ -256,15 +256,15 @@ def regrade(run: Saved) -> None:
     """Grade a run's saved responses again, show every change, and write answers and summary anew. What was
     there is kept as answers.before-regrade.jsonl."""
     summary = read_json(run.path / "summary.json")
-    changed = 0
+    right_or_wrong, changed = {True: "right", False: "wrong"}, 0
     for data, rows in run.rows.items():
         for row in rows:
             now = grade(row["response"], row["gold"])
             if now.correct != row["correct"]:
                 changed += 1
                 print(f"{data} {row['id']}: gold {row['gold']!r}, answer {now.answer!r}: "
-                      f"{right_or_wrong(row['correct'])} ({row['reason']}) -> "
-                      f"{right_or_wrong(now.correct)} ({now.reason})")
+                      f"{right_or_wrong[row['correct']]} ({row['reason']}) -> "
+                      f"{right_or_wrong[now.correct]} ({now.reason})")
             row |= {"correct": now.correct, "answer": now.answer}
             row["reason"] = now.reason if now.answer else row["reason"]
         before, seconds = summary["data"][data]["accuracy"], summary["data"][data]["seconds"]
@@ -276,10 +276,6 @@ def regrade(run: Saved) -> None:
         shutil.copy(answers, run.path / "answers.before-regrade.jsonl")
         write_whole(answers, as_lines(row for rows in run.rows.values() for row in rows))
         write_json(run.path / "summary.json", summary)
-
-
-def right_or_wrong(correct: bool) -> str:
-    return "right" if correct else "wrong"
 
 
 if __name__ == "__main__":

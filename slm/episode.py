@@ -247,11 +247,11 @@ def run_episodes(jobs: list[Job], backend, sandbox=None, *, sampling: Sampling =
     runner = _Runner(backend, sandbox, sampling, seed, adapters or {}, fixed, {} if memo is None else memo)
     episodes = [Episode(job.problem_id, job.workflow.__name__, job.group, job.sample) for job in jobs]
     for job, episode in zip(jobs, episodes):
-        runner.ready.append(_Live(episode, _talk(job.workflow(job.question), episode)))
+        runner.ready.append(_Live(episode, _drive(job.workflow(job.question), episode)))
     start, unanswered = time.monotonic(), 0
     with tqdm(total=len(jobs), desc=bar, disable=bar is None, unit="ep", smoothing=0.1, mininterval=1,
               miniters=0) as progress:
-        while runner.ready or runner.asked or runner.running:
+        while runner.ready or runner.tickets or runner.running:
             for episode in runner.round():
                 unanswered += episode.answer is None
                 if on_done:
@@ -275,7 +275,7 @@ class _Runner:
         self.backend, self.sandbox, self.sampling, self.seed = backend, sandbox, sampling, seed
         self.adapters, self.fixed, self.memo = adapters, fixed, memo
         self.ready: deque[_Live] = deque()    # have all that they waited for
-        self.asked: dict[int, tuple] = {}     # backend ticket -> what was asked
+        self.tickets: dict[int, tuple] = {}   # backend ticket -> what was asked
         self.waiting: dict[tuple, list] = {}  # what was asked -> [(live, place in its list)]
         self.running: dict[int, tuple] = {}   # sandbox ticket -> (live, place in its list)
         self.tokens = 0
@@ -285,14 +285,14 @@ class _Runner:
         while self.ready:
             live = self.ready.popleft()
             try:
-                items = live.talk.send(live.results)
+                items = live.driver.send(live.results)
             except StopIteration:
                 yield live.episode
             else:
                 self.begin(live, items)
-        for ticket, _, reply in self.backend.step() if self.asked else ():
-            self.replied(self.asked.pop(ticket), reply)
-        wait = 0.0 if self.asked or self.ready else 0.05
+        for ticket, _, reply in self.backend.step() if self.tickets else ():
+            self.replied(self.tickets.pop(ticket), reply)
+        wait = 0.0 if self.tickets or self.ready else 0.05
         for ticket, outcome in self.sandbox.poll(wait) if self.running else ():
             self.deliver(*self.running.pop(ticket), outcome)
 
@@ -314,7 +314,7 @@ class _Runner:
                 if not (self.fixed and k in ("temperature", "top_p", "top_k"))}
         want["max_tokens"] = min(self.sampling.max_tokens, want.get("max_tokens", self.sampling.max_tokens))
         sampling = replace(self.sampling, **want, seed=0)
-        if sampling.temperature or any("reply" in m for m in ask.messages):  # it shares no reply
+        if sampling.temperature or any("reply" in m for m in ask.messages):  # not shared
             seed = seed_of(self.seed, live.episode.problem_id, live.episode.sample, live.steps, place)
             sampling = replace(sampling, seed=seed)
         adapter = self.adapters.get(ask.role, self.adapters.get("*"))
@@ -326,13 +326,13 @@ class _Runner:
         else:
             self.waiting[asked] = [(live, place)]
             try:
-                self.asked[self.backend.submit(Request(ask.messages, sampling, adapter))] = asked
+                self.tickets[self.backend.submit(Request(ask.messages, sampling, adapter))] = asked
             except BadInput as e:  # a prompt longer than the context, for one
                 self.replied(asked, Reply("", finish="error", error=str(e)))
 
     def replied(self, asked: tuple, reply: Reply) -> None:
         _, sampling, _ = asked
-        if not sampling.seed and not reply.error:
+        if not sampling.seed and not reply.error:  # a shared one
             self.memo[asked] = reply
         self.tokens += reply.tokens_out
         for live, place in self.waiting.pop(asked):
@@ -348,14 +348,14 @@ class _Runner:
 class _Live:
     """A workflow under way."""
     episode: Episode
-    talk: Generator              # yields lists of Asks and Runs
+    driver: Generator            # yields lists of Asks and Runs
     steps: int = 0               # lists so far
     results: list | None = None  # of the last list, each in its place; None: still awaited
 
 
-def _talk(workflow: Generator, episode: Episode) -> Generator:
-    """Lead one workflow from its first yield to its answer and write down all that happens. Yields lists of
-    Asks and Runs, and is sent the list of their results."""
+def _drive(workflow: Generator, episode: Episode) -> Generator:
+    """Drive one workflow from its first yield to its answer and write down all that happens. Yields a list of
+    Asks and Runs and is sent the list of their results, until the workflow ends."""
     answer = None
     try:
         while True:

@@ -9,11 +9,9 @@ import types
 import pytest
 from scripted import Backend, Sandbox, problem
 
-from slm.answers import answer_record
 from slm.episode import (
     Ask,
     AskFailed,
-    Draft,
     Episode,
     Reply,
     Run,
@@ -110,7 +108,7 @@ def test_no_answer_is_recorded_with_its_cause():
         "no answer", "no answer before the token limit", "HTTP 503, 5 times"]
     assert [e.answer for e in episodes] == [None] * 3
     assert episodes[2].failures == [episodes[2].turns[0].reply.error] == ["HTTP 503, 5 times"]
-    assert "HTTP 503" in answer_record(problems[2], episodes[2])["reason"]
+    assert "HTTP 503" in episodes[2].broken
 
 
 def test_a_prompt_too_long_ends_its_own_episode_only():
@@ -208,20 +206,6 @@ def test_episodes_survive_json_exactly():
         for episode in run_episodes(jobs_for(PROBLEMS[:2], workflow), Backend(by_seed), Sandbox()):
             row = json.loads(json.dumps(episode.to_json()))
             assert Episode.from_json(row) == episode and row["first_answer"] == episode.first_answer
-
-
-def test_the_graded_record_says_what_was_first_and_what_is_final():
-    def better(question):
-        reply = yield Ask("solver", [user(question)])
-        yield Draft("3")
-        yield Draft("4")
-        return "4" if reply.text else None
-    p = problem("p", "2 + 2?", "4")
-    episode, = run_episodes(jobs_for([p], better), Backend(by_seed))
-    record = answer_record(p, episode)
-    assert (record["first_answer"], record["first_correct"]) == ("3", False)
-    assert (record["answer"], record["correct"]) == ("4", True)
-    assert record["ids"] == episode.turns[0].reply.ids and record["finish"] == "stop" and record["asks"] == 1
 
 
 # ---- the gold answer is out of reach ---------------------------------------------------------------------

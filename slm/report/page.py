@@ -43,23 +43,21 @@ def write(run_dir: str | Path) -> Path:
     parts = [f"<h1>{name}</h1>", show({"command": about.get("command", ""), "started": about.get("started")})]
     rows = list(readable_rows(path / "metrics.jsonl"))
     if rows:
-        picture = curves(rows)
-        write_whole(path / "metrics.png", picture)
-        data = base64.b64encode(picture).decode()
+        write_whole(path / "metrics.png", curves(rows))
+        data = base64.b64encode((path / "metrics.png").read_bytes()).decode()
         parts += [f'<img alt="curves over the steps" src="data:image/png;base64,{data}">', ends(rows)]
     for file in sorted(path.glob("*.json")):
         if file.name != "settings.json":
             with contextlib.suppress(ValueError):
                 parts += [f"<h2>{html.escape(file.stem)}</h2>", show(json.loads(file.read_text()))]
     for log in LOGS:
-        picked = spread(path / f"{log}.jsonl") if (path / f"{log}.jsonl").is_file() else []
-        if picked:
-            parts += [f"<h2>{log}: {len(picked)} to read</h2>", *map(to_read, picked)]
+        rows = spread(path / f"{log}.jsonl") if (path / f"{log}.jsonl").is_file() else []
+        if rows:
+            parts += [f"<h2>{log}: {len(rows)} to read</h2>", *map(to_read, rows)]
     parts += ["<h2>Settings</h2>", show(about.get("settings", about)), show(about.get("versions", {}))]
-    page, body = path / "report.html", "\n".join(parts)
     head = f"<!doctype html><meta charset=utf-8><title>{name}</title><style>{STYLE}</style>"
-    write_whole(page, f"{head}\n{body}\n".encode(errors="replace"))
-    return page
+    write_whole(path / "report.html", "\n".join([head, *parts, ""]).encode(errors="replace"))
+    return path / "report.html"
 
 
 # ---- curves ----------------------------------------------------------------------------------------------
@@ -121,10 +119,9 @@ def show(value) -> str:
             return matrix(value)
         cells = (f"<tr><th>{html.escape(str(k))}</th><td>{show(v)}</td></tr>" for k, v in value.items())
         return f"<table>{''.join(cells)}</table>"
-    if isinstance(value, list) and len(value) > 6 and all(isinstance(v, (int, float)) for v in value):
-        return f"({len(value)} numbers)"
     if isinstance(value, list):
-        return ", ".join(map(show, value))
+        many = len(value) > 6 and all(isinstance(v, (int, float)) for v in value)
+        return f"({len(value)} numbers)" if many else ", ".join(map(show, value))
     if isinstance(value, str):
         return f"<pre>{html.escape(value)}</pre>" if len(value) > 60 or "\n" in value else html.escape(value)
     return f"{value:.4g}" if isinstance(value, float) else html.escape(str(value))
@@ -143,8 +140,8 @@ def matrix(rows: dict[str, dict]) -> str:
 
 def to_read(row: dict) -> str:
     """One row to read: a title that says whether it was right, and everything in it when opened."""
-    keys = ("step", "reward", "answer", "gold", "cause")
-    facts = ", ".join(f"{k} {row[k]}" for k in keys if row.get(k) not in (None, ""))
+    keys = [key for key in ("step", "reward", "answer", "gold", "cause") if row.get(key) not in (None, "")]
+    facts = ", ".join(f"{key} {row[key]}" for key in keys)
     title = html.escape(f"{row.get('id') or row.get('problem_id') or row.get('problem', '')}: {facts}"[:200])
     if row.get("correct") is not None:
         word = "right" if row["correct"] else "wrong"
