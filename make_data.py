@@ -56,7 +56,7 @@ from slm.backends import own_model
 from slm.episode import Job, Sampling, run_episodes, seed_of, user
 from slm.grading import grade
 from slm.problems import fingerprint, load, load_all
-from slm.report import write
+from slm.report import write as write_report
 from slm.runs.files import as_lines, write_json, write_whole
 from slm.runs.rundir import RunDir
 from slm.sandbox import Sandbox
@@ -196,7 +196,7 @@ def report(out: Path, summary: dict) -> None:
     for title in ("source", "round", "teacher", "effort"):
         print_table(summary[title], title)
     causes = ", ".join(f"{n:,} {cause}" for cause, n in summary["causes"].items())
-    print(f"rejected attempts: {causes or 'none'}\n{summary['headline']}; page: {write(out)}")
+    print(f"rejected attempts: {causes or 'none'}\n{summary['headline']}; page: {write_report(out)}")
 
 
 def print_table(rows: dict[str, dict], title: str) -> None:

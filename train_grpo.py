@@ -91,10 +91,11 @@ from itertools import pairwise
 
 import torch
 
-from slm import BadInput, checkpoint, lora, lora_files, losses, problems, report, training, workflows
+from slm import BadInput, checkpoint, lora, lora_files, losses, problems, training, workflows
 from slm.episode import Episode, Sampling, TokenRecord, jobs_for, run_episodes, seed_of, user
 from slm.grading import grade
 from slm.prompts import SOLVER
+from slm.report import write as write_report
 from slm.runs import files, ranks
 from slm.runs.device import memory, parameter_counts, peak_memory
 from slm.runs.rundir import RunDir
@@ -371,7 +372,7 @@ def finish(policy, base: str, out):
     ranks.unshard(policy)
     if ranks.rank() == 0:
         lora_files.save(policy, out / "adapter", base=base)
-        report.write(out)
+        write_report(out)
         if all("skipped" in row for row in files.readable_rows(out / "metrics.jsonl")):
             print("nothing was learned: in no step did the samples of a problem differ in reward, or the "
                   "--roles never spoke; episodes.jsonl shows what was said")

@@ -57,9 +57,10 @@ from pathlib import Path
 
 import torch
 
-from slm import BadInput, checkpoint, lora, lora_files, losses, problems, report, training
+from slm import BadInput, checkpoint, lora, lora_files, losses, problems, training
 from slm.episode import TokenRecord, user
 from slm.prompts import SOLVER
+from slm.report import write as write_report
 from slm.runs import files, ranks
 from slm.runs.device import memory, parameter_counts, peak_memory
 from slm.runs.rundir import RunDir
@@ -224,7 +225,7 @@ def finish(model, tokenizer, out, args):
     if ranks.rank() == 0:
         *_, last = files.readable_rows(out / "metrics.jsonl")
         print(f"loss {last['loss']:.4f} after {last['step']} steps, peak memory "
-              f"{peak_memory(model):.1f} GB; the result is {result}; curves: {report.write(out)}")
+              f"{peak_memory(model):.1f} GB; the result is {result}; curves: {write_report(out)}")
         result = shlex.quote(str(result))
         policy = f"--model {result}" if args.full else f"--model {args.model} --adapter {result}"
         print(f"next: python eval.py --model {result}\n  or: python train_grpo.py {policy}")

@@ -210,7 +210,7 @@ def test_our_own_model_as_teacher(tmp_path, monkeypatch):
     backend = Backend(lambda text, seed, sampling: (
         f"It is plain to see.\n\\boxed{{{int(re.search(r'is ([0-9]+)', text)[1]) + seed % 2}}}"))
     backend.close = lambda: None
-    monkeypatch.setattr(make_data, "own_model", lambda args: backend)
+    monkeypatch.setattr(make_data, "own_model", lambda *_: backend)
     data = write_problems(tmp_path / "numbers.jsonl", 30)
     options = ["--teacher", "self", "--data", str(data), "--samples", "6"]
     make_data.main(make_data.options().parse_args(options))
@@ -542,7 +542,7 @@ def test_verifier_records_are_balanced_and_their_problems_apart(tmp_path, monkey
 
     backend = Backend(solve, batch=50)
     backend.close = lambda: None
-    monkeypatch.setattr(make_data, "own_model", lambda args: backend)
+    monkeypatch.setattr(make_data, "own_model", lambda *_: backend)
     data = write_problems(tmp_path / "numbers.jsonl", 60)
     args = make_data.options().parse_args(["verifier", "--data", str(data)])
     make_data.main(args)
