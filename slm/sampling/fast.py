@@ -115,11 +115,12 @@ class Chosen:
     def __init__(self, member: Tensor | None):
         self.member, self.masks = member, {}
 
-    def mask(self, owner: tuple[int, ...]) -> Tensor:
-        """(T or 1, R): 1 where a column of A x, whose adapter is owner[column], counts for a token."""
-        if owner not in self.masks:
-            self.masks[owner] = self.member[:, list(owner)]
-        return self.masks[owner]
+    def mask(self, owner: list[int]) -> Tensor:
+        """(T or 1, R): 1 if column i of A x, which belongs to adapter owner[i], counts for a token."""
+        key = tuple(owner)
+        if key not in self.masks:
+            self.masks[key] = self.member[:, owner]
+        return self.masks[key]
 
 
 class Joint:
@@ -128,52 +129,20 @@ class Joint:
 
     def __init__(self, layers: list[nn.Linear]):
         self.layers, self.sizes = layers, [layer.out_features for layer in layers]
-        self.size, self.room = sum(self.sizes), -1  # -1: not arranged yet
-        self.owner, self.B, self.moves = (), None, 0
+        self.size = sum(self.sizes)
 
-    def arrange(self, specs: dict[str, lora.Spec]) -> None:
-        """Bring weights and adapters into place. moves counts how often a tensor had to move for that."""
-        found = [(name, i) for name in specs for i, layer in enumerate(self.layers)
-                 if isinstance(layer, lora.LoRALinear) and name in layer.lora_A]
-        room = sum(specs[name].r for name, _ in found)
-        moved = room != self.room or not self._in_place()
-        if moved:
-            self._place(room)
-        names, owner, at = list(specs), [], 0
-        B = self.weight.new_zeros(self.size, room, dtype=torch.float32)
-        for name, i in found:
-            r, layer, start = specs[name].r, self.layers[i], sum(self.sizes[:i])
-            self.weight[self.size + at:self.size + at + r] = layer.lora_A[name]
-            B[start:start + self.sizes[i], at:at + r] = layer.lora_B[name] * specs[name].scale
-            owner += [names.index(name)] * r
-            at += r
-        self.owner = tuple(owner)
-        self.exact = B.t().contiguous() if B.is_cpu else None
-        if moved:
-            self.B, self.moves = B.to(self.weight.dtype), self.moves + 1
-        else:
-            self.B.copy_(B)
-
-    def _in_place(self) -> bool:
-        """False after the model was moved or given other parameters."""
-        at, bias_at = self.weight.data_ptr(), 0 if self.bias is None else self.bias.data_ptr()
-        for layer in self.layers:
-            weight, bias = layer.weight, layer.bias
-            if weight.dtype != self.weight.dtype or weight.data_ptr() != at:
-                return False
-            if bias is not None and bias.data_ptr() != bias_at:
-                return False
-            at += weight.nbytes
-            bias_at += 0 if bias is None else bias.nbytes
-        return True
-
-    def _place(self, room: int) -> None:
-        self.room = room
+    def place(self, specs: dict[str, lora.Spec]) -> None:
+        """Move the layers' parameters side by side, with room for their adapters."""
+        self.adapters = [(name, i) for name in specs for i, layer in enumerate(self.layers)
+                         if isinstance(layer, lora.LoRALinear) and name in layer.lora_A]
+        names = list(specs)
+        self.owner = [names.index(name) for name, _ in self.adapters for _ in range(specs[name].r)]
+        self.room, bias = len(self.owner), self.layers[0].bias is not None
         self.weight = self._joined([layer.weight for layer in self.layers])
-        bias = self.layers[0].bias is not None
         self.bias = self._joined([layer.bias for layer in self.layers]) if bias else None
         # without adapters the product leaves them out: its bits may depend on its shape
         self.base = self.weight[:self.size], self.bias[:self.size] if bias else None
+        self.B = self.weight.new_zeros(self.size, self.room)
 
     def _joined(self, parameters: list[nn.Parameter]) -> Tensor:
         old = [p.data for p in parameters]
@@ -181,6 +150,17 @@ class Joint:
         for p, part in zip(parameters, new.split([*self.sizes, self.room])):
             p.data = part
         return new
+
+    def write(self, specs: dict[str, lora.Spec]) -> None:
+        """Copy the adapters to their places."""
+        B, at = torch.zeros(self.B.shape, device=self.B.device), 0
+        for name, i in self.adapters:
+            layer, start, r = self.layers[i], sum(self.sizes[:i]), specs[name].r
+            self.weight[self.size + at:self.size + at + r] = layer.lora_A[name]
+            B[start:start + self.sizes[i], at:at + r] = layer.lora_B[name] * specs[name].scale
+            at += r
+        self.B.copy_(B)
+        self.exact = B.t().contiguous() if B.is_cpu else None
 
     def __call__(self, x: Tensor, chosen: Chosen | None) -> Tensor:
         """x (T, in) -> the outputs of the layers side by side (T, size), adapters included."""
@@ -196,7 +176,15 @@ class Joint:
         return y.addmm_(h, self.B.t())
 
 
-JOINTS: WeakKeyDictionary[Qwen2, list[Joint]] = WeakKeyDictionary()  # samplers of one model share them
+class Arrangement:
+    """The groups of a model's layers, and where its parameters were when they were placed."""
+
+    def __init__(self):
+        self.joints: list[Joint] = []
+        self.places, self.moves = None, 0
+
+
+ARRANGED: WeakKeyDictionary[Qwen2, Arrangement] = WeakKeyDictionary()  # samplers of one model share it
 
 
 class Fast(Plain):
@@ -204,8 +192,8 @@ class Fast(Plain):
 
     def __init__(self, model: Qwen2):
         super().__init__(model)
+        self.arrangement = ARRANGED.setdefault(model, Arrangement())
         self.names: list[str] = []
-        self.layers: list[Joint] = JOINTS.setdefault(model, [])
 
     def refresh(self) -> bool:
         changed = super().refresh()
@@ -218,19 +206,28 @@ class Fast(Plain):
     @torch.no_grad()
     def arrange(self) -> None:
         """Bring every group of layers into place, with the adapters that are on the model now."""
+        a, self.names = self.arrangement, lora.names(self.model)
+        specs = {name: lora.spec(self.model, name) for name in self.names}
+        if self._places() != a.places:
+            a.joints = [Joint(group) for group in self._groups()]
+            for joint in a.joints:
+                joint.place(specs)
+            a.places, a.moves = self._places(), a.moves + 1
+        for joint in a.joints:
+            joint.write(specs)
+        self.moves, self.uniform = a.moves, {}
+
+    def _places(self) -> tuple:
+        """Changes if the model is moved, or given other parameters, layers or adapters."""
+        return self.names, [(name, id(p), p.data_ptr()) for name, p in self.model.named_parameters()]
+
+    def _groups(self) -> list[list[nn.Linear]]:
         groups = []
         for layer in self.model.model.layers:
             a, mlp = layer.self_attn, layer.mlp
             groups += [[a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [mlp.gate_proj, mlp.up_proj],
                        [mlp.down_proj]]
-        groups += [] if self.model.config.tied else [[self.model.lm_head]]
-        if groups != [joint.layers for joint in self.layers]:
-            self.layers[:] = [Joint(group) for group in groups]
-        self.names, self.uniform = lora.names(self.model), {}
-        specs = {name: lora.spec(self.model, name) for name in self.names}
-        for joint in self.layers:
-            joint.arrange(specs)
-        self.moves = self.names, [(id(joint), joint.moves) for joint in self.layers]
+        return groups if self.model.config.tied else [*groups, [self.model.lm_head]]
 
     def choose(self, rows: Rows) -> Chosen | None:
         used = {name for name, _ in rows}
@@ -254,7 +251,7 @@ class Fast(Plain):
         return Chosen(member)
 
     def hidden(self, ids: Tensor, positions: Tensor, attend, chosen: Chosen | None) -> Tensor:
-        c, model = self.model.config, self.model.model
+        c, model, joints = self.model.config, self.model.model, self.arrangement.joints
         queries, keys = c.heads * c.head_size, c.kv_heads * c.head_size
         x = F.embedding(ids, model.embed_tokens.weight)
         if by_columns(x):
@@ -262,7 +259,7 @@ class Fast(Plain):
         cos, sin = rope(positions, c.rope_theta, c.head_size, x.dtype)
         delta = None  # what the last block adds to x; the next norm does it
         for i, layer in enumerate(model.layers):
-            qkv, o, gate_up, down = self.layers[4 * i:4 * i + 4]
+            qkv, o, gate_up, down = joints[4 * i:4 * i + 4]
             x, n = norm(x, delta, layer.input_layernorm.weight, c.norm_eps)
             qk, v = qkv(n, chosen).split_with_sizes([queries + keys, keys], -1)
             qk = turn(qk.unflatten(-1, (-1, c.head_size)), cos, sin)
@@ -275,4 +272,4 @@ class Fast(Plain):
     def logits(self, hidden: Tensor, chosen: Chosen | None) -> Tensor:
         if self.model.config.tied:
             return F.linear(hidden, self.model.model.embed_tokens.weight)
-        return self.layers[-1](hidden, chosen)
+        return self.arrangement.joints[-1](hidden, chosen)

@@ -185,7 +185,7 @@ class Sampler:
             print(f"\nstopped: {bar.n} of {bar.total} replies are finished")
         finally:
             bar.close()
-        return [[reply for _, reply in sorted(group.items())] for group in replies]
+        return [list(dict(sorted(group.items())).values()) for group in replies]
 
     # ---- waiting requests come in --------------------------------------------------------------------------
 
