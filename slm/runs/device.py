@@ -42,8 +42,8 @@ def _cpu_dtype(model: str | None):
         return torch.float32, f"CPU, {torch.get_num_threads()} threads; the model is small"
     full, half = _matrix_rate(torch.float32), _matrix_rate(torch.bfloat16)
     return torch.bfloat16 if half > 1.3 * full else torch.float32, (
-        f"CPU, {torch.get_num_threads()} threads; matrix products here: float32 {full:.0f}, bfloat16 {half:.0f} "
-        "GFLOP/s")
+        f"CPU, {torch.get_num_threads()} threads; matrix products here: float32 {full:.0f}, "
+        f"bfloat16 {half:.0f} GFLOP/s")
 
 
 def _matrix_rate(dtype: torch.dtype) -> float:

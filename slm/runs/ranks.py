@@ -1,4 +1,4 @@
-"""Several processes under torchrun: who is who, sums over all of them, and weights spread with PyTorch's FSDP2.
+"""Several processes under torchrun: ranks, sums over all of them, and weights spread with PyTorch's FSDP2.
 
 A process that runs alone has rank 0 of 1. The functions here then do nothing, or return what they got.
 """
