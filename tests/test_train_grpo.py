@@ -110,6 +110,18 @@ def test_a_run_that_learned_nothing_says_so(small, tmp_path, monkeypatch, capsys
     assert ("nothing was learned" not in capsys.readouterr().out) == learns
 
 
+@pytest.mark.parametrize("how", ["lora", "full"])
+def test_a_rank_without_records_adds_nothing_to_the_gradient(random_model, how):
+    model = random_model()
+    if how == "lora":
+        lora.add(model, 4, 8)
+    (stand_in,), = train_grpo.training.micro_batches(model, [], 100)
+    logp, _ = losses.score(model, [stand_in.ids], [stand_in.mask])
+    losses.sft_loss(logp)[0].backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(logp) == 0 and all(p.grad is not None and not p.grad.any() for p in trained)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", ["1", "3"])  # with 1, the second rank has no problem
 def test_two_ranks_take_the_same_steps_as_one_process(tmp_path, batch):

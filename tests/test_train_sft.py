@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from small import write_small
 
 import train_sft
-from slm import BadInput, checkpoint, lora, losses, training
+from slm import BadInput, checkpoint, training
 from slm.runs import rundir
 from slm.tokenizer import Tokenizer
 
@@ -144,18 +144,6 @@ def test_two_ranks_take_the_same_steps_as_one_process(small, data, tmp_path, bat
             subprocess.run([*launch, *words, how, "--out", str(tmp_path / ranks / how)], check=True, cwd=root)
         a, b = (load_file(tmp_path / ranks / how / out) for ranks in ("1", "2"))
         assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
-
-
-@pytest.mark.parametrize("how", ["lora", "full"])
-def test_a_rank_without_rows_adds_nothing_to_the_gradient(random_model, how):
-    model = random_model()
-    if how == "lora":
-        lora.add(model, 4, 8)
-    (stand_in,), = training.micro_batches(model, [], 100)
-    logp, _ = losses.score(model, [stand_in.ids], [stand_in.mask])
-    losses.sft_loss(logp)[0].backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert len(logp) == 0 and all(p.grad is not None and not p.grad.any() for p in trained)
 
 
 def test_long_rows_are_left_out_and_counted(small, data, tmp_path, capsys):
