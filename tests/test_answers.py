@@ -1,5 +1,5 @@
-"""The graded record, and the loop that asks, grades and writes. test_eval.py and test_agents.py stop whole runs
-and resume them."""
+"""The graded record, and the loop that asks, grades and writes. (test_eval.py and test_agents.py stop whole
+runs and resume them.)"""
 
 from scripted import Backend, problem
 
