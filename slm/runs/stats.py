@@ -1,7 +1,7 @@
 """The statistics of an evaluation: intervals, pass@k, two runs compared on the same problems.
 
-Every interval is 95 % unless a level is given. Not covered: correction for many comparisons, correlated
-problems. Imports numpy, no torch.
+Every interval is the 95 % one. Not covered: correction for many comparisons, correlated problems. Imports
+numpy, no torch.
 """
 
 from math import comb, sqrt
@@ -9,8 +9,10 @@ from statistics import NormalDist
 
 import numpy as np
 
+Z = NormalDist().inv_cdf(0.975)  # a 95 % interval of a normal: this many standard deviations each way
 
-def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
+
+def wilson(k: int, n: int) -> tuple[float, float]:
     """Score interval of a proportion, k right of n (Wilson 1927, JASA 22, eq. for p1 and p2).
 
     >>> tuple(round(x, 4) for x in wilson(8, 10))
@@ -18,9 +20,9 @@ def wilson(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
     """
     if n == 0:
         return 0.0, 1.0
-    z, p = _z(level), k / n
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    p, zz = k / n, Z * Z
+    middle = (p + zz / (2 * n)) / (1 + zz / n)
+    half = Z * sqrt(p * (1 - p) / n + zz / (4 * n * n)) / (1 + zz / n)
     return max(0.0, middle - half) if k else 0.0, min(1.0, middle + half) if k < n else 1.0
 
 
@@ -37,7 +39,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - comb(n - c, k) / comb(n, k)
 
 
-def paired(a: list, b: list, level: float = 0.95) -> tuple[float, float, float]:
+def paired(a: list, b: list) -> tuple[float, float, float]:
     """(difference, low, high) of accuracy b - a on the same problems, item i of both being problem i.
 
     Newcombe 1998 (Statistics in Medicine 17, 2635-2650), method 10: Wilson intervals of both rates, joined
@@ -53,7 +55,7 @@ def paired(a: list, b: list, level: float = 0.95) -> tuple[float, float, float]:
     both, only_a, only_b = _table(a, b)
     neither = n - both - only_a - only_b
     pa, pb = (both + only_a) / n, (both + only_b) / n
-    (la, ua), (lb, ub) = wilson(both + only_a, n, level), wilson(both + only_b, n, level)
+    (la, ua), (lb, ub) = wilson(both + only_a, n), wilson(both + only_b, n)
     product = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
     cross = both * neither - only_a * only_b
     if cross > 0:
@@ -76,7 +78,7 @@ def mcnemar(a: list, b: list) -> float:
     return min(1.0, 2 * tail / 2 ** m)
 
 
-def bootstrap(values: list[float], level: float = 0.95, rounds: int = 10_000) -> tuple[float, float]:
+def bootstrap(values: list[float], rounds: int = 10_000) -> tuple[float, float]:
     """Interval of the mean of one value a problem (its share right of k samples, its pass@k, a difference).
 
     Problems are drawn again with replacement, their samples stay together; bias-corrected percentiles
@@ -90,7 +92,7 @@ def bootstrap(values: list[float], level: float = 0.95, rounds: int = 10_000) ->
     means = rng.multinomial(x.size, counts / x.size, size=rounds) @ kinds / x.size
     below = np.mean(means < x.mean()) + np.mean(means == x.mean()) / 2
     shift = NormalDist().inv_cdf(min(max(below, 1 / rounds), 1 - 1 / rounds))
-    ends = [NormalDist().cdf(2 * shift + s * _z(level)) for s in (-1, 1)]
+    ends = [NormalDist().cdf(2 * shift + s * Z) for s in (-1, 1)]
     low, high = np.quantile(means, ends)
     return float(low), float(high)
 
@@ -134,7 +136,3 @@ def _table(a, b) -> tuple[int, int, int]:
     """How many problems (both, only a, only b) got right."""
     both = sum(bool(x and y) for x, y in zip(a, b, strict=True))
     return both, sum(map(bool, a)) - both, sum(map(bool, b)) - both
-
-
-def _z(level: float) -> float:
-    return NormalDist().inv_cdf(0.5 + level / 2)
