@@ -49,7 +49,7 @@ def equal(a: str, b: str) -> bool:
             return True
         if "list" in (x[0], y[0]) and re.search(r"\d,\d{3}", a[:MAX_CHARS] + " " + b[:MAX_CHARS]):
             return same(parse(a, merge=x[0] == "list"), parse(b, merge=y[0] == "list"))
-    except RecursionError:  # the caller's stack was nearly full: a verdict all the same
+    except RecursionError:  # the caller's stack was nearly full: an answer all the same
         pass
     return False
 

@@ -305,8 +305,8 @@ NOT_FACTORS = set("cup cap bigcup setminus pm mp end rangle infty rfloor rceil c
 NOT_FACTORS |= set(RELATIONS)
 SET_OPERATIONS = {"cup": "union", "bigcup": "union", "cap": "meet", "setminus": "minus"}
 FOLD = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "lg": "log10"}
-RATIOS = {"tan": ("sin", "cos"), "cot": ("cos", "sin"), "sec": (None, "cos"), "csc": (None, "sin")}
-RATIOS |= {f"{name}h": tuple(part and part + "h" for part in ratio) for name, ratio in RATIOS.items()}
+RATIOS = {"tan": ("sin", "cos"), "cot": ("cos", "sin"), "sec": (None, "cos"), "csc": (None, "sin"),
+          "tanh": ("sinh", "cosh"), "coth": ("cosh", "sinh"), "sech": (None, "cosh"), "csch": (None, "sinh")}
 CO = {"arccot": "atan", "arcsec": "acos", "arccsc": "asin"}  # of the inverse
 ONE, LINE = ("n", Fraction(1)), ("tuple", "(", ")", ("-", ("inf",)), ("inf",))
 
@@ -704,11 +704,11 @@ class Parser:
 
 def product(a: Node, b: Node) -> Node:
     """a times b; a scalar goes into a vector or matrix."""
+    def times(row: tuple) -> tuple:
+        return tuple(product(a, x) for x in row)
     if b[0] == "tuple":
-        return (*b[:3], *(product(a, x) for x in b[3:]))
-    if b[0] == "matrix":
-        return ("matrix", *(tuple(product(a, x) for x in row) for row in b[1:]))
-    return ("*", a, b)
+        return (*b[:3], *times(b[3:]))
+    return ("matrix", *map(times, b[1:])) if b[0] == "matrix" else ("*", a, b)
 
 
 def text_node(text: str) -> Node:
