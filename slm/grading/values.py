@@ -193,7 +193,7 @@ class Evaluator:
             self.transcendental()
         if x.imag or (x.real < 0 and not n % 2):
             return self.exp(self.log(x) / n)
-        size = self.mp.root(abs(x.real), n)
+        size = self.mp.sqrt(abs(x.real)) if n == 2 else self.mp.root(abs(x.real), n)
         return -size if x.real < 0 else size
 
     def exp(self, x: Value) -> Value:
@@ -290,8 +290,8 @@ def real_value(node: Node) -> Fraction | None:
 
 
 def zero_at(a: Node, b: Node, point: dict, modes: tuple, only_real: bool) -> bool | None:
-    """Is a - b zero here? None if it is undefined. If the sizes met leave that undecided at BITS bits, then
-    once more at a precision above twice their span."""
+    """Is a - b zero here? None if it is undefined. If BITS bits cannot decide, since the values met are large
+    or small, it looks once more, at a precision above twice their span."""
     bits, span = BITS, None
     while True:
         value = Evaluator(point, modes, only_real, bits)
