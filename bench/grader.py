@@ -29,6 +29,11 @@ sys.path.insert(0, str(ROOT))
 from slm.grading import grade
 from slm.runs import cli
 
+try:
+    from math_verify import parse, verify
+except ImportError:  # then our figures stand alone
+    verify = None
+
 HANG = 1.0  # seconds
 
 
@@ -44,14 +49,8 @@ def ours(response: str, gold: str) -> bool:
     return grade(response, gold).correct
 
 
-def peer():
-    """math-verify as a function of (response, gold), or None where it is not installed."""
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        return None
-    logging.disable(logging.CRITICAL)
-    return lambda response, gold: verify(parse(rf"\boxed{{{gold}}}"), parse(response))
+def peer(response: str, gold: str) -> bool:
+    return verify(parse(rf"\boxed{{{gold}}}"), parse(response))
 
 
 # ---- cases: (response, gold, right) ------------------------------------------------------------------------
@@ -101,19 +100,19 @@ def data_cases(data: dict[str, list[dict]], rng: random.Random) -> tuple[list, l
 
 # ---- measuring ---------------------------------------------------------------------------------------------
 
-def measure(name: str, judge, cases: list, show: int = 0) -> dict:
-    """Run one grader over cases and print one line; the first `show` wrong verdicts after it."""
+def measure(name: str, grader, cases: list, show: int = 0) -> dict:
+    """Run one grader over cases and print one line; the first `show` mistakes after it."""
     seconds, wrong, count = [], [], Counter()
     for response, gold, right in cases:
         start = time.process_time()
         try:
-            verdict = judge(response, gold)
+            said = grader(response, gold)
         except Exception as e:
             count["crashes"] += 1
-            verdict = repr(e)
+            said = repr(e)
         seconds.append(time.process_time() - start)
         count["hangs"] += seconds[-1] > HANG
-        if verdict is not right:
+        if said is not right:
             count["false positives" if not right else "false negatives"] += 1
             wrong.append((response, gold))
     seconds.sort()
@@ -130,18 +129,19 @@ def measure(name: str, judge, cases: list, show: int = 0) -> dict:
     return figures
 
 
-def audit(path: Path, other) -> None:
-    """The saved answers that the saved verdict, today's grader and math-verify do not all judge alike."""
+def audit(path: Path) -> None:
+    """The saved answers that the saved grade, today's grader and math-verify do not all judge alike."""
     differ = total = 0
     for row in map(json.loads, path.read_text().splitlines()):
         total += 1
         now = grade(row["response"], row["gold"])
-        verdicts = {"saved": row.get("correct"), "now": now.correct,
-                    "math-verify": bool(other(row["response"], row["gold"])) if other else None}
-        if len({v for v in verdicts.values() if v is not None}) > 1:
+        words = {"saved": row.get("correct"), "now": now.correct,
+                 "math-verify": peer(row["response"], row["gold"]) if verify else None}
+        words = {who: right for who, right in words.items() if right is not None}
+        if len(set(words.values())) > 1:
             differ += 1
             print(f"{row.get('id', total)}: gold {row['gold']!r}, answer {now.answer!r} ({now.reason})")
-            said = (f"{k} {'right' if v else 'wrong'}" for k, v in verdicts.items() if v is not None)
+            said = (f"{who} {'right' if right else 'wrong'}" for who, right in words.items())
             print("    " + ", ".join(said))
             print(f"    ...{row['response'][-160:]!r}")
     print(f"{differ} of {total} answers judged differently")
@@ -149,9 +149,9 @@ def audit(path: Path, other) -> None:
 
 def main() -> None:
     args = arguments()
-    other = peer()
+    logging.disable(logging.CRITICAL)  # math-verify's
     if args.audit:
-        return audit(Path(args.audit), other)
+        return audit(Path(args.audit))
     print(("{:40}{:>7}{:>9}" + 3 * "{:>6}" + "{:>7}" + 3 * "{:>9}" + "{:>11}   (times in ms)").format(
         "", "cases", "right", "fp", "fn", "hangs", "crash", "median", "p99", "worst", "cases/s"))
     results = {}
@@ -169,8 +169,8 @@ def main() -> None:
             continue
         some = cases if name == "table" else cases[: args.peer_limit]
         results[name] = {"slm": measure(f"{name}, slm", ours, cases, show=25)}
-        if other:
-            results[name]["math-verify"] = measure(f"{name}, math-verify", other, some)
+        if verify:
+            results[name]["math-verify"] = measure(f"{name}, math-verify", peer, some)
             if len(some) < len(cases):
                 results[name]["slm on the same"] = measure(f"{name}, slm on the same", ours, some)
     for name, r in results.items():

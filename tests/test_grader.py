@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slm import grading
 from slm.grading import boxes, equal, extract, first_box_end, grade
 
 ROOT = Path(__file__).parents[1]
@@ -281,6 +282,19 @@ def test_import_is_quick_and_needs_neither_sympy_nor_torch():
     code = "import slm.grading, sys; assert slm.grading.grade('x', r'\\frac{\\pi}{2}').correct is False; " \
            "assert not {'sympy', 'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_version_names_the_source(monkeypatch, tmp_path):
+    assert re.fullmatch("[0-9a-f]{12}", grading.version()) and grading.version() == grading.version()
+    for path in (ROOT / "slm" / "grading").glob("*.py"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(grading, "__file__", str(tmp_path / "__init__.py"))
+    same = grading.version()
+    monkeypatch.undo()
+    assert same == grading.version()
+    (tmp_path / "values.py").write_text("MAX_BITS = 1\n")
+    monkeypatch.setattr(grading, "__file__", str(tmp_path / "__init__.py"))
+    assert grading.version() != same
 
 
 def test_threads_and_nearly_full_stacks_get_the_same_verdicts():

@@ -49,7 +49,7 @@ def equal(a: str, b: str) -> bool:
             return True
         if "list" in (x[0], y[0]) and re.search(r"\d,\d{3}", a[:MAX_CHARS] + " " + b[:MAX_CHARS]):
             return same(parse(a, merge=x[0] == "list"), parse(b, merge=y[0] == "list"))
-    except RecursionError:  # the caller's stack was nearly full: a verdict all the same
+    except RecursionError:  # the caller's stack was nearly full: an answer all the same
         pass
     return False
 
@@ -274,8 +274,8 @@ def inequalities(node: Node) -> bool:
 
 
 def same_regions(a: Node, b: Node) -> bool | None:
-    """Equality of two sets of numbers, tested at every end, between the ends and beyond them. None where
-    one is no such set, or both may be plain tuples or lists."""
+    """Are two sets of numbers equal? Tested at every end, between the ends and beyond them. None if one is no
+    such set, or if both may be plain tuples or lists."""
     def open_to_doubt(x: Node) -> bool:
         return x[1:3] == ("(", ")") if x[0] == "tuple" else x[0] in ("list", "set") and not inequalities(x)
     if open_to_doubt(a) and open_to_doubt(b):
@@ -296,7 +296,8 @@ def same_regions(a: Node, b: Node) -> bool | None:
 
 
 def region(node: Node, ends: list[Node], subjects: set[Node]) -> Node:
-    """The intervals, unions, comparisons and lists that make a set of numbers; collects what they compare."""
+    """The node as intervals, unions, comparisons and lists of these; it adds to `ends` and `subjects` what is
+    compared."""
     node = node if node[0] in ("union", "meet", "minus") else plain(node)
     kind = node[0]
     if kind in ("union", "meet", "minus"):
@@ -399,7 +400,7 @@ def bindings(node: Node) -> dict[str, Node] | None:
 
 
 def same_relations(a: Node, b: Node) -> bool:
-    """At least one is a relation. `x = 5` and `a + b = 5` also stand for 5, but `2x = 10` does not for 10."""
+    """At least one is a relation. `x = 5` and `a + b = 5` stand for 5 too, but `2x = 10` not for 10."""
     one, two = assignment(a), assignment(b)
     named_a, named_b = bindings(a), bindings(b)
     if named_a or named_b:

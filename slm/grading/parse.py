@@ -144,8 +144,8 @@ def known_unit(word: str) -> tuple[str, Fraction] | None:
 
 
 def unit_of(words: list[str]) -> tuple | None:
-    """(dimensions, factor to the base unit) of `square feet`, `km / h`, `cm ^ 2`; None if a word is unknown
-    (`eggs`): an unknown unit says nothing, two known ones must agree in dimension and, scaled, in value."""
+    """(dimensions, factor to the base unit) of `square feet`, `km / h`, `cm ^ 2`; None if a word is unknown.
+    An unknown unit (`eggs`) says nothing. Two known ones must agree in dimension and, scaled, in value."""
     words = re.findall(r"[a-zA-Z]+|-?\d+|[/^]", " ".join(SHORT_UNITS.get(w, w) for w in words))
     dims: dict[str, int] = {}
     factor, power, sign = Fraction(1), 1, 1
@@ -271,6 +271,8 @@ def tokenize(text: str, prose: bool = False, merge: bool = True, unit: bool = Fa
 
 
 def decimal(text: str) -> Node:
+    if text.isdigit():
+        return ("n", Fraction(int(text)))
     if len(text.lower().partition("e")[2]) > 4:
         raise Unreadable("number too long")
     return ("n", Fraction(text.replace(",", "").removesuffix(".")))
@@ -303,18 +305,20 @@ ENDS = {"(": (")", "]"), "[": ("]", ")"), r"\{": (r"\}",), "{": ("}",), "]": ("[
 RELATIONS = ("=", "<", ">", "<=", ">=", "!=", "~", "in", "=>")
 NOT_FACTORS = set("cup cap bigcup setminus pm mp end rangle infty rfloor rceil circ bmod pmod mod".split())
 NOT_FACTORS |= set(RELATIONS)
+CHOICES = set("ABCDEFGH")
 SET_OPERATIONS = {"cup": "union", "bigcup": "union", "cap": "meet", "setminus": "minus"}
 FOLD = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "lg": "log10"}
-RATIOS = {"tan": ("sin", "cos"), "cot": ("cos", "sin"), "sec": (None, "cos"), "csc": (None, "sin")}
-RATIOS |= {f"{name}h": tuple(part and part + "h" for part in ratio) for name, ratio in RATIOS.items()}
+RATIOS = {"tan": ("sin", "cos"), "cot": ("cos", "sin"), "sec": (None, "cos"), "csc": (None, "sin"),
+          "tanh": ("sinh", "cosh"), "coth": ("cosh", "sinh"), "sech": (None, "cosh"), "csch": (None, "sinh")}
 CO = {"arccot": "atan", "arcsec": "acos", "arccsc": "asin"}  # of the inverse
 ONE, LINE = ("n", Fraction(1)), ("tuple", "(", ")", ("-", ("inf",)), ("inf",))
 
 
 class Parser:
-    """Recursive descent; each method reads one level of the grammar and returns a node. `bars`: how many |
-    are open, or True where | and : stand before the condition of a set. `money`: the currency met in this
-    measure."""
+    """Recursive descent: each method reads one level of the grammar and returns a node.
+
+    bars: how many | are open, or True if a | or : would start the condition of a set. money: the currency of
+    the measure that is being read."""
 
     def __init__(self, tokens: list[tuple[str, str]]):
         self.tokens = tokens + 5 * [("end", "")]  # as far as anybody looks ahead
@@ -373,14 +377,14 @@ class Parser:
 
     def choice(self) -> tuple | None:
         """`(C) 12` or `C. 12`: a letter with its text. `(C)` alone is the symbol C."""
-        skip = self.peek() == ("op", "(")
-        letter, mark, after = (self.peek(i + skip) for i in range(3))
-        if not re.fullmatch("[A-H]", letter[1]) or mark[1] not in (")" if skip else ").:") or not mark[1]:
+        start = self.pos + 1 if self.peek() == ("op", "(") else self.pos
+        (_, letter), (_, mark), (kind, after) = self.tokens[start : start + 3]
+        if letter not in CHOICES or mark not in ((")",) if start > self.pos else (")", ".", ":")):
             return None
-        if after[0] not in ("num", "word", "cmd") or after[1] in NOT_FACTORS:
+        if kind not in ("num", "word", "cmd") or after in NOT_FACTORS:
             return None
-        self.pos += 2 + skip
-        return ("choice", letter[1], self.item())
+        self.pos = start + 2
+        return ("choice", letter, self.item())
 
     def words(self) -> Node:
         """Words up to the next separator: a label, dropped, before `=`, `:` or "is"; else the answer."""
@@ -704,11 +708,11 @@ class Parser:
 
 def product(a: Node, b: Node) -> Node:
     """a times b; a scalar goes into a vector or matrix."""
+    def times(row: tuple) -> tuple:
+        return tuple(product(a, x) for x in row)
     if b[0] == "tuple":
-        return (*b[:3], *(product(a, x) for x in b[3:]))
-    if b[0] == "matrix":
-        return ("matrix", *(tuple(product(a, x) for x in row) for row in b[1:]))
-    return ("*", a, b)
+        return (*b[:3], *times(b[3:]))
+    return ("matrix", *map(times, b[1:])) if b[0] == "matrix" else ("*", a, b)
 
 
 def text_node(text: str) -> Node:
@@ -736,7 +740,7 @@ OPERATOR = re.compile(r"\\(?:sum|prod|i+nt|lim|partial|det|text|operatorname)(?!
 
 
 def parse(text: str, merge: bool = True) -> Node:
-    """The tree of a written answer; ("raw", text) where it cannot be read. merge: `1,000` may be one
+    """The tree of a written answer; ("raw", text) if it cannot be read. merge: `1,000` may be one
     number."""
     cleaned = clean(text[: MAX_CHARS + 1])
     if max(len(text), len(cleaned)) > MAX_CHARS:

@@ -28,6 +28,7 @@ UNDEFINED = (ZeroDivisionError, OverflowError, ValueError)
 PLAIN = (False, False, False)  # modes of an Evaluator: do degrees count, do percents, is log to base 10
 MARKS = ("%", "deg", "!", "±")  # kinds of nodes that change how a tree is compared
 ARITHMETIC = {"+": operator.add, "*": operator.mul, "/": operator.truediv}
+NATURAL = {"gcd": math.gcd, "lcm": math.lcm, "mod": operator.mod, "binom": math.comb}  # of natural numbers
 
 Value = Fraction | mpf | mpc
 
@@ -96,8 +97,8 @@ def whole_root(value: int, n: int) -> int | None:
 # ---- the value of a tree -----------------------------------------------------------------------------------
 
 class Evaluator:
-    """The value of a tree at a point {letter: Fraction}. `span` is the largest binary exponent met, in size.
-    `only_real`: roots and logarithms of negative numbers are undefined."""
+    """The value of a tree at a point {letter: Fraction}. only_real: roots and logarithms of negative numbers
+    are undefined. `span` is the largest binary exponent met, in size."""
 
     def __init__(self, point: dict[str, Fraction], modes: tuple = PLAIN, only_real=False, bits: int = BITS):
         self.point, self.only_real, self.mp = point, only_real, context(bits)
@@ -192,7 +193,7 @@ class Evaluator:
             self.transcendental()
         if x.imag or (x.real < 0 and not n % 2):
             return self.exp(self.log(x) / n)
-        size = self.mp.root(abs(x.real), n)
+        size = self.mp.sqrt(abs(x.real)) if n == 2 else self.mp.root(abs(x.real), n)
         return -size if x.real < 0 else size
 
     def exp(self, x: Value) -> Value:
@@ -223,27 +224,28 @@ class Evaluator:
         if name in ("ln", "log", "log10"):
             if self.only_real and real(x) < 0:
                 raise ValueError("not real")
-            base_10 = name == "log10" or (name == "log" and self.log10)
-            return self.log(x) / self.mp.ln(10) if base_10 else self.log(x)
+            common = name == "log10" or (name == "log" and self.log10)
+            return self.log(x) / self.mp.ln(10) if common else self.log(x)
         if name == "exp":
             return self.exp(x)
         if name in ("sinh", "cosh"):
             up = self.exp(x)
             return (up + 1 / up) / 2 if name == "cosh" else (up - 1 / up) / 2
-        if name in ("gcd", "lcm", "mod", "binom"):
-            whole = [natural(v, MAX_FACTORIAL if name == "binom" else 10**100) for v in values]
-            if name == "mod":
-                return Fraction(whole[0] % whole[1])
-            return Fraction({"gcd": math.gcd, "lcm": math.lcm, "binom": math.comb}[name](*whole))
+        if name in NATURAL:
+            limit = MAX_FACTORIAL if name == "binom" else 10**100
+            return Fraction(NATURAL[name](*(natural(v, limit) for v in values)))
         if name[0] == "?":
             key = name + "".join(str(v) if isinstance(v, Fraction) else self.mp.nstr(v, 26) for v in values)
             return Fraction(zlib.crc32(key.encode()) + 1, 65537)  # one value for each argument
         return self.real_function(name, list(map(real, values)))
 
-    def real_function(self, name: str, values: list) -> Value:
+    def real_function(self, name: str, values: list[Value]) -> Value:
+        """floor, ceil, max and min of rationals stay exact; sin, cos, atan, asin and acos do not."""
+        if name == "max":
+            return max(values, key=self.inexact)
+        if name == "min":
+            return min(values, key=self.inexact)
         x = values[0]
-        if name in ("max", "min"):
-            return (max if name == "max" else min)(values, key=self.inexact)
         if name in ("floor", "ceil") and isinstance(x, Fraction):
             return Fraction(math.floor(x) if name == "floor" else math.ceil(x))
         x = self.inexact(x)
@@ -252,9 +254,9 @@ class Evaluator:
         if name in ("floor", "ceil"):
             return Fraction(int(getattr(self.mp, name)(x)))
         if name in ("asin", "acos") and abs(x) > 1:
-            if abs(x) > 1.001:
+            if abs(x) > 1.001:  # else it is 1, but for rounding
                 raise ValueError("not real")
-            x = self.mp.sign(x)  # 1, but for rounding
+            x = self.mp.sign(x)
         return getattr(self.mp, name)(x)
 
 
@@ -288,8 +290,8 @@ def real_value(node: Node) -> Fraction | None:
 
 
 def zero_at(a: Node, b: Node, point: dict, modes: tuple, only_real: bool) -> bool | None:
-    """Is a - b zero here? None if it is undefined. If the sizes met leave that undecided at BITS bits, then
-    once more at a precision above twice their span."""
+    """Is a - b zero here? None if it is undefined. If BITS bits cannot decide, since the values met are large
+    or small, it looks once more, at a precision above twice their span."""
     bits, span = BITS, None
     while True:
         value = Evaluator(point, modes, only_real, bits)
@@ -376,8 +378,8 @@ def proportional(a: Node, b: Node, positive: bool = False) -> bool:
             ap, aq, bp, bq = at_p(a), at_q(a), at_p(b), at_q(b)
             left, right = ap * bq, aq * bp
             gap = left - right
-            if not left or (gap and (isinstance(gap, Fraction)
-                                     or max(magnitudes(gap)) > max(magnitudes(at_p.inexact(left))) - 116)):
+            noise = max(magnitudes(at_p.inexact(left)), default=0) - 116
+            if not left or (gap and (isinstance(gap, Fraction) or max(magnitudes(gap)) > noise)):
                 return False
             if positive and real(at_p.inexact(ap) / bp) < 0:
                 return False
