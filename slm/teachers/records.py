@@ -5,7 +5,7 @@ settings.json, summary.json and report.html. Imports no torch.
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 
 from slm.grading import boxes, grade
@@ -51,7 +51,7 @@ def _form(reply, text: str, solution: str, max_tokens: int, needs_think: bool) -
     if len(text) > LONG * max_tokens:
         return "too long"
     tags = (text.count("<think>"), text.count("</think>"))
-    if tags != (1, 1) if needs_think or any(tags) else False:
+    if tags != (1, 1) and (needs_think or any(tags)):
         return "no think"
     if tags == (1, 1) and not re.match(r"\s*<think>\s*[^\s<].*</think>", text, re.S):
         return "no think"
@@ -112,16 +112,15 @@ def summarize(problems: list, dropped: dict[str, dict], still_open: set[str], at
     """
     asked = {p.id for p in problems} - dropped.keys()
     solved: dict[str, int] = {}  # problem id -> round
-    groups = {"round": {}, "teacher": {}, "effort": {}}
+    groups = {key: defaultdict(Counter) for key in ("round", "teacher", "effort")}
     causes, lengths, total = Counter(), Counter(), Counter()
     for row in attempts:
         if row["id"] not in asked:
             continue
-        kept, counts = row["cause"] is None, Counter()
-        counts.update(attempts=1, records=int(kept), dollars=cost(row, prices),
-                      tokens_in=row["tokens_in"], tokens_out=row["tokens_out"])
-        for group in (total, *(groups[key].setdefault(str(row[key]), Counter()) for key in groups)):
-            group.update(counts)
+        kept = row["cause"] is None
+        for counts in (total, *(group[str(row[key])] for key, group in groups.items())):
+            counts.update(attempts=1, records=int(kept), dollars=cost(row, prices),
+                          tokens_in=row["tokens_in"], tokens_out=row["tokens_out"])
         if kept:
             solved[row["id"]] = min(row["round"], solved.get(row["id"], row["round"]))
             lengths[max(b for b in BINS if b <= row["tokens_out"])] += 1
