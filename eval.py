@@ -59,7 +59,7 @@ from slm import BadInput, checkpoint, problems, prompts, workflows
 from slm.answers import answer_record, finished, run_graded
 from slm.backends import open_backend
 from slm.episode import Sampling
-from slm.grading import grade
+from slm.grading import grade, version
 from slm.report import write as write_report
 from slm.runs import stats
 from slm.runs.files import as_lines, read_json, read_rows, write_json, write_whole
@@ -116,8 +116,7 @@ def record(data: str, problem, episode) -> dict:
 
 def identity(args: argparse.Namespace) -> dict:
     """What identifies a run beside its options: the prompt, and hashes of the grader and of the weights."""
-    grader = Path(prompts.__file__).parent / "grading"
-    found = {"prompt": prompts.SOLVER.id, "grader": hashed(grader.glob("*.py"))}
+    found = {"prompt": prompts.SOLVER.id, "grader": version()}
     if not args.endpoint:
         folders = [args.model, *(given.rpartition("=")[2] for given in args.adapter)]
         found["weights"] = hashed(file for folder in map(checkpoint.resolve, folders)

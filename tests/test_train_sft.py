@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from small import write_small
 
 import train_sft
-from slm import BadInput, checkpoint, training
+from slm import BadInput, checkpoint, lora, training
 from slm.runs import rundir
 from slm.tokenizer import Tokenizer
 
