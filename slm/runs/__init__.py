@@ -1,2 +1,6 @@
-"""What a run needs around its loop: command line, device, folder, ranks, files, statistics. Each module is a
-door of its own, since the command line must not load torch."""
+"""What a run needs around its loop. Each module is a door of its own: the command line must not load torch.
+
+    cli      options, help, one sentence for bad input       device   device, dtype and memory
+    rundir   RunDir: a run's folder, its claim, checkpoints   ranks    several processes under torchrun
+    files    JSON on disk; Journal: rows that survive a kill  stats    intervals and comparisons
+"""
