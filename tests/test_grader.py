@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mpmath.libmp import libelefun
 
 from slm import grading
 from slm.grading import boxes, equal, extract, first_box_end, grade
@@ -256,14 +257,30 @@ def test_hostile_golds_are_bounded_too():
 
 
 def test_comparisons_that_need_many_digits_are_bounded():
+    for a, b in needing_many_digits():
+        assert seconds(lambda a=a, b=b: equal(a, b)) < 0.05, a
+
+
+def test_no_comparison_makes_mpmath_compute_a_constant_anew():
+    """Its cache of constants is not safe in threads while it grows."""
+    kept = [c.__closure__[0].cell_contents for c in (libelefun.pi_fixed, libelefun.e_fixed,
+                                                     libelefun.ln2_fixed, libelefun.ln10_fixed)]
+    before = [c.memo_prec for c in kept]
+    assert all(10_240 < digits < 20_000 for digits in before)
+    more = [(r"\pi+10^{1400}", r"\pi+e+10^{1400}"), (r"\sin(10^{19}\pi+10^{-300})", "0"),
+            (r"\log_{10} (10^{1400}+\pi)", r"\log_{10}(10^{1400})"), (r"e^{2000}", "e^{2000}+e^{-100}")]
+    for a, b in needing_many_digits() + more:
+        equal(a, b)
+    assert [c.memo_prec for c in kept] == before
+
+
+def needing_many_digits() -> list[tuple[str, str]]:
     huge = [rf"e^{{300}}+\sqrt{{{i}}}" for i in range(100, 112)]
     open_ended, half_open = (r"\cup".join(f"{end}{i},{i + 1})" for i in range(60)) for end in "([")
-    pairs = [(r"\ln 2+10^{1400}", r"\ln 3+10^{1400}"), (r"e^{3000}+\sqrt2", r"\sqrt3+e^{3000}"),
-             (r"e^{e^{e^x}}", r"0+e^{e^{e^x}}"), ("(n!)!", "0+(n!)!"), (open_ended, half_open),
-             (r"\sqrt{2}^{4000}+\sqrt3^{x}", r"1+\sqrt{2}^{4000}+\sqrt3^{x}"),
-             (r"\{" + ",".join(huge) + r"\}", r"\{" + "+0,".join(huge) + r"+0\}")]
-    for a, b in pairs:
-        assert seconds(lambda a=a, b=b: equal(a, b)) < 0.05, a
+    return [(r"\ln 2+10^{1400}", r"\ln 3+10^{1400}"), (r"e^{3000}+\sqrt2", r"\sqrt3+e^{3000}"),
+            (r"e^{e^{e^x}}", r"0+e^{e^{e^x}}"), ("(n!)!", "0+(n!)!"), (open_ended, half_open),
+            (r"\sqrt{2}^{4000}+\sqrt3^{x}", r"1+\sqrt{2}^{4000}+\sqrt3^{x}"),
+            (r"\{" + ",".join(huge) + r"\}", r"\{" + "+0,".join(huge) + r"+0\}")]
 
 
 def test_model_text_is_not_executed(tmp_path):

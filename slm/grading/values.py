@@ -63,6 +63,12 @@ def context(bits: int) -> MPContext:
     return made
 
 
+# mpmath keeps the longest value of a constant that it has computed. While it computes a longer one, it is not
+# safe in threads. So the longest that the bounds allow is computed here.
+for constant in ("pi", "e", "ln2", "ln10"):
+    +getattr(context(2 * MAX_SPAN + 2000), constant)
+
+
 # ---- parts of values ---------------------------------------------------------------------------------------
 
 def real(x: Value) -> Value:
