@@ -41,9 +41,7 @@ class Endings:
             stop[-1] in there or "\ufffd" in there for stop in sampling.stop)
 
     def text(self, ids: list[int], finish: str, stop: list[str]) -> str:
-        """A reply's text; as servers do, up to the stop string, though all ids that were sampled are kept.
-        After a box nothing follows, as at an endpoint."""
+        """A reply's text. As servers do, it ends before a stop string, though all ids that were sampled are
+        kept. After a box it holds what its last token holds, such as a full stop: text and ids agree."""
         text = self.tokenizer.decode(ids)
-        if finish == "box":
-            return text[:first_box_end(text)]
         return text[:min(i for i in map(text.find, stop) if i >= 0)] if finish == "stop_string" else text
