@@ -238,7 +238,7 @@ def tokenizers(request):
         pytest.skip(f"no tokenizer of {request.param} here")
     tok = Tokenizer.load(directory)
     twin = transformers.PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"),
-                                                clean_up_tokenization_spaces=False, **tok._named)
+                                                clean_up_tokenization_spaces=False, **tok.named)
     twin.chat_template = tok.template
     return tok, twin
 
