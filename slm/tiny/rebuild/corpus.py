@@ -10,7 +10,6 @@ The reading has two phases, as for real models: documents of all kinds, then few
 
 import random
 from collections.abc import Iterator
-from fractions import Fraction
 
 from slm import prompts
 from slm.tiny import world
@@ -75,9 +74,8 @@ def sums(rng: random.Random) -> str:
             a, b = rng.choice((5, 10, 15, 20, 25, 30, 40, 50, 60, 75)), rng.randint(4, 100) * 5
         if op == "/":
             a *= b
-        value = world.compute(Fraction(a), op, Fraction(b))
-        if 0 < value <= world.LARGEST and value.denominator == 1:
-            step = world.Step("", "", op, "", Fraction(a), Fraction(b), value, "")
+        step = world.Step("", str(a), op, str(b), "").worked_out({})
+        if 0 < step.value <= world.LARGEST and step.value.denominator == 1:
             lines.append(world.equation(step, detailed))
     return "\n".join(lines)
 
