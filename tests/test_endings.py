@@ -55,8 +55,7 @@ BOXES = [
 def test_a_reply_ends_with_its_first_box_here_as_at_an_endpoint(pieces, reply, burst):
     text, finish, _ = written(*pieces, burst=burst, stop_at_box=True)
     assert (text, finish) == ((reply, "box") if reply else ("".join(pieces), None))
-    answer = Reply("".join(pieces), finish="stop")
-    cut_after_box(answer)
+    answer = cut_after_box(Reply("".join(pieces), finish="stop"))
     assert (answer.text, answer.finish) == (text, finish or "stop")
     assert written(*pieces, burst=burst)[:2] == ("".join(pieces), None)
 
