@@ -42,6 +42,7 @@ sys.path.pop(0)
 
 CHANNEL = 200                     # a run's descriptor for its code and its error
 PRINTED_BYTES = 64 * layer.MB     # a program that prints more is stopped
+OUT_BYTES, ERR_BYTES = 10_000, 4000  # what is kept of that
 REPORT_BYTES = 128 * 1024         # what a run may say about its error
 
 # Run once by the zygote: sympy imports and caches much of what programs need at first use.
@@ -284,12 +285,12 @@ class Printed:
 class Run:
     """One forked process: spare until it gets a job, over when its channel has closed."""
 
-    def __init__(self, pid: int, scratch: str, fds: list[int], output: int):
+    def __init__(self, pid: int, scratch: str, fds: list[int]):
         self.pid, self.scratch, self.fds = pid, scratch, fds
         self.ready, self.job, self.token = False, None, b""
         self.started = self.ended = 0.0
         self.deadline, self.why = float("inf"), None
-        self.out, self.err, self.said, self.bytes = Printed(output), Printed(4000), b"", 0
+        self.out, self.err, self.said, self.bytes = Printed(OUT_BYTES), Printed(ERR_BYTES), b"", 0
 
 
 class Supervisor:
@@ -352,7 +353,7 @@ class Supervisor:
                 continue
             self.forking = bool(message)
             if message:
-                run = Run(message["pid"], message["scratch"], fds, self.plan["output"])
+                run = Run(message["pid"], message["scratch"], fds)
                 self.runs[run.pid] = run
                 for fd in fds:
                     os.set_blocking(fd, False)
@@ -378,17 +379,22 @@ class Supervisor:
             run.job, run.token, run.started = job, token.encode(), time.monotonic()
             run.deadline = run.started + job["timeout"]
 
-    def hear(self, run: Run, fd: int) -> None:
+    def hear(self, run: Run, fd: int) -> bool:
+        """Take in what a run has written. False when there is no more, for now or for good."""
         try:
             chunk = os.read(fd, 1 << 16)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             chunk = b""
         if chunk == b"." and fd == run.fds[0] and not run.ready:
             run.ready, self.forking, self.stillborn = True, False, 0
-            return
-        self.keep(run, fd, chunk)
+            return True
+        run.bytes += len(chunk)
+        if fd == run.fds[0]:
+            run.said = (run.said + chunk)[-REPORT_BYTES:]
+        else:
+            (run.out if fd == run.fds[1] else run.err).add(chunk)
         if not chunk:
             self.poll.unregister(fd)
             del self.by_fd[fd]
@@ -396,17 +402,12 @@ class Supervisor:
                 self.end(run)
         elif run.bytes > PRINTED_BYTES and not run.why:
             self.stop(run, f"OutputLimit: stopped after writing {PRINTED_BYTES // layer.MB} MB")
-
-    def keep(self, run: Run, fd: int, chunk: bytes) -> None:
-        run.bytes += len(chunk)
-        if fd == run.fds[0]:
-            run.said = (run.said + chunk)[-REPORT_BYTES:]
-        else:
-            (run.out if fd == run.fds[1] else run.err).add(chunk)
+        return bool(chunk)
 
     def stop(self, run: Run, why: str) -> None:
         run.why, run.deadline = why, time.monotonic() + 1
-        self.zygote.sendall(b"kill %d\n" % run.pid)
+        if not run.ended:  # else it is being reaped, and its number may be another's soon
+            self.zygote.sendall(b"kill %d\n" % run.pid)
 
     def end(self, run: Run) -> None:
         """Have it reaped; `finish` follows."""
@@ -438,9 +439,8 @@ class Supervisor:
     def finish(self, run: Run, code: int, cpu: float) -> None:
         """A run is reaped: tell the caller its outcome."""
         for fd in run.fds:
-            with contextlib.suppress(OSError):
-                while chunk := os.read(fd, 1 << 16):
-                    self.keep(run, fd, chunk)
+            while fd in self.by_fd and self.hear(run, fd):
+                pass
             if self.by_fd.pop(fd, None):
                 self.poll.unregister(fd)
             os.close(fd)

@@ -7,11 +7,9 @@
     ticket = sandbox.submit(["a = 2", "a + 1"])    # blocks of one response share their variables
     for ticket, outcome in sandbox.poll(): ...
 
-The work is done by child.py, started as a program of its own at first use. Every run is a fresh copy
-of a process that has numpy and sympy loaded, in namespaces of its own, under a seccomp allow-list, Landlock
-and limits (layers.py), and nothing of it is left when it ends. `isolation` names the layers this
-kernel granted. What a program says of its own error is its own word, as an exit code would be; what is said
-of its time, its end and its isolation comes from outside it.
+Every run is a fresh copy of a process that has numpy and sympy loaded (child.py), behind the walls of
+layers.py, and nothing of it is left when it ends. `isolation` names the layers this kernel granted. What a
+program says of its own error is its own word, as an exit code would be.
 """
 
 import json
@@ -53,8 +51,7 @@ class Outcome:
 
 
 class Sandbox:
-    """A pool that runs `workers` programs at a time. memory: bytes of address space for each; output: bytes
-    of stdout kept.
+    """A pool that runs `workers` programs at a time. memory: bytes of address space for each.
 
     require="full" demands every layer: BadInput where the kernel refuses one. Nothing is started before the
     first use (with `require`, now). The processes end with close(), with this object, or with this process,
@@ -62,13 +59,12 @@ class Sandbox:
     run again.
     """
 
-    def __init__(self, workers: int = 2, memory: int = 1 << 30, output: int = 10_000,
-                 require: str | None = None):
+    def __init__(self, workers: int = 2, memory: int = 1 << 30, require: str | None = None):
         if sys.platform == "win32":
             raise BadInput("the sandbox runs on Linux and macOS, not on Windows; WSL is Linux")
         if require not in (None, "full"):
             raise BadInput(f"require={require!r}: the sandbox can only be asked for 'full'")
-        self.workers, self.memory, self.output, self.require = workers, memory, output, require
+        self.workers, self.memory, self.require = workers, memory, require
         self._layers: list[str] | None = None
         self._jobs: dict[int, bytes] = {}         # ticket -> its message, until its outcome is here
         self._done: dict[int, Outcome] = {}       # by ticket, until somebody takes it
@@ -133,7 +129,7 @@ class Sandbox:
     # ---- the pool behind it ----
 
     def _start(self) -> None:
-        self._pool = _Pool(self.workers, self.memory, self.output)
+        self._pool = _Pool(self.workers, self.memory)
         self._pool.socket.sendall(b"".join(self._jobs.values()))
         if self._layers is not None:
             return
@@ -191,12 +187,12 @@ class Sandbox:
 class _Pool:
     """The running child.py and the socket to it."""
 
-    def __init__(self, workers: int, memory: int, output: int):
+    def __init__(self, workers: int, memory: int):
         self.owner, self.heard, self.poll = os.getpid(), bytearray(), select.poll()
         base = os.path.join(tempfile.gettempdir(), f"slm-sandbox-{secrets.token_hex(8)}")
         self.socket, theirs = socket.socketpair()
         self.poll.register(self.socket, select.POLLIN)
-        plan = {"fd": theirs.fileno(), "workers": workers, "memory": memory, "output": output, "base": base}
+        plan = {"fd": theirs.fileno(), "workers": workers, "memory": memory, "base": base}
         child = os.path.join(os.path.dirname(os.path.abspath(__file__)), "child.py")
         with tempfile.TemporaryFile("w+") as log:
             self.process = subprocess.Popen(

@@ -144,13 +144,10 @@ class Progress:
 
     def __init__(self, teachers: list[Teacher]):
         self.rounds = [list(group) for _, group in itertools.groupby(teachers, lambda t: t.round)]
-        self.tried = defaultdict(set)  # (problem id, teacher name) -> numbers of the attempts, from 0
-        self.right = set()             # (problem id, teacher name)
+        self.tried = defaultdict(dict)  # (problem id, teacher name) -> number of the attempt, from 0 -> cause
 
     def note(self, row: dict) -> None:
-        self.tried[row["id"], row["teacher"]].add(row["attempt"] - 1)
-        if row["cause"] is None:
-            self.right.add((row["id"], row["teacher"]))
+        self.tried[row["id"], row["teacher"]][row["attempt"] - 1] = row["cause"]
 
     def missing(self, id: str, name: str) -> int:
         """The first attempt that is missing: one that ended in an HTTP error leaves a gap in the files."""
@@ -159,8 +156,8 @@ class Progress:
     def due(self, id: str) -> list[Teacher]:
         """The teachers to ask now: the first round that is not over, unless an earlier one solved it."""
         for teachers in self.rounds:
-            right = {t.name for t in teachers if (id, t.name) in self.right}
-            todo = [t for t in teachers if t.name not in right and len(self.tried[id, t.name]) < t.attempts]
+            right = [t for t in teachers if None in self.tried[id, t.name].values()]
+            todo = [t for t in teachers if t not in right and len(self.tried[id, t.name]) < t.attempts]
             if todo or right:
                 return todo
         return []

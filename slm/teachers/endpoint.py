@@ -137,12 +137,10 @@ class Endpoint:
         Raises BadInput, in one sentence, when the server cannot answer at all.
         """
         landed = []
-        try:
+        with contextlib.suppress(Empty):
             while self._outstanding > 0:
                 landed.append(self._done.get(timeout=0.001 if landed else 0.05))
                 self._outstanding -= 1
-        except Empty:
-            pass
         if self._dead and not landed:  # what was answered is handed out first
             self.close()
             raise BadInput(self._dead)
@@ -274,12 +272,8 @@ class Endpoint:
         messages = [{"role": m["role"], "content": m["content"]} for m in request.messages]
         body = {"model": request.adapter or self.model, "messages": messages, "max_tokens": s.max_tokens,
                 "temperature": s.temperature, "seed": s.seed + sample}
-        if s.top_p < 1:
-            body["top_p"] = s.top_p
-        if s.top_k:
-            body["top_k"] = s.top_k
-        if s.stop:
-            body["stop"] = list(s.stop)
+        others = {"top_p": (s.top_p, 1.0), "top_k": (s.top_k, 0), "stop": (list(s.stop), [])}
+        body |= {name: value for name, (value, neutral) in others.items() if value != neutral}
         if messages and messages[-1]["role"] == "assistant":  # go on with it (vLLM's names)
             body |= {"continue_final_message": True, "add_generation_prompt": False}
         return body

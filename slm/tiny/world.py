@@ -81,9 +81,8 @@ def compute(a: Fraction, op: str, b: Fraction) -> Fraction:
 
 
 def expression(a: Fraction, op: str, b: Fraction) -> str:
-    if op == "%":
-        return f"{written(a)}% of {written(b)}"
-    return f"{written(a)}/{written(b)}" if op == "frac" else f"{written(a)} {op} {written(b)}"
+    x, y = written(a), written(b)
+    return {"%": f"{x}% of {y}", "frac": f"{x}/{y}"}.get(op, f"{x} {op} {y}")
 
 
 def places(n: int) -> list[int]:
@@ -263,14 +262,13 @@ def plan(story: Story) -> str:
 
 def program(story: Story) -> str:
     """Python that prints the answer: the given numbers, one assignment a step, one print."""
-    python = {"+": "{} + {}", "-": "{} - {}", "*": "{} * {}", "/": "{} / {}", "%": "{} * {} / 100",
-              "frac": "Fraction({}, {})"}
-    whole = all(value.denominator == 1 for value in story.given.values())
-    python["/"], python["%"] = ("{} // {}", "{} * {} // 100") if whole else (python["/"], python["%"])
-    lines = [f"{name} = {written(value)}" for name, value in story.given.items()]
-    lines += [f"{s.name} = {python[s.op].format(s.left, s.right)}" for s in story.steps]
-    if story.steps[-1].op == "frac":
-        lines.insert(0, "from fractions import Fraction")
+    divide = "//" if all(value.denominator == 1 for value in story.given.values()) else "/"
+    lines = ["from fractions import Fraction"] if story.steps[-1].op == "frac" else []
+    lines += [f"{name} = {written(value)}" for name, value in story.given.items()]
+    for s in story.steps:
+        python = {"/": f"{s.left} {divide} {s.right}", "%": f"{s.left} * {s.right} {divide} 100",
+                  "frac": f"Fraction({s.left}, {s.right})"}
+        lines.append(f"{s.name} = " + python.get(s.op, f"{s.left} {s.op} {s.right}"))
     return "\n".join([*lines, f"print({story.steps[-1].name})"])
 
 

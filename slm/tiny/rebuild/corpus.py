@@ -8,6 +8,7 @@ blurts out an answer. Turning what it knows into what it does is the work of SFT
 The reading has two phases, as for real models: documents of all kinds, then fewer with more chats among them.
 """
 
+import itertools
 import random
 from collections.abc import Iterator
 
@@ -21,8 +22,8 @@ TURN, STOP = "<|im_start|>", "<|im_end|>"
 
 def chat(*turns: str) -> str:
     """user, assistant, user, ... as ChatML, without a system turn."""
-    roles = ("user", "assistant")
-    return "\n".join(f"{TURN}{roles[i % 2]}\n{turn}{STOP}" for i, turn in enumerate(turns)) + "\n"
+    roles = itertools.cycle(("user", "assistant"))
+    return "".join(f"{TURN}{role}\n{turn}{STOP}\n" for role, turn in zip(roles, turns))
 
 
 def code(story: Story) -> str:
