@@ -54,8 +54,7 @@ BOXES = [
 @pytest.mark.parametrize("pieces, reply", BOXES)
 def test_a_reply_ends_with_its_first_box_here_as_at_an_endpoint(pieces, reply, burst):
     text, finish, _ = written(*pieces, burst=burst, stop_at_box=True)
-    answer = Reply("".join(pieces), finish="stop")
-    cut_after_box(answer)
+    answer = cut_after_box(Reply("".join(pieces), finish="stop"))
     assert (answer.text, answer.finish, finish) == (
         (reply, "box", "box") if reply else ("".join(pieces), "stop", None))
     rest = text.removeprefix(answer.text)  # the sampler's last token may hold more than the brace
