@@ -17,9 +17,11 @@ error are made up for at the next start.
 
 from slm.runs import cli
 
+PAPER, TINY = {"max_tokens": 2048}, {"max_tokens": 256}
 
 def options():
     p = cli.parser(__doc__)
+    both = cli.defaults(PAPER, TINY)
     p.add_argument("what", nargs="?", choices=("solutions", "verifier"), default="solutions")
     g = p.add_argument_group("problems")
     g.add_argument("--data", nargs="+", action=cli.Names, default=["tiny"], metavar="A,B",
@@ -33,7 +35,7 @@ def options():
     g.add_argument("--model", default="tiny", help="tiny, a directory or a hub id (default tiny)")
     g.add_argument("--samples", type=cli.positive, default=4,
                    help="self: attempts at a problem; verifier: solutions of each (default 4)")
-    g.add_argument("--max-tokens", type=cli.positive, help="of an answer (default 2048, tiny 256)")
+    g.add_argument("--max-tokens", type=cli.positive, help=f"of an answer ({both('max_tokens')})")
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     g = p.add_argument_group("run")
@@ -47,7 +49,6 @@ if __name__ == "__main__":
 
 import contextlib
 import random
-import signal
 import sys
 from pathlib import Path
 
@@ -70,6 +71,7 @@ HERE = Path(__file__).parent
 # ---- a run -----------------------------------------------------------------------------------------------
 
 def main(args) -> None:
+    cli.resolve(args, PAPER, TINY)
     if args.what == "verifier":
         make_verifier(args)
     else:
@@ -87,7 +89,13 @@ def make_solutions(args) -> None:
         asking = cascade.Asking(teachers, *journals, args.budget, args.seed)
         asking.recall({p.id: p.question for p in problems})
         backends = start(teachers, args, stack)
-        with stopping(asking):
+
+        def stop() -> None:
+            asking.stop("stopped")
+            print(f"\nstopping; {sum(map(len, asking.wire.values()))} requests are on the wire "
+                  "(Ctrl-C again to leave them)")
+
+        with cli.Interrupt(stop):
             asking.run(asked, backends)
         for journal in journals:
             journal.sort(by_problem(problems, "round", "teacher", "attempt"))
@@ -110,8 +118,7 @@ def who(args) -> list:
     if args.teacher == "self":
         if args.cascade:
             raise BadInput("--teacher self and --cascade: expected one of them")
-        most = args.max_tokens or (256 if cli.is_small(args.model) else 2048)
-        return [cascade.Teacher("self", args.model, "self", attempts=args.samples, max_tokens=most,
+        return [cascade.Teacher("self", args.model, "self", attempts=args.samples, max_tokens=args.max_tokens,
                                 workers=128, temperatures=(0.7, 0.5, 0.9))]
     if not args.cascade and any(not name.startswith("tiny") for name in args.data):
         raise BadInput(f"--data {','.join(args.data)}: the stand-in teacher knows only the tiny world; "
@@ -173,23 +180,6 @@ def by_problem(problems: list, *names: str):
     return lambda row: (place.get(row["id"], len(place)), row["id"], *(row[name] for name in names))
 
 
-@contextlib.contextmanager
-def stopping(asking):
-    """Ctrl-C or SIGTERM, once: send nothing more, wait for what is on the wire; twice: leave at once."""
-    def stop(*_):
-        if asking.why:
-            raise SystemExit(130)
-        asking.why = "stopped"
-        on_the_wire = sum(map(len, asking.wire.values()))
-        print(f"\nstopping; {on_the_wire} requests are on the wire (Ctrl-C again to leave them)")
-    old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
-
-
 def report(out: Path, summary: dict) -> None:
     """summary.json, report.html and the main figures on screen."""
     write_json(out / "summary.json", summary)
@@ -239,7 +229,7 @@ def make_verifier(args) -> None:
         if jobs:
             backend = stack.enter_context(contextlib.closing(own_model(args.model, args.device, args.dtype)))
             sandbox = stack.enter_context(contextlib.closing(Sandbox()))
-        sampling = Sampling(args.max_tokens or (256 if cli.is_small(args.model) else 2048), temperature=1.0)
+        sampling = Sampling(args.max_tokens, temperature=1.0)
         for at in range(0, len(jobs), 1024):
             run_episodes(
                 jobs[at:at + 1024], backend, sandbox, sampling=sampling, seed=args.seed, bar="solutions",

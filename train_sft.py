@@ -73,7 +73,7 @@ def main(args):
         raise BadInput("--data is missing: records of make_data.py, or gsm8k for its worked solutions")
     args.data = args.data or [newest()]
     conversations = [talk for data in args.data for talk in read(data, args.limit)]
-    device, dtype, words = training.settle(args, f"sft-{cli.model_name(args.model)}-{how}")
+    device, dtype, words = training.settle(args, f"sft-{Path(args.model).name.lower()}-{how}")
     model, tokenizer = checkpoint.load(args.model, device, torch.float32 if args.full else dtype)
     model.recompute = lora.recompute(model) if args.recompute else None
     if not args.full:

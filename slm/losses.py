@@ -133,34 +133,28 @@ def advantages(rewards: torch.Tensor, groups: torch.Tensor, kind: str) -> torch.
     batch  (r - mean) / std over all episodes at once: what the report's code did; has no group baseline
     none   r itself: the report's formula
 
-    An episode that failed has reward NaN: it gets 0 and counts in no mean. std is the unbiased one. Equal
-    rewards give exactly 0: a reward within 1e-5 of the mean, relative to the reward, counts as the mean,
-    because float32 rounds the mean of -0.3, -0.3 and -0.3.
+    std is the unbiased one. Equal rewards give exactly 0: a reward within 1e-5 of the mean, relative to the
+    reward, counts as the mean, because float32 rounds the mean of -0.3, -0.3 and -0.3.
 
     >>> advantages(torch.tensor([1., -1., 1., 1.]), torch.tensor([0, 0, 1, 1]), "mean")
     tensor([ 1., -1.,  0.,  0.])
     """
-    ok = ~rewards.isnan()
     if kind == "none":
-        return torch.where(ok, rewards, 0.0)
+        return rewards
     group = torch.zeros_like(groups) if kind == "batch" else groups.unique(return_inverse=True)[1]
 
     def group_sum(x: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(rewards).index_add_(0, group[ok], x[ok])[group]
+        return torch.zeros_like(rewards).index_add_(0, group, x)[group]
 
     n = group_sum(torch.ones_like(rewards))
     centred = rewards - group_sum(rewards) / n
     centred = torch.where(centred.abs() > 1e-5 * rewards.abs(), centred, 0.0)
+    if kind == "mean":
+        return centred
     if kind == "loo":
-        result = torch.where(n > 1, centred * n / (n - 1), 0.0)  # equals r - (sum - r) / (n - 1)
-    elif kind == "mean":
-        result = centred
-    elif kind in ("std", "batch"):
-        std = (group_sum(centred ** 2) / (n - 1).clamp(min=1)).sqrt()
-        result = torch.where(std > 0, centred / std, 0.0)
-    else:
-        raise ValueError(f"advantage {kind!r}: expected std, mean, loo, batch or none")
-    return torch.where(ok, result, 0.0)
+        return torch.where(n > 1, centred * n / (n - 1), 0.0)  # equals r - (sum - r) / (n - 1)
+    std = (group_sum(centred ** 2) / (n - 1).clamp(min=1)).sqrt()
+    return torch.where(std > 0, centred / std, 0.0)
 
 
 # ---- policy objectives: per-token losses (N,), to be weighted and summed ---------------------------------
@@ -220,6 +214,4 @@ def token_weights(lengths: torch.Tensor, how: str, max_tokens: int = 1) -> tuple
         return one, int(lengths.sum())
     if how == "sequence":
         return one / lengths.clamp(min=1), len(lengths)
-    if how == "constant":
-        return one / max_tokens, len(lengths)
-    raise ValueError(f"normalisation {how!r}: expected token, sequence or constant")
+    return one / max_tokens, len(lengths)

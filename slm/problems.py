@@ -23,7 +23,6 @@ from slm import BadInput
 from slm.episode import user
 from slm.prompts import SOLVER
 from slm.runs import files
-from slm.runs.files import read_rows
 from slm.tiny import world
 
 
@@ -116,9 +115,8 @@ def load_all(names: list[str], split: str, limit: int | None = None) -> list[Pro
 
 def read(path: Path, source: str, split: str = "") -> list[Problem]:
     """The problems of one file. Rows keep their own id where all of them have a different one."""
-    rows = read_rows(path)
-    own = [next((str(row[k]) for k in ("id", "unique_id", "ID") if row.get(k) not in (None, "")), None)
-           for _, row in rows]
+    rows = files.read_rows(path)
+    own = [_own_id(row) for _, row in rows]
     unique = None not in own and len(set(own)) == len(own)
     prefix = f"{source}-{split}" if split else source
     problems, without = [], []
@@ -173,6 +171,10 @@ def _origin(path: Path) -> tuple[str, str]:
     return path.stem, ""
 
 
+def _own_id(row: dict) -> str | None:
+    return next((str(row[key]) for key in ("id", "unique_id", "ID") if row.get(key) not in (None, "")), None)
+
+
 def _question(row: dict, where: str) -> str:
     if "Body" in row and "Question" in row:  # SVAMP
         return f"{row['Body']} {row['Question']}"
@@ -215,10 +217,9 @@ def _solution(row: dict) -> str:
 def _find(source: Source) -> Path:
     """The local file of a source, downloaded into the cache when no folder has it."""
     cache = Path(os.environ.get("SLM_CACHE") or Path.home() / ".cache" / "slm") / "data"
-    given = [Path(folder) for folder in [os.environ.get("SLM_DATA")] if folder]
-    for folder in (*given, Path("data"), Path("../shared/data"), cache):
-        if (folder / source.file).is_file():
-            return folder / source.file
+    for folder in (os.environ.get("SLM_DATA") or "data", "data", "../shared/data", cache):
+        if (path := Path(folder, source.file)).is_file():
+            return path
     try:
         return download(source, cache / source.file)
     except BadInput as e:
@@ -270,7 +271,7 @@ def _wrong(path: Path, source: Source) -> str | None:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         return None if found == source.sha256 else f"sha256 {found[:12]}..., expected {source.sha256[:12]}..."
     try:
-        rows = len(read_rows(path))
+        rows = len(files.read_rows(path))
     except BadInput as e:
         return str(e)
     return None if rows == source.rows else f"{rows} rows, expected {source.rows}"

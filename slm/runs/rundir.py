@@ -83,7 +83,7 @@ class RunDir:
 
     def load(self, device="cpu") -> dict | None:
         """The newest checkpoint's state, or None; log lines of later steps are cut away."""
-        found = sorted(p for p in self.checkpoints.glob("step-*") if not p.name.endswith(".tmp"))
+        found = sorted(self.checkpoints.glob("step-*[0-9]"))  # a half-written one ends in .tmp
         state = None
         if found:
             file = found[-1] / f"rank{rank()}.pt"
@@ -134,13 +134,6 @@ def new_path(out: str | None, default: str, resume: bool) -> Path:
     while (following := path if n == 1 else path.with_name(f"{default}-{n}")).exists():
         n, last = n + 1, following
     return last if resume and n > 1 else following
-
-
-def settled(out: Path, args) -> str:
-    """The dtype to ask for: a resumed run keeps the one that it was started with."""
-    if args.resume and args.dtype == "auto":
-        return read_json(out / "settings.json", {}).get("settings", {}).get("dtype", "auto")
-    return args.dtype
 
 
 def versions() -> dict:
