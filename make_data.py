@@ -56,7 +56,7 @@ from slm import BadInput, prompts, workflows
 from slm.backends import own_model
 from slm.episode import Job, Sampling, run_episodes, seed_of, user
 from slm.grading import grade
-from slm.problems import fingerprint, load, load_all
+from slm.problems import fingerprint, load, load_all, origin
 from slm.report import write as write_report
 from slm.runs.files import as_lines, write_json, write_whole
 from slm.runs.rundir import RunDir
@@ -163,8 +163,7 @@ def choose(args) -> tuple[list, list, dict[str, dict], list[str]]:
 
 def open_run(args, kind: str, identity: dict, problems: list, stack) -> RunDir:
     """The run directory, new or of the same identity, and ours until the stack unwinds."""
-    paths = map(Path, args.data)
-    names = [path.parent.name if path.stem in ("train", "test") else path.stem for path in paths]
+    names = (origin(Path(data))[0] for data in args.data)
     out = Path(args.out or f"runs/{kind}-{'-'.join(names)}")
     run = RunDir(out, identity, fingerprint(problems), goes_on=True)
     stack.enter_context(run.lock)
@@ -203,11 +202,6 @@ def print_table(rows: dict[str, dict], title: str) -> None:
 
 # ---- verifier data ---------------------------------------------------------------------------------------
 
-def with_text(question: str):
-    """A sampled solution in words."""
-    return (yield from workflows.ask("solver", prompts.SOLVER(question=question)))
-
-
 def with_python(question: str):
     """A sampled solution in code, with what the code printed."""
     reply = yield from workflows.ask("solver", prompts.PYTHON(question=question), **workflows.CODING)
@@ -224,7 +218,7 @@ def make_verifier(args) -> None:
         run = open_run(args, "verifier", identity, problems, stack)
         journal = run.journal("samples")
         done = {(row["id"], row["sample"]) for row in journal}
-        jobs = [Job(p.id, p.question, with_python if k % 2 else with_text, sample=k)
+        jobs = [Job(p.id, p.question, with_python if k % 2 else workflows.solver, sample=k)
                 for p in known.values() for k in range(args.samples) if (p.id, k) not in done]
         if jobs:
             backend = stack.enter_context(contextlib.closing(own_model(args.model, args.device, args.dtype)))

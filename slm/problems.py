@@ -100,7 +100,7 @@ def load(name: str, split: str = "train", limit: int | None = None) -> list[Prob
         if not path.is_file():
             what = "is a folder, not a file" if path.is_dir() else "is neither a data set's name nor a file"
             raise BadInput(f"data {name!r} {what}; expected one of {', '.join(NAMES)}, or a JSON lines file")
-        problems = read(path, *_origin(path))
+        problems = read(path, *origin(path))
     return problems[:limit]
 
 
@@ -164,7 +164,7 @@ def _tiny(split: str, limit: int | None) -> list[Problem]:
             for story in world.problems(split, limit)]
 
 
-def _origin(path: Path) -> tuple[str, str]:
+def origin(path: Path) -> tuple[str, str]:
     """(source, split) of a file: gsm8k/test.jsonl is what `gsm8k` names, so its problems get the same ids."""
     if path.stem in ("train", "test") and path.resolve().parent.name:
         return path.resolve().parent.name, path.stem
@@ -192,11 +192,10 @@ def _gold(row: dict, source: str, where: str) -> str:
         raise BadInput(f"{where}: no gold answer; expected one named answer or gold, "
                        f"found {', '.join(map(str, row)) or 'no fields'}")
     value = row[key]
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number and not isinstance(value, str | None):
-        raise BadInput(f"{where}: field {key!r} is {str(value)[:40]!r}; expected a text or a number")
-    if isinstance(value, float):
+    if isinstance(value, float) and math.isfinite(value):
         return str(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | None):
+        raise BadInput(f"{where}: field {key!r} is {str(value)[:40]!r}; expected a text or a number")
     gold = "" if value is None else str(value).strip()
     if "####" in gold:
         gold = gold.rsplit("####", 1)[1].strip().replace(",", "")

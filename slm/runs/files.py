@@ -105,19 +105,6 @@ class Journal:
         """Put the rows into the order of key(row)."""
         self._replace(sorted(self, key=key))
 
-    def cut_after(self, step: int) -> None:
-        """Keep the lines up to the first that is torn or belongs to a step after `step`."""
-        kept = 0
-        with self.path.open("rb") as f:
-            for line in f:
-                try:
-                    if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                        break
-                except (ValueError, KeyError):
-                    break
-                kept += len(line)
-        self.file.truncate(kept)
-
     def _replace(self, rows: list[dict]) -> None:
         write_whole(self.path, as_lines(rows))
         self.file.close()

@@ -52,7 +52,12 @@ class RunDir:
             raise BadInput(f"{self.path} holds a run already: continue it with --resume, or change --out")
         if log:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = claim(self.path)
+            self.lock = (self.path / "lock").open("a")
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise BadInput(f"{self.path}: in use by another process; wait or choose another "
+                               "--out") from None
         if log and not self.resumed:
             write_json(self.path / "settings.json", {
                 "settings": settings, "data": data, "command": shlex.join(sys.argv), "versions": versions(),
@@ -91,9 +96,9 @@ class RunDir:
                 state = torch.load(file, map_location=device, weights_only=True)
             except Exception as e:  # a damaged file fails in many ways
                 raise BadInput(f"{file} is not a readable checkpoint ({e}); remove its folder") from None
-        if self.log_here:
-            for rows in self.path.glob("*.jsonl"):
-                self.journal(rows.stem).cut_after(state["step"] if state else 0)
+        last = state["step"] if state else 0
+        for rows in self.path.glob("*.jsonl") if self.log_here else ():
+            self.journal(rows.stem).keep(lambda row: row["step"] <= last)
         return state
 
     def save(self, state: dict) -> None:
@@ -114,16 +119,6 @@ class RunDir:
                 if old != final:
                     shutil.rmtree(old, ignore_errors=True)
         barrier()
-
-
-def claim(folder: Path):
-    """Claim a folder for this process. The claim ends when the returned file is closed, or the process."""
-    file = (folder / "lock").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise BadInput(f"{folder}: in use by another process; wait or choose another --out") from None
-    return file
 
 
 def new_path(out: str | None, default: str, resume: bool) -> Path:
