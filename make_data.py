@@ -36,11 +36,7 @@ def options():
     g.add_argument("--samples", type=cli.positive, default=4,
                    help="self: attempts at a problem; verifier: solutions of each (default 4)")
     g.add_argument("--max-tokens", type=cli.positive, help=f"of an answer ({both('max_tokens')})")
-    g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    g = p.add_argument_group("run")
-    g.add_argument("--out", help="run directory (default runs/data-<names>, verifier: runs/verifier-<names>)")
-    g.add_argument("--seed", type=int, default=0)
+    cli.run_options(p, "runs/data-<names>, verifier: runs/verifier-<names>", resume=False)
     return p
 
 

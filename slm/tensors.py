@@ -77,13 +77,10 @@ def atomic_directory(directory: str | Path):
     temporary.mkdir()
     try:
         yield temporary
-        if directory.exists():
-            older = Path(f"{temporary}.old")
+        older = Path(f"{temporary}.old")
+        with contextlib.suppress(FileNotFoundError):
             directory.rename(older)
-            temporary.rename(directory)
-            shutil.rmtree(older)
-        else:
-            temporary.rename(directory)
-    except BaseException:
+        temporary.rename(directory)
+        shutil.rmtree(older, ignore_errors=True)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise

@@ -38,11 +38,12 @@ class Names(argparse.Action):
         setattr(args, self.dest, names)
 
 
-def run_options(p: argparse.ArgumentParser, folder: str):
-    """The group of options that every script but make_data.py ends with."""
+def run_options(p: argparse.ArgumentParser, folder: str, resume: bool = True):
+    """The group of options that every script has. resume=False: a run goes on by itself."""
     g = p.add_argument_group("run")
     g.add_argument("--out", help=f"run directory (default {folder})")
-    g.add_argument("--resume", action="store_true", help="go on with the stopped run in --out")
+    if resume:
+        g.add_argument("--resume", action="store_true", help="go on with the stopped run in --out")
     g.add_argument("--seed", type=lambda text: positive(text, 0), default=0,
                    help="of all that is drawn (default 0)")
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
