@@ -65,18 +65,15 @@ class _TokenLogprobs(torch.autograd.Function):
         if direction is not None:
             return (direction * grad[:, None]).to(hidden.dtype), None, None, None, None
         w = weight.to(ctx.dtype)
-        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
         for i in range(0, len(hidden), ctx.chunk):
             rows = slice(i, i + ctx.chunk)
             h = hidden[rows].to(w.dtype)
             p = warp(F.linear(h, w).float(), ctx.temperature).softmax(-1)
             p.mul_(-grad[rows, None]).scatter_add_(1, targets[rows, None], grad[rows, None])
             p = p.div_(ctx.temperature).to(w.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = p @ w
-            if grad_weight is not None:
-                grad_weight += p.T @ h
+            grad_hidden[rows] = p @ w
+            grad_weight += p.T @ h
         return grad_hidden, grad_weight, None, None, None
 
 

@@ -56,11 +56,12 @@ def read_rows(path: Path) -> list[tuple[int, dict]]:
 
 def readable_rows(path: Path) -> Iterator[dict]:
     """The rows of a log, less a line that a stop has torn; none where there is no file."""
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as f:
-        for line in f:
-            with contextlib.suppress(ValueError):
-                if isinstance(row := json.loads(line), dict):
-                    yield row
+    if path.is_file():  # a device may have no end
+        with path.open("rb") as f:
+            for line in f:
+                with contextlib.suppress(ValueError):
+                    if isinstance(row := json.loads(line), dict):
+                        yield row
 
 
 class Journal:
@@ -73,7 +74,7 @@ class Journal:
     def __init__(self, path: Path):
         self.path, self.file = path, path.open("ab", buffering=0)
         with path.open("rb") as f:
-            last = b"".join(deque(f, maxlen=1))
+            last = b"".join(deque(f, maxlen=1)) if path.is_file() else b""
         if last and not last.endswith(b"\n"):
             try:
                 json.loads(last)
