@@ -178,6 +178,10 @@ class Asking:
         self.why: str | None = None
         self.dead: BadInput | None = None                  # what a dead teacher's backend said
 
+    def stop(self, why: str) -> None:
+        """Send nothing more."""
+        self.why = self.why or why
+
     def attempts(self):
         return itertools.chain(self.kept, self.rejected)
 
