@@ -29,7 +29,7 @@ from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from slm import BadInput
 from slm.episode import Reply, Request
-from slm.grading import first_box_end
+from slm.grading import answered
 from slm.runs.files import as_lines
 
 LARGEST = 8 * 2**20  # bytes of one response body; more is refused unread
@@ -313,8 +313,8 @@ def read(raw: bytes) -> Reply:
 
 
 def cut_after_box(reply: Reply) -> None:
-    """End the text with its first box, as a Sampler does while it writes."""
-    if end := first_box_end(reply.text):
+    """End the text with the first line that has an answer in a box, as a Sampler does while it writes."""
+    if end := answered(reply.text):
         reply.text, reply.finish = reply.text[:end], "box"
 
 
