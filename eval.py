@@ -119,18 +119,13 @@ def identity(args: argparse.Namespace) -> dict:
     found = {"prompt": prompts.SOLVER.id, "grader": version()}
     if not args.endpoint:
         folders = [args.model, *(given.rpartition("=")[2] for given in args.adapter)]
-        found["weights"] = hashed(file for folder in map(checkpoint.resolve, folders)
-                                  for file in folder.glob("*.safetensors"))
+        weights = (file for name in folders for file in checkpoint.resolve(name).glob("*.safetensors"))
+        digest = hashlib.sha256()
+        for path in sorted(weights):
+            with path.open("rb") as f:
+                digest.update(hashlib.file_digest(f, "sha256").digest())
+        found["weights"] = digest.hexdigest()[:12]
     return found
-
-
-def hashed(files) -> str:
-    """A short hash of the contents of files."""
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        with open(path, "rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()[:12]
 
 
 def label(args: argparse.Namespace) -> str:
@@ -151,11 +146,9 @@ def score(rows: list[dict], problems: int) -> dict:
     share right (pass@1); its interval draws problems again, not samples."""
     shares, samples = share_right(rows), len(rows) // problems
     right = sum(row["correct"] for row in rows)
-    pass_at, k = {}, 2
-    while k <= min(samples, 1024):
-        chances = [stats.pass_at_k(samples, round(share * samples), k) for share in shares]
-        pass_at[k] = sum(chances) / problems
-        k *= 2
+    pass_at = {}
+    for k in (2 ** i for i in range(1, min(samples, 1024).bit_length())):
+        pass_at[k] = sum(stats.pass_at_k(samples, round(share * samples), k) for share in shares) / problems
     return {
         "problems": problems, "samples": samples, "right": right, "accuracy": right / len(rows),
         "interval": stats.interval(shares), "pass_at": pass_at,

@@ -17,9 +17,11 @@ error are made up for at the next start.
 
 from slm.runs import cli
 
+PAPER, TINY = {"max_tokens": 2048}, {"max_tokens": 256}
 
 def options():
     p = cli.parser(__doc__)
+    both = cli.defaults(PAPER, TINY)
     p.add_argument("what", nargs="?", choices=("solutions", "verifier"), default="solutions")
     g = p.add_argument_group("problems")
     g.add_argument("--data", nargs="+", action=cli.Names, default=["tiny"], metavar="A,B",
@@ -33,12 +35,8 @@ def options():
     g.add_argument("--model", default="tiny", help="tiny, a directory or a hub id (default tiny)")
     g.add_argument("--samples", type=cli.positive, default=4,
                    help="self: attempts at a problem; verifier: solutions of each (default 4)")
-    g.add_argument("--max-tokens", type=cli.positive, help="of an answer (default 2048, tiny 256)")
-    g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    g = p.add_argument_group("run")
-    g.add_argument("--out", help="run directory (default runs/data-<names>, verifier: runs/verifier-<names>)")
-    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--max-tokens", type=cli.positive, help=f"of an answer ({both('max_tokens')})")
+    cli.run_options(p, "runs/data-<names>, verifier: runs/verifier-<names>", resume=False)
     return p
 
 
@@ -47,7 +45,6 @@ if __name__ == "__main__":
 
 import contextlib
 import random
-import signal
 import sys
 from pathlib import Path
 
@@ -55,7 +52,7 @@ from slm import BadInput, prompts, workflows
 from slm.backends import own_model
 from slm.episode import Job, Sampling, run_episodes, seed_of, user
 from slm.grading import grade
-from slm.problems import fingerprint, load, load_all
+from slm.problems import fingerprint, load, load_all, origin
 from slm.report import write as write_report
 from slm.runs.files import as_lines, write_json, write_whole
 from slm.runs.rundir import RunDir
@@ -70,6 +67,7 @@ HERE = Path(__file__).parent
 # ---- a run -----------------------------------------------------------------------------------------------
 
 def main(args) -> None:
+    cli.resolve(args, PAPER, TINY)
     if args.what == "verifier":
         make_verifier(args)
     else:
@@ -87,7 +85,13 @@ def make_solutions(args) -> None:
         asking = cascade.Asking(teachers, *journals, args.budget, args.seed)
         asking.recall({p.id: p.question for p in problems})
         backends = start(teachers, args, stack)
-        with stopping(asking):
+
+        def stop() -> None:
+            asking.stop("stopped")
+            print(f"\nstopping; {sum(map(len, asking.wire.values()))} requests are on the wire "
+                  "(Ctrl-C again to leave them)")
+
+        with cli.Interrupt(stop):
             asking.run(asked, backends)
         for journal in journals:
             journal.sort(by_problem(problems, "round", "teacher", "attempt"))
@@ -110,8 +114,7 @@ def who(args) -> list:
     if args.teacher == "self":
         if args.cascade:
             raise BadInput("--teacher self and --cascade: expected one of them")
-        most = args.max_tokens or (256 if cli.is_small(args.model) else 2048)
-        return [cascade.Teacher("self", args.model, "self", attempts=args.samples, max_tokens=most,
+        return [cascade.Teacher("self", args.model, "self", attempts=args.samples, max_tokens=args.max_tokens,
                                 workers=128, temperatures=(0.7, 0.5, 0.9))]
     if not args.cascade and any(not name.startswith("tiny") for name in args.data):
         raise BadInput(f"--data {','.join(args.data)}: the stand-in teacher knows only the tiny world; "
@@ -156,8 +159,7 @@ def choose(args) -> tuple[list, list, dict[str, dict], list[str]]:
 
 def open_run(args, kind: str, identity: dict, problems: list, stack) -> RunDir:
     """The run directory, new or of the same identity, and ours until the stack unwinds."""
-    paths = map(Path, args.data)
-    names = [path.parent.name if path.stem in ("train", "test") else path.stem for path in paths]
+    names = (origin(Path(data))[0] for data in args.data)
     out = Path(args.out or f"runs/{kind}-{'-'.join(names)}")
     run = RunDir(out, identity, fingerprint(problems), goes_on=True)
     stack.enter_context(run.lock)
@@ -171,23 +173,6 @@ def by_problem(problems: list, *names: str):
     """A sort key for rows: the order of the problems, then these fields. So arrival does not show."""
     place = {p.id: n for n, p in enumerate(problems)}
     return lambda row: (place.get(row["id"], len(place)), row["id"], *(row[name] for name in names))
-
-
-@contextlib.contextmanager
-def stopping(asking):
-    """Ctrl-C or SIGTERM, once: send nothing more, wait for what is on the wire; twice: leave at once."""
-    def stop(*_):
-        if asking.why:
-            raise SystemExit(130)
-        asking.why = "stopped"
-        on_the_wire = sum(map(len, asking.wire.values()))
-        print(f"\nstopping; {on_the_wire} requests are on the wire (Ctrl-C again to leave them)")
-    old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for s, handler in old.items():
-            signal.signal(s, handler)
 
 
 def report(out: Path, summary: dict) -> None:
@@ -213,11 +198,6 @@ def print_table(rows: dict[str, dict], title: str) -> None:
 
 # ---- verifier data ---------------------------------------------------------------------------------------
 
-def with_text(question: str):
-    """A sampled solution in words."""
-    return (yield from workflows.ask("solver", prompts.SOLVER(question=question)))
-
-
 def with_python(question: str):
     """A sampled solution in code, with what the code printed."""
     reply = yield from workflows.ask("solver", prompts.PYTHON(question=question), **workflows.CODING)
@@ -234,12 +214,12 @@ def make_verifier(args) -> None:
         run = open_run(args, "verifier", identity, problems, stack)
         journal = run.journal("samples")
         done = {(row["id"], row["sample"]) for row in journal}
-        jobs = [Job(p.id, p.question, with_python if k % 2 else with_text, sample=k)
+        jobs = [Job(p.id, p.question, with_python if k % 2 else workflows.solver, sample=k)
                 for p in known.values() for k in range(args.samples) if (p.id, k) not in done]
         if jobs:
             backend = stack.enter_context(contextlib.closing(own_model(args.model, args.device, args.dtype)))
             sandbox = stack.enter_context(contextlib.closing(Sandbox()))
-        sampling = Sampling(args.max_tokens or (256 if cli.is_small(args.model) else 2048), temperature=1.0)
+        sampling = Sampling(args.max_tokens, temperature=1.0)
         for at in range(0, len(jobs), 1024):
             run_episodes(
                 jobs[at:at + 1024], backend, sandbox, sampling=sampling, seed=args.seed, bar="solutions",

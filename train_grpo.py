@@ -88,6 +88,7 @@ import contextlib
 import shlex
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
@@ -107,7 +108,7 @@ def main(args):
     cli.resolve(args, PAPER, TINY)
     args.data = args.data or ["tiny" if cli.is_small(args.model) else "gsm8k"]
     algorithm, workflow = checked(args)
-    device, dtype, words = training.settle(args, f"grpo-{cli.model_name(args.model)}")
+    device, dtype, words = training.settle(args, f"grpo-{Path(args.model).name.lower()}")
     pool = problems.load_all(args.data, "train", args.limit)
     check_rewards(pool)
     rundir = RunDir(args.out, vars(args), problems.fingerprint(pool), args.resume, log=ranks.rank() == 0)
@@ -162,9 +163,8 @@ def roll_out(batch, step, policy, workflow, sampler, sandbox, algorithm, clock, 
 
 def reward_of(episode: Episode, gold: str, no_box: float) -> tuple[float | None, str]:
     """(reward, reason): 1 for a right box, -1 for a wrong one, `no_box` for none, None if sampling failed."""
-    broken = next((turn.reply.error for turn in episode.turns if turn.reply.error), None)
-    if broken or not episode.turns:
-        return None, f"failed: {broken or episode.error}"
+    if episode.broken or not episode.turns:
+        return None, f"failed: {episode.broken or episode.error}"
     result = grade(episode.response, gold, strict=True)
     if result.answer is None:
         return no_box, "no box"

@@ -73,7 +73,7 @@ def main(args):
         raise BadInput("--data is missing: records of make_data.py, or gsm8k for its worked solutions")
     args.data = args.data or [newest()]
     conversations = [talk for data in args.data for talk in read(data, args.limit)]
-    device, dtype, words = training.settle(args, f"sft-{cli.model_name(args.model)}-{how}")
+    device, dtype, words = training.settle(args, f"sft-{Path(args.model).name.lower()}-{how}")
     model, tokenizer = checkpoint.load(args.model, device, torch.float32 if args.full else dtype)
     model.recompute = lora.recompute(model) if args.recompute else None
     if not args.full:
@@ -218,11 +218,11 @@ def finish(model, tokenizer, out, args):
     """Write the result under its final name, and print what to do with it."""
     result = out / ("model" if args.full else "adapter")
     ranks.unshard(model)
-    if ranks.rank() == 0 and args.full:
-        checkpoint.save(model, tokenizer, result)
-    elif ranks.rank() == 0:
-        lora_files.save(model, result, base=args.model)
     if ranks.rank() == 0:
+        if args.full:
+            checkpoint.save(model, tokenizer, result)
+        else:
+            lora_files.save(model, result, base=args.model)
         *_, last = files.readable_rows(out / "metrics.jsonl")
         print(f"loss {last['loss']:.4f} after {last['step']} steps, peak memory "
               f"{peak_memory(model):.1f} GB; the result is {result}; curves: {write_report(out)}")

@@ -10,6 +10,7 @@ other shapes round differently). Recordings, fused kernels and flash attention n
 elsewhere. The last line is JSON.
 """
 
+import contextlib
 import json
 import statistics
 import sys
@@ -26,7 +27,7 @@ from slm import checkpoint, lora, problems
 from slm.episode import Request, Sampling
 from slm.prompts import SOLVER
 from slm.runs import cli
-from slm.sampling import Sampler, draw, fast, slots
+from slm.sampling import Sampler, fast, slots
 from slm.sampling.fast import Joint, Plain
 
 
@@ -65,10 +66,6 @@ def low(joint: Joint, x, y):
     return y.addmm_(F.linear(x, joint.weight[joint.size:]), joint.B.t())
 
 
-def slow_argmax(x):
-    return x.argmax(-1)
-
-
 def without(piece: str, sampler: Sampler):
     """A block in which this piece is off."""
     owner, attribute, replacement = {
@@ -80,7 +77,6 @@ def without(piece: str, sampler: Sampler):
         "one thread for a small model": (sampler, "small", False),
         "drafts": (sampler, "drafts", None),
         "prefix copies": (slots.Slots, "shared", nothing_shared),
-        "blockwise argmax": (draw, "first_largest", slow_argmax),
         "recordings": (sampler, "recorded", None)}[piece]
     return mock.patch.object(owner, attribute, replacement)
 
@@ -94,7 +90,7 @@ def nothing_shared(self, row, rows):
 
 
 PIECES = ["the network rearranged", "joint weights", "products by columns", "one thread for a small model",
-          "drafts", "prefix copies", "blockwise argmax", "adapter behind the weights",
+          "drafts", "prefix copies", "adapter behind the weights",
           "small adapter products in float32", "recordings"]
 
 
@@ -125,12 +121,15 @@ def main(args) -> None:
     table = {}
     for name in pieces:
         ratios = []
-        for _ in range(args.repeat):
-            on, replies = run(sampler, requests)
-            with without(name, sampler):
-                if name == "the network rearranged":
+        for turn in range(args.repeat):
+            for piece_on in (True, False) if turn % 2 else (False, True):
+                with contextlib.nullcontext() if piece_on else without(name, sampler):
                     sampler.network.refresh()
-                off, others = run(sampler, requests)
+                    rate, ids = run(sampler, requests)
+                if piece_on:
+                    on, replies = rate, ids
+                else:
+                    off, others = rate, ids
             ratios.append(on / off)
         table[name] = {"ratio": statistics.median(ratios), "range": [min(ratios), max(ratios)],
                        "tokens_per_s": on, "same": replies == others}

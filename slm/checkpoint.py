@@ -147,7 +147,7 @@ def read_weights(model: Qwen2, directory: Path, device, dtype: torch.dtype) -> N
     check_tensors(directory, {name: tuple(p.shape) for name, p in wanted.items()}, found)
     for name in wanted:
         path, _, leaf = name.rpartition(".")
-        tensor = holder[name].read(name).to(device, dtype)
+        tensor = holder[name].read(name, device, dtype)
         model.get_submodule(path).register_parameter(leaf, nn.Parameter(tensor))
 
 
@@ -184,24 +184,12 @@ def save(model: Qwen2, tokenizer: Tokenizer, directory: str | Path, shard_bytes:
     generation = read_json(origin / GENERATION, {}) | {"eos_token_id": sorted(tokenizer.stop_ids)}
     tensors = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
     with atomic_directory(directory) as temporary:
-        _write_shards(temporary, tensors, shard_bytes)
+        split = huggingface_hub.split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
+        for file, names in split.filename_to_tensors.items():
+            write_safetensors(temporary / file, {name: tensors[name] for name in names})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            write_json(temporary / INDEX, index)
         write_json(temporary / CONFIG, config)
         write_json(temporary / GENERATION, generation)
         tokenizer.save(temporary)
-
-
-def _write_shards(directory: Path, tensors: dict[str, torch.Tensor], shard_bytes: int) -> None:
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    for name, tensor in tensors.items():
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > shard_bytes:
-            shards.append({})
-        shards[-1][name] = tensor
-    if len(shards) == 1:
-        return write_safetensors(directory / WEIGHTS, tensors)
-    place = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors(directory / file, shard)
-        place.update(dict.fromkeys(shard, file))
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": place})

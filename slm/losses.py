@@ -65,18 +65,15 @@ class _TokenLogprobs(torch.autograd.Function):
         if direction is not None:
             return (direction * grad[:, None]).to(hidden.dtype), None, None, None, None
         w = weight.to(ctx.dtype)
-        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
         for i in range(0, len(hidden), ctx.chunk):
             rows = slice(i, i + ctx.chunk)
             h = hidden[rows].to(w.dtype)
             p = warp(F.linear(h, w).float(), ctx.temperature).softmax(-1)
             p.mul_(-grad[rows, None]).scatter_add_(1, targets[rows, None], grad[rows, None])
             p = p.div_(ctx.temperature).to(w.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = p @ w
-            if grad_weight is not None:
-                grad_weight += p.T @ h
+            grad_hidden[rows] = p @ w
+            grad_weight += p.T @ h
         return grad_hidden, grad_weight, None, None, None
 
 
@@ -133,34 +130,28 @@ def advantages(rewards: torch.Tensor, groups: torch.Tensor, kind: str) -> torch.
     batch  (r - mean) / std over all episodes at once: what the report's code did; has no group baseline
     none   r itself: the report's formula
 
-    An episode that failed has reward NaN: it gets 0 and counts in no mean. std is the unbiased one. Equal
-    rewards give exactly 0: a reward within 1e-5 of the mean, relative to the reward, counts as the mean,
-    because float32 rounds the mean of -0.3, -0.3 and -0.3.
+    std is the unbiased one. Equal rewards give exactly 0: a reward within 1e-5 of the mean, relative to the
+    reward, counts as the mean, because float32 rounds the mean of -0.3, -0.3 and -0.3.
 
     >>> advantages(torch.tensor([1., -1., 1., 1.]), torch.tensor([0, 0, 1, 1]), "mean")
     tensor([ 1., -1.,  0.,  0.])
     """
-    ok = ~rewards.isnan()
     if kind == "none":
-        return torch.where(ok, rewards, 0.0)
+        return rewards
     group = torch.zeros_like(groups) if kind == "batch" else groups.unique(return_inverse=True)[1]
 
     def group_sum(x: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(rewards).index_add_(0, group[ok], x[ok])[group]
+        return torch.zeros_like(rewards).index_add_(0, group, x)[group]
 
     n = group_sum(torch.ones_like(rewards))
     centred = rewards - group_sum(rewards) / n
     centred = torch.where(centred.abs() > 1e-5 * rewards.abs(), centred, 0.0)
+    if kind == "mean":
+        return centred
     if kind == "loo":
-        result = torch.where(n > 1, centred * n / (n - 1), 0.0)  # equals r - (sum - r) / (n - 1)
-    elif kind == "mean":
-        result = centred
-    elif kind in ("std", "batch"):
-        std = (group_sum(centred ** 2) / (n - 1).clamp(min=1)).sqrt()
-        result = torch.where(std > 0, centred / std, 0.0)
-    else:
-        raise ValueError(f"advantage {kind!r}: expected std, mean, loo, batch or none")
-    return torch.where(ok, result, 0.0)
+        return torch.where(n > 1, centred * n / (n - 1), 0.0)  # equals r - (sum - r) / (n - 1)
+    std = (group_sum(centred ** 2) / (n - 1).clamp(min=1)).sqrt()
+    return torch.where(std > 0, centred / std, 0.0)
 
 
 # ---- policy objectives: per-token losses (N,), to be weighted and summed ---------------------------------
@@ -220,6 +211,4 @@ def token_weights(lengths: torch.Tensor, how: str, max_tokens: int = 1) -> tuple
         return one, int(lengths.sum())
     if how == "sequence":
         return one / lengths.clamp(min=1), len(lengths)
-    if how == "constant":
-        return one / max_tokens, len(lengths)
-    raise ValueError(f"normalisation {how!r}: expected token, sequence or constant")
+    return one / max_tokens, len(lengths)

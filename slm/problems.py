@@ -23,7 +23,6 @@ from slm import BadInput
 from slm.episode import user
 from slm.prompts import SOLVER
 from slm.runs import files
-from slm.runs.files import read_rows
 from slm.tiny import world
 
 
@@ -101,7 +100,7 @@ def load(name: str, split: str = "train", limit: int | None = None) -> list[Prob
         if not path.is_file():
             what = "is a folder, not a file" if path.is_dir() else "is neither a data set's name nor a file"
             raise BadInput(f"data {name!r} {what}; expected one of {', '.join(NAMES)}, or a JSON lines file")
-        problems = read(path, *_origin(path))
+        problems = read(path, *origin(path))
     return problems[:limit]
 
 
@@ -116,9 +115,8 @@ def load_all(names: list[str], split: str, limit: int | None = None) -> list[Pro
 
 def read(path: Path, source: str, split: str = "") -> list[Problem]:
     """The problems of one file. Rows keep their own id where all of them have a different one."""
-    rows = read_rows(path)
-    own = [next((str(row[k]) for k in ("id", "unique_id", "ID") if row.get(k) not in (None, "")), None)
-           for _, row in rows]
+    rows = files.read_rows(path)
+    own = [_own_id(row) for _, row in rows]
     unique = None not in own and len(set(own)) == len(own)
     prefix = f"{source}-{split}" if split else source
     problems, without = [], []
@@ -166,11 +164,15 @@ def _tiny(split: str, limit: int | None) -> list[Problem]:
             for story in world.problems(split, limit)]
 
 
-def _origin(path: Path) -> tuple[str, str]:
+def origin(path: Path) -> tuple[str, str]:
     """(source, split) of a file: gsm8k/test.jsonl is what `gsm8k` names, so its problems get the same ids."""
     if path.stem in ("train", "test") and path.resolve().parent.name:
         return path.resolve().parent.name, path.stem
     return path.stem, ""
+
+
+def _own_id(row: dict) -> str | None:
+    return next((str(row[key]) for key in ("id", "unique_id", "ID") if row.get(key) not in (None, "")), None)
 
 
 def _question(row: dict, where: str) -> str:
@@ -190,11 +192,10 @@ def _gold(row: dict, source: str, where: str) -> str:
         raise BadInput(f"{where}: no gold answer; expected one named answer or gold, "
                        f"found {', '.join(map(str, row)) or 'no fields'}")
     value = row[key]
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number and not isinstance(value, str | None):
-        raise BadInput(f"{where}: field {key!r} is {str(value)[:40]!r}; expected a text or a number")
-    if isinstance(value, float):
+    if isinstance(value, float) and math.isfinite(value):
         return str(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | None):
+        raise BadInput(f"{where}: field {key!r} is {str(value)[:40]!r}; expected a text or a number")
     gold = "" if value is None else str(value).strip()
     if "####" in gold:
         gold = gold.rsplit("####", 1)[1].strip().replace(",", "")
@@ -215,10 +216,9 @@ def _solution(row: dict) -> str:
 def _find(source: Source) -> Path:
     """The local file of a source, downloaded into the cache when no folder has it."""
     cache = Path(os.environ.get("SLM_CACHE") or Path.home() / ".cache" / "slm") / "data"
-    given = [Path(folder) for folder in [os.environ.get("SLM_DATA")] if folder]
-    for folder in (*given, Path("data"), Path("../shared/data"), cache):
-        if (folder / source.file).is_file():
-            return folder / source.file
+    for folder in (os.environ.get("SLM_DATA") or "data", "data", "../shared/data", cache):
+        if (path := Path(folder, source.file)).is_file():
+            return path
     try:
         return download(source, cache / source.file)
     except BadInput as e:
@@ -270,7 +270,7 @@ def _wrong(path: Path, source: Source) -> str | None:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         return None if found == source.sha256 else f"sha256 {found[:12]}..., expected {source.sha256[:12]}..."
     try:
-        rows = len(read_rows(path))
+        rows = len(files.read_rows(path))
     except BadInput as e:
         return str(e)
     return None if rows == source.rows else f"{rows} rows, expected {source.rows}"

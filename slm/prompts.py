@@ -4,21 +4,19 @@ A prompt is a text with $fields: SOLVER(question=q) fills them in. The sentences
 built-in model has 1,024 tokens for everything. When a text changes, its id changes.
 """
 
+from dataclasses import dataclass
 from string import Template
 
 
+@dataclass(frozen=True)
 class Prompt:
-    """A text with $fields and an id; calling it with the fields gives the message."""
-
-    def __init__(self, id: str, text: str):
-        self.id, self.text = id, text
+    """A text with $fields and an id. Calling it with the fields gives the message. The values are inserted as
+    they are; a missing field raises KeyError."""
+    id: str
+    text: str
 
     def __call__(self, **fields: str) -> str:
-        """The message. The values are inserted as they are; a missing field raises KeyError."""
         return Template(self.text).substitute(fields)
-
-    def __repr__(self) -> str:
-        return f"Prompt({self.id})"
 
 
 # ---- the solver ------------------------------------------------------------------------------------------

@@ -1,26 +1,19 @@
-"""Safetensors files, read and written one tensor at a time; folders that appear whole or not at all.
-
-A safetensors file is 8 bytes N (little endian), N bytes of JSON {name: {dtype, shape, data_offsets: [begin,
-end]}}, then the data (huggingface.co/docs/safetensors, "Format"). We read and write it here and not with the
-library: mapped pages count twice while a tensor is converted, the library's writer copies the whole model,
-and neither names a cut file or a full disk as such.
-"""
+"""Safetensors files, read one tensor at a time; folders that appear whole or not at all."""
 
 import contextlib
-import json
-import math
+import errno
 import os
 import shutil
-import struct
 import uuid
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from slm import BadInput
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+DTYPES = ("F32", "BF16", "F16", "F64")
 CONFIG, ADAPTER = "config.json", "adapter_config.json"  # the file that makes a folder a model, an adapter
 
 
@@ -29,62 +22,35 @@ class SafeTensors:
     file is cut, is not of this format, or holds something other than floating-point numbers."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.shapes = path, {}
+        if not path.is_file():
+            raise BadInput(f"{path}: no such file")
         try:
-            size = path.stat().st_size
-            with open(path, "rb") as f:
-                length, = struct.unpack("<Q", f.read(8))
-                if length > size:
-                    raise ValueError(f"it promises a header of {length} bytes and has {size}")
-                header = json.loads(f.read(length))
-            header.pop("__metadata__", None)
-            self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-            self.codes = {name: entry["dtype"] for name, entry in header.items()}
-            self.spans = {}  # name -> first byte, byte after the last one
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                self.spans[name] = 8 + length + begin, 8 + length + end
-        except FileNotFoundError:
-            raise BadInput(f"{path}: no such file") from None
-        except (ValueError, KeyError, TypeError, AttributeError, struct.error) as e:
-            raise BadInput(f"{path}: not a safetensors file, or a broken one ({e})") from None
-        if (end := max((span[1] for span in self.spans.values()), default=0)) > size:
-            raise BadInput(f"{path}: cut short, {size} bytes where its header promises {end}; copy it again")
-        for name, (begin, end) in self.spans.items():
-            if self.codes[name] not in DTYPES:
-                raise BadInput(f"{path}: {name} is {self.codes[name]}, expected one of {', '.join(DTYPES)}")
-            needed = math.prod(self.shapes[name]) * DTYPES[self.codes[name]].itemsize
-            if end - begin != needed:
-                raise BadInput(f"{path}: {name} has {end - begin} bytes, expected {needed}")
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    tensor = file.get_slice(name)
+                    self.shapes[name] = tuple(tensor.get_shape())
+                    if tensor.get_dtype() not in DTYPES:
+                        raise BadInput(f"{path}: {name} is {tensor.get_dtype()}, expected one of "
+                                       f"{', '.join(DTYPES)}")
+        except SafetensorError as e:
+            raise BadInput(f"{path}: not a safetensors file, or one that was cut short ({e})") from None
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in the dtype that it is stored in."""
-        out = torch.empty(self.shapes[name], dtype=DTYPES[self.codes[name]])
-        rest = memoryview(out.view(-1).view(torch.uint8).numpy())
-        with open(self.path, "rb", buffering=0) as f:
-            f.seek(self.spans[name][0])
-            while rest:  # one read gives at most 2 GiB
-                if not (got := f.readinto(rest)):
-                    raise BadInput(f"{self.path}: ended inside {name}; it changed while it was read")
-                rest = rest[got:]
-        return out
+    def read(self, name: str, device="cpu", dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One tensor, by default in the dtype that it is stored in. The library maps the file into memory.
+        Opened for each tensor anew, it never counts more than one as ours."""
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(name).to(device, dtype, copy=True)
 
 
 def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write tensors one at a time, so that the peak is one tensor. OSError if the disk is full."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begins on a multiple of 8
-    with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors.values():
-            f.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        f.flush()
-        os.fsync(f.fileno())
+    """Write tensors without a copy of those that lie on the CPU. OSError if the disk is full."""
+    try:
+        save_file(tensors, path, {"format": "pt"})
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    except SafetensorError as e:
+        raise OSError(errno.ENOSPC, str(e), str(path)) from e
 
 
 def check_tensors(where: Path, wanted: dict[str, tuple], found: dict[str, tuple]) -> None:
@@ -111,13 +77,10 @@ def atomic_directory(directory: str | Path):
     temporary.mkdir()
     try:
         yield temporary
-        if directory.exists():
-            older = Path(f"{temporary}.old")
+        older = Path(f"{temporary}.old")
+        with contextlib.suppress(FileNotFoundError):
             directory.rename(older)
-            temporary.rename(directory)
-            shutil.rmtree(older)
-        else:
-            temporary.rename(directory)
-    except BaseException:
+        temporary.rename(directory)
+        shutil.rmtree(older, ignore_errors=True)
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise

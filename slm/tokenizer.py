@@ -126,8 +126,10 @@ class Tokenizer:
         text = self.render(messages, generation)
         replies = [m["reply"] for m in messages if "reply" in m and m["reply"].ids]  # a server gives no ids
         ids = self._continue(replies[-1], text) if replies else None
-        if replies and ids is None:
-            self._warn_once()
+        if replies and ids is None and not self._warned:
+            self._warned = True
+            why = "a message was edited" if self.appends else "its chat template rewrites earlier turns"
+            print(f"note: {self.directory.name}: {why}; it is tokenized anew from its text", file=sys.stderr)
         return self.encode(text) if ids is None else ids
 
     @cached_property
@@ -165,12 +167,6 @@ class Tokenizer:
     @cached_property
     def stop_texts(self) -> list[str]:
         return [token for token in map(self.backend.id_to_token, self.stop_ids) if token]
-
-    def _warn_once(self) -> None:
-        if not self._warned:
-            why = "a message was edited" if self.appends else "its chat template rewrites earlier turns"
-            print(f"note: {self.directory.name}: {why}; it is tokenized anew from its text", file=sys.stderr)
-        self._warned = True
 
     def _template(self, messages: list[dict], generation: bool) -> str:
         messages = [dict(message) for message in messages]

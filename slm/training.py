@@ -17,11 +17,9 @@ several under torchrun: losses are sums, so neither micro-batches nor ranks chan
 Not covered: mixed precision with a loss scale, evaluation in the middle of a run.
 """
 
-import contextlib
 import itertools
 import math
 import random
-import signal
 import sys
 from collections.abc import Iterator
 
@@ -32,15 +30,19 @@ from slm import BadInput
 from slm.episode import TokenRecord
 from slm.losses import pack
 from slm.runs import ranks
+from slm.runs.cli import Interrupt
 from slm.runs.device import pick_device
-from slm.runs.rundir import RunDir, new_path, settled
+from slm.runs.files import read_json
+from slm.runs.rundir import RunDir, new_path
 
 
 def settle(args, name: str) -> tuple[torch.device, torch.dtype, str]:
     """Decide args.out (default runs/<name>) and args.dtype, so that settings.json tells them; join the other
     ranks and seed what is drawn before the first step -> (device, dtype, both in words)."""
     out = new_path(args.out, name, args.resume)
-    device, dtype, reason = pick_device(args.device, settled(out, args), args.model)
+    if args.resume and args.dtype == "auto":  # a resumed run keeps the dtype that it was started with
+        args.dtype = read_json(out / "settings.json", {}).get("settings", {}).get("dtype", "auto")
+    device, dtype, reason = pick_device(args.device, args.dtype, args.model)
     args.out, args.dtype = str(out), str(dtype).removeprefix("torch.")
     ranks.start_ranks(device)
     torch.manual_seed(args.seed)  # an adapter's initial values
@@ -71,7 +73,8 @@ def steps(total: int, rundir: RunDir, trained: dict, optimizer, args) -> Iterato
     state = rundir.load(device) if args.resume else None
     first = restore(state, trained, optimizer) if state else 0
     bar = tqdm(total=total, initial=first, unit="step", disable=ranks.rank() > 0)
-    with Interrupt() as stop, bar:
+    words = "\nfinishing this step, then saving; once more to stop now, back to the last checkpoint"
+    with Interrupt(lambda: print(words, file=sys.stderr)) as stop, bar:
         for step in range(first, total):
             torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + ranks.rank())  # for dropout
             yield step, args.lr * cosine(step, total, args.warmup), bar
@@ -114,27 +117,6 @@ def update(optimizer, lr: float, clip: float) -> float:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
-
-
-class Interrupt:
-    """The first Ctrl-C or SIGTERM lets the step finish (`asked` turns true); the second stops at once."""
-
-    def __enter__(self):
-        self.asked, self.old = False, {}
-        with contextlib.suppress(ValueError):  # not in the main thread: leave signals alone
-            self.old = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _handle(self, *_):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nfinishing this step, then saving; once more to stop now, back to the last checkpoint",
-              file=sys.stderr)
-
-    def __exit__(self, *_):
-        for s, handler in self.old.items():
-            signal.signal(s, handler)
 
 
 def training_state(step: int, trained: dict[str, torch.nn.Parameter], optimizer) -> dict:

@@ -59,8 +59,7 @@ BOXES = [  # pieces, where a reply ends at an endpoint
 @pytest.mark.parametrize("pieces, reply", BOXES)
 def test_a_reply_ends_with_the_line_of_its_answer_here_as_at_an_endpoint(pieces, reply, burst):
     text, finish, _ = written(*pieces, burst=burst, stop_at_box=True)
-    answer = Reply("".join(pieces), finish="stop")
-    cut_after_box(answer)
+    answer = cut_after_box(Reply("".join(pieces), finish="stop"))
     assert (answer.text, answer.finish, finish) == (
         (reply, "box", "box") if reply else ("".join(pieces), "stop", None))
     rest = text.removeprefix(answer.text)  # the sampler keeps its last token whole

@@ -19,10 +19,11 @@ from docs.draw_house import OPEN_ROOMS, SCRIPTS, door, draw, edges, imports, mod
 ROOT = Path(__file__).parents[1]
 
 # The most lines that each part may have; blank lines and docstrings count. Later issues may raise the core to
-# 4,800 and the whole to 11,500, each by what it adds, and say so in LOG.md.
+# 4,800 and the whole to 11,500, each by what it adds, and say so in LOG.md. The whole was to be 9,500 (LOG.md,
+# 2026-11-30).
 LIMITS = {
     "the teaching core": 4200,  # the five scripts and the modules directly in slm/
-    "the whole": 9500,          # the five scripts and all of slm/
+    "the whole": 10750,         # the five scripts and all of slm/
     "slm/model.py": 190,
     "slm/attention.py": 80,
     "slm/lora.py": 240,
@@ -283,7 +284,7 @@ LONG = "def f():\n" + "    pass\n" * 60
 PLANTED = [  # the check, the file that is changed, what is added to it, a part of the fault
     (too_many_lines, "slm/model.py", "\n" * 190, "slm/model.py has"),
     (too_many_lines, "slm/episode.py", "\n" * 4200, "the teaching core has"),
-    (too_many_lines, "slm/grading/values.py", "\n" * 9500, "the whole has"),
+    (too_many_lines, "slm/grading/values.py", "\n" * LIMITS["the whole"], "the whole has"),
     (long_functions, "slm/model.py", LONG, "f has 61 lines"),
     (long_functions, "slm/model.py", "class C:\n    async " + LONG.replace("\n", "\n    "), "f has 61 lines"),
     (imports_past_a_door, "eval.py", "from slm.grading.grader import grade\n", "slm.grading.grader: no door"),

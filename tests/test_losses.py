@@ -245,15 +245,6 @@ def test_a_real_spread_counts_however_small_the_rewards(kind, unit):
     assert (found[:3] < 0).all() and found[3] > 0
 
 
-@pytest.mark.parametrize("kind", ["std", "mean", "loo", "batch", "none"])
-def test_a_failed_episode_is_left_out_of_every_mean(kind):
-    one_group = torch.zeros(4, dtype=torch.long)
-    with_failure = advantages(torch.tensor([1.0, float("nan"), -1.0, -1.0]), one_group, kind)
-    without = advantages(torch.tensor([1.0, -1.0, -1.0]), one_group[:3], kind)
-    assert with_failure[1] == 0
-    assert with_failure[[0, 2, 3]].tolist() == pytest.approx(without.tolist())
-
-
 def test_leave_one_out_against_brute_force():
     torch.manual_seed(3)
     r, g = torch.randn(12), torch.randint(0, 3, (12,))

@@ -41,18 +41,16 @@ def write(run_dir: str | Path) -> Path:
     about = read_json(path / "settings.json")
     name = html.escape(path.resolve().name)
     parts = [f"<h1>{name}</h1>", show({"command": about.get("command", ""), "started": about.get("started")})]
-    rows = list(readable_rows(path / "metrics.jsonl"))
-    if rows:
-        write_whole(path / "metrics.png", curves(rows))
-        data = base64.b64encode((path / "metrics.png").read_bytes()).decode()
+    if rows := list(readable_rows(path / "metrics.jsonl")):
+        write_whole(path / "metrics.png", picture := curves(rows))
+        data = base64.b64encode(picture).decode()
         parts += [f'<img alt="curves over the steps" src="data:image/png;base64,{data}">', ends(rows)]
     for file in sorted(path.glob("*.json")):
         if file.name != "settings.json":
             with contextlib.suppress(ValueError):
                 parts += [f"<h2>{html.escape(file.stem)}</h2>", show(json.loads(file.read_text()))]
     for log in LOGS:
-        rows = spread(path / f"{log}.jsonl") if (path / f"{log}.jsonl").is_file() else []
-        if rows:
+        if rows := spread(path / f"{log}.jsonl"):
             parts += [f"<h2>{log}: {len(rows)} to read</h2>", *map(to_read, rows)]
     parts += ["<h2>Settings</h2>", show(about.get("settings", about)), show(about.get("versions", {}))]
     head = f"<!doctype html><meta charset=utf-8><title>{name}</title><style>{STYLE}</style>"
@@ -151,13 +149,6 @@ def to_read(row: dict) -> str:
 
 def spread(path: Path) -> list[dict]:
     """Up to SHOWN rows, evenly spread over a file that may be larger than memory."""
-    rows = []
-    with path.open("rb") as f:
-        total = sum(1 for _ in f)
-        wanted = {i * total // SHOWN for i in range(SHOWN)}
-        f.seek(0)
-        for n, text in enumerate(f):
-            if n in wanted:
-                with contextlib.suppress(ValueError):  # a line that a stop has torn
-                    rows.append(json.loads(text))
-    return [row for row in rows if isinstance(row, dict)]
+    total = sum(1 for _ in readable_rows(path))
+    wanted = {i * total // SHOWN for i in range(SHOWN)}
+    return [row for n, row in enumerate(readable_rows(path)) if n in wanted]

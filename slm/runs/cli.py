@@ -9,7 +9,9 @@ import errno
 import json
 import math
 import os
+import signal
 import sys
+import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -36,11 +38,12 @@ class Names(argparse.Action):
         setattr(args, self.dest, names)
 
 
-def run_options(p: argparse.ArgumentParser, folder: str):
-    """The group of options that every script but make_data.py ends with."""
+def run_options(p: argparse.ArgumentParser, folder: str, resume: bool = True):
+    """The group of options that every script has. resume=False: a run goes on by itself."""
     g = p.add_argument_group("run")
     g.add_argument("--out", help=f"run directory (default {folder})")
-    g.add_argument("--resume", action="store_true", help="go on with the stopped run in --out")
+    if resume:
+        g.add_argument("--resume", action="store_true", help="go on with the stopped run in --out")
     g.add_argument("--seed", type=lambda text: positive(text, 0), default=0,
                    help="of all that is drawn (default 0)")
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -81,14 +84,9 @@ def is_small(model: str) -> bool:
 
 def show(settings: dict) -> None:
     """Print the resolved settings, a few to a line."""
-    line = "settings:"
-    for name, value in settings.items():
-        item = f"{name}={','.join(value) if isinstance(value, list) else value}"
-        if len(line) + len(item) > 108:
-            print(line)
-            line = "         "
-        line += " " + item
-    print(line)
+    items = (f"{k}={','.join(value) if isinstance(value, list) else value}" for k, value in settings.items())
+    print(textwrap.fill(f"settings: {' '.join(items)}", 108, subsequent_indent=" " * 10,
+                        break_long_words=False, break_on_hyphens=False))
 
 
 def run(main, args: argparse.Namespace) -> None:
@@ -96,23 +94,45 @@ def run(main, args: argparse.Namespace) -> None:
     try:
         main(args)
     except BadInput as e:
-        sys.exit(_say(e))
+        give_up(e)
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:
         if e.errno not in CANNOT_WRITE:
             raise
         where = e.filename or getattr(args, "out", None) or "the output"
-        sys.exit(_say(f"cannot write {where}: {e.strerror}; choose another --out"))
+        give_up(f"cannot write {where}: {e.strerror}; choose another --out")
     except KeyboardInterrupt:
         more = ", and the same command with --resume goes on from there" if hasattr(args, "resume") else ""
         print(f"\nstopped; what was finished is kept{more}", file=sys.stderr)
         sys.exit(130)
 
 
-def _say(sentence) -> int:
+def give_up(sentence):
     print(f"error: {sentence}", file=sys.stderr)
-    return 2
+    sys.exit(2)
+
+
+class Interrupt:
+    """The first Ctrl-C or SIGTERM calls `first` and lets what is under way finish (`asked` turns true); the
+    second stops at once."""
+
+    def __init__(self, first=lambda: None):
+        self.first, self.asked = first, False
+
+    def __enter__(self):
+        self.old = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self.first()
+
+    def __exit__(self, *_):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
 
 
 def positive(text: str, least: int = 1) -> int:
@@ -168,8 +188,3 @@ def training_options(p, g, both, folder: str):
     g.add_argument("--recompute", action="store_true", help="less memory for a third more time")
     g = run_options(p, folder)
     g.add_argument("--save-every", type=positive, help=f"steps a checkpoint ({both('save_every')})")
-
-
-def model_name(model: str) -> str:
-    """A model's name for a folder: Qwen/Qwen2.5-Math-1.5B -> qwen2.5-math-1.5b."""
-    return Path(model).name.lower()

@@ -1,6 +1,7 @@
 """JSON on disk: errors name the bad line, a file appears whole or not at all, a journal survives a kill.
 Imports nothing heavy."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -55,15 +56,12 @@ def read_rows(path: Path) -> list[tuple[int, dict]]:
 
 def readable_rows(path: Path) -> Iterator[dict]:
     """The rows of a log, less a line that a stop has torn; none where there is no file."""
-    if path.is_file():
+    if path.is_file():  # a device may have no end
         with path.open("rb") as f:
             for line in f:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(row, dict):
-                    yield row
+                with contextlib.suppress(ValueError):
+                    if isinstance(row := json.loads(line), dict):
+                        yield row
 
 
 class Journal:
@@ -76,7 +74,7 @@ class Journal:
     def __init__(self, path: Path):
         self.path, self.file = path, path.open("ab", buffering=0)
         with path.open("rb") as f:
-            last = b"".join(deque(f, maxlen=1))
+            last = b"".join(deque(f, maxlen=1)) if path.is_file() else b""
         if last and not last.endswith(b"\n"):
             try:
                 json.loads(last)
@@ -101,39 +99,15 @@ class Journal:
     def keep(self, good: Callable[[dict], bool]) -> list[dict]:
         """The rows that are good. All others leave the file, and so do lines that are not JSON."""
         rows = [row for row in readable_rows(self.path) if good(row)]
-        self._replace([as_lines(rows)])
+        self._replace(rows)
         return rows
 
     def sort(self, key: Callable[[dict], tuple]) -> None:
-        """Put the rows into the order of key(row). Only the keys are held in memory."""
-        places, at = [], 0
-        with self.path.open("rb") as f:
-            for line in f:
-                places.append((key(json.loads(line)), at, len(line)))
-                at += len(line)
-            self._replace(os.pread(f.fileno(), size, at) for _, at, size in sorted(places))
+        """Put the rows into the order of key(row)."""
+        self._replace(sorted(self, key=key))
 
-    def cut_after(self, step: int) -> None:
-        """Keep the lines up to the first that is torn or belongs to a step after `step`."""
-        kept = 0
-        with self.path.open("rb") as f:
-            for line in f:
-                try:
-                    if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                        break
-                except (ValueError, KeyError):
-                    break
-                kept += len(line)
-        self.file.truncate(kept)
-
-    def _replace(self, lines: Iterable[bytes]) -> None:
-        """Put these lines in place of all others, in one step: a kill leaves the old file or the new one."""
-        part = self.path.with_name(self.path.name + ".tmp")
-        with part.open("wb") as new:
-            new.writelines(lines)
-            new.flush()
-            os.fsync(new.fileno())
-        os.replace(part, self.path)
+    def _replace(self, rows: list[dict]) -> None:
+        write_whole(self.path, as_lines(rows))
         self.file.close()
         self.file = self.path.open("ab", buffering=0)
 
@@ -144,10 +118,12 @@ def as_lines(rows: Iterable[dict]) -> bytes:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, or replace it, in one step."""
+    """Write a file, or replace it, in one step: a kill leaves the old file or the new one."""
     part = path.with_name(path.name + ".tmp")
     try:
         part.write_bytes(content)
+        with part.open("rb") as f:
+            os.fsync(f.fileno())
         part.replace(path)
     except OSError:
         part.unlink(missing_ok=True)

@@ -52,7 +52,12 @@ class RunDir:
             raise BadInput(f"{self.path} holds a run already: continue it with --resume, or change --out")
         if log:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = claim(self.path)
+            self.lock = (self.path / "lock").open("a")
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise BadInput(f"{self.path}: in use by another process; wait or choose another "
+                               "--out") from None
         if log and not self.resumed:
             write_json(self.path / "settings.json", {
                 "settings": settings, "data": data, "command": shlex.join(sys.argv), "versions": versions(),
@@ -83,7 +88,7 @@ class RunDir:
 
     def load(self, device="cpu") -> dict | None:
         """The newest checkpoint's state, or None; log lines of later steps are cut away."""
-        found = sorted(p for p in self.checkpoints.glob("step-*") if not p.name.endswith(".tmp"))
+        found = sorted(self.checkpoints.glob("step-*[0-9]"))  # a half-written one ends in .tmp
         state = None
         if found:
             file = found[-1] / f"rank{rank()}.pt"
@@ -91,9 +96,9 @@ class RunDir:
                 state = torch.load(file, map_location=device, weights_only=True)
             except Exception as e:  # a damaged file fails in many ways
                 raise BadInput(f"{file} is not a readable checkpoint ({e}); remove its folder") from None
-        if self.log_here:
-            for rows in self.path.glob("*.jsonl"):
-                self.journal(rows.stem).cut_after(state["step"] if state else 0)
+        last = state["step"] if state else 0
+        for rows in self.path.glob("*.jsonl") if self.log_here else ():
+            self.journal(rows.stem).keep(lambda row: row["step"] <= last)
         return state
 
     def save(self, state: dict) -> None:
@@ -116,16 +121,6 @@ class RunDir:
         barrier()
 
 
-def claim(folder: Path):
-    """Claim a folder for this process. The claim ends when the returned file is closed, or the process."""
-    file = (folder / "lock").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise BadInput(f"{folder}: in use by another process; wait or choose another --out") from None
-    return file
-
-
 def new_path(out: str | None, default: str, resume: bool) -> Path:
     """--out, or the first free one of runs/<default>, runs/<default>-2, ...; to resume, the last used."""
     if out:
@@ -134,13 +129,6 @@ def new_path(out: str | None, default: str, resume: bool) -> Path:
     while (following := path if n == 1 else path.with_name(f"{default}-{n}")).exists():
         n, last = n + 1, following
     return last if resume and n > 1 else following
-
-
-def settled(out: Path, args) -> str:
-    """The dtype to ask for: a resumed run keeps the one that it was started with."""
-    if args.resume and args.dtype == "auto":
-        return read_json(out / "settings.json", {}).get("settings", {}).get("dtype", "auto")
-    return args.dtype
 
 
 def versions() -> dict:

@@ -49,10 +49,7 @@ def paired(a: list, b: list) -> tuple[float, float, float]:
     >>> tuple(round(x, 3) for x in paired(a, b))
     (-0.286, -0.507, -0.026)
     """
-    n = len(a)
-    if n != len(b) or n == 0:
-        raise ValueError(f"paired answers needed: {n} and {len(b)} given")
-    both, only_a, only_b = _table(a, b)
+    n, (both, only_a, only_b) = len(a), _table(a, b)
     neither = n - both - only_a - only_b
     pa, pb = (both + only_a) / n, (both + only_b) / n
     (la, ua), (lb, ub) = wilson(both + only_a, n), wilson(both + only_b, n)

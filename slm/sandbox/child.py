@@ -42,6 +42,7 @@ sys.path.pop(0)
 
 CHANNEL = 200                     # a run's descriptor for its code and its error
 PRINTED_BYTES = 64 * layer.MB     # a program that prints more is stopped
+OUT_BYTES, ERR_BYTES = 10_000, 4000  # what is kept of that
 REPORT_BYTES = 128 * 1024         # what a run may say about its error
 
 # Run once by the zygote: sympy imports and caches much of what programs need at first use.
@@ -284,12 +285,12 @@ class Printed:
 class Run:
     """One forked process: spare until it gets a job, over when its channel has closed."""
 
-    def __init__(self, pid: int, scratch: str, fds: list[int], output: int):
+    def __init__(self, pid: int, scratch: str, fds: list[int]):
         self.pid, self.scratch, self.fds = pid, scratch, fds
-        self.ready, self.job = False, None
+        self.ready, self.job, self.token = False, None, b""
         self.started = self.ended = 0.0
         self.deadline, self.why = float("inf"), None
-        self.out, self.err, self.said, self.bytes = Printed(output), Printed(4000), b"", 0
+        self.out, self.err, self.said, self.bytes = Printed(OUT_BYTES), Printed(ERR_BYTES), b"", 0
 
 
 class Supervisor:
@@ -299,20 +300,24 @@ class Supervisor:
         self.caller, self.zygote, self.plan = caller, zygote, plan
         self.heard, self.answer, self.to_say = bytearray(), bytearray(), bytearray()
         self.queue: collections.deque[dict] = collections.deque()
-        self.spare: collections.deque[Run] = collections.deque()
         self.runs: dict[int, Run] = {}      # by pid
         self.by_fd: dict[int, Run] = {}
-        self.busy: set[Run] = set()
         self.forking = True                 # until the zygote or its newest run says that it is ready
         self.stillborn = 0                  # runs that died before that, in a row
         self.poll = select.poll()
         self.poll.register(caller, select.POLLIN)
         self.poll.register(zygote, select.POLLIN)
 
+    def spare(self) -> list[Run]:
+        return [run for run in self.runs.values() if run.ready and not run.job and not run.ended]
+
+    def busy(self) -> list[Run]:
+        return [run for run in self.runs.values() if run.job]
+
     def serve(self) -> None:
         caller = self.caller.fileno()
         while True:
-            if len(self.spare) < max(2, self.plan["workers"]) and not self.forking:
+            if len(self.spare()) < max(2, self.plan["workers"]) and not self.forking:
                 self.zygote.sendall(b"fork\n")
                 self.forking = True
             self.poll.modify(caller, select.POLLIN | (select.POLLOUT if self.to_say else 0))
@@ -348,7 +353,7 @@ class Supervisor:
                 continue
             self.forking = bool(message)
             if message:
-                run = Run(message["pid"], message["scratch"], fds, self.plan["output"])
+                run = Run(message["pid"], message["scratch"], fds)
                 self.runs[run.pid] = run
                 for fd in fds:
                     os.set_blocking(fd, False)
@@ -357,8 +362,10 @@ class Supervisor:
 
     def dispatch(self) -> None:
         """Hand waiting jobs to spare runs."""
-        while self.queue and self.spare and len(self.busy) < self.plan["workers"]:
-            run, job = self.spare.popleft(), self.queue.popleft()
+        for run in self.spare()[:self.plan["workers"] - len(self.busy())]:
+            if not self.queue:
+                return
+            job = self.queue.popleft()
             token = secrets.token_hex(16)
             data = pack({"blocks": job["blocks"], "timeout": job["timeout"], "token": token})
             os.set_blocking(run.fds[0], True)  # it reads at once, or is dead
@@ -371,20 +378,23 @@ class Supervisor:
             os.set_blocking(run.fds[0], False)
             run.job, run.token, run.started = job, token.encode(), time.monotonic()
             run.deadline = run.started + job["timeout"]
-            self.busy.add(run)
 
-    def hear(self, run: Run, fd: int) -> None:
+    def hear(self, run: Run, fd: int) -> bool:
+        """Take in what a run has written. False when there is no more, for now or for good."""
         try:
             chunk = os.read(fd, 1 << 16)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             chunk = b""
         if chunk == b"." and fd == run.fds[0] and not run.ready:
             run.ready, self.forking, self.stillborn = True, False, 0
-            self.spare.append(run)
-            return
-        self.keep(run, fd, chunk)
+            return True
+        run.bytes += len(chunk)
+        if fd == run.fds[0]:
+            run.said = (run.said + chunk)[-REPORT_BYTES:]
+        else:
+            (run.out if fd == run.fds[1] else run.err).add(chunk)
         if not chunk:
             self.poll.unregister(fd)
             del self.by_fd[fd]
@@ -392,38 +402,32 @@ class Supervisor:
                 self.end(run)
         elif run.bytes > PRINTED_BYTES and not run.why:
             self.stop(run, f"OutputLimit: stopped after writing {PRINTED_BYTES // layer.MB} MB")
-
-    def keep(self, run: Run, fd: int, chunk: bytes) -> None:
-        run.bytes += len(chunk)
-        if fd == run.fds[0]:
-            run.said = (run.said + chunk)[-REPORT_BYTES:]
-        else:
-            (run.out if fd == run.fds[1] else run.err).add(chunk)
+        return bool(chunk)
 
     def stop(self, run: Run, why: str) -> None:
         run.why, run.deadline = why, time.monotonic() + 1
-        self.zygote.sendall(b"kill %d\n" % run.pid)
+        if not run.ended:  # else it is being reaped, and its number may be another's soon
+            self.zygote.sendall(b"kill %d\n" % run.pid)
 
     def end(self, run: Run) -> None:
         """Have it reaped; `finish` follows."""
         if not run.ended:
             run.ended = time.monotonic()
-            if run in self.spare:
-                self.spare.remove(run)
-            elif not run.ready:
+            if not run.ready:
                 self.forking, self.stillborn = False, self.stillborn + 1
             self.zygote.sendall(b"reap %d\n" % run.pid)
 
     def patience(self) -> float | None:
         """Milliseconds until a clock must be looked at."""
-        soonest = min((run.deadline for run in self.busy if not run.ended), default=float("inf"))
-        if self.busy and "namespaces" not in self.plan["layers"]:
+        busy = self.busy()
+        soonest = min((run.deadline for run in busy if not run.ended), default=float("inf"))
+        if busy and "namespaces" not in self.plan["layers"]:
             soonest = min(soonest, time.monotonic() + 0.05)
         return None if soonest == float("inf") else max(0.0, soonest - time.monotonic()) * 1000 + 1
 
     def check_clocks(self) -> None:
         now, on_disk = time.monotonic(), "namespaces" not in self.plan["layers"]
-        for run in self.busy:
+        for run in self.busy():
             if now >= run.deadline and run.why:
                 self.end(run)  # killed, but something still holds its channel
             elif now >= run.deadline:
@@ -435,19 +439,16 @@ class Supervisor:
     def finish(self, run: Run, code: int, cpu: float) -> None:
         """A run is reaped: tell the caller its outcome."""
         for fd in run.fds:
-            with contextlib.suppress(OSError):
-                while chunk := os.read(fd, 1 << 16):
-                    self.keep(run, fd, chunk)
+            while fd in self.by_fd and self.hear(run, fd):
+                pass
             if self.by_fd.pop(fd, None):
                 self.poll.unregister(fd)
             os.close(fd)
         if self.stillborn > 9:
             raise RuntimeError(f"runs die before they start:\n{run.err.text()}")
-        if run.job is None:
-            return
-        self.busy.discard(run)
-        self.to_say += pack({"ticket": run.job["ticket"], "stdout": run.out.text(),
-                             "seconds": run.ended - run.started, **what_happened(run, code, cpu)})
+        if run.job:
+            self.to_say += pack({"ticket": run.job["ticket"], "stdout": run.out.text(),
+                                 "seconds": run.ended - run.started, **what_happened(run, code, cpu)})
 
 
 def what_happened(run: Run, code: int, cpu: float) -> dict:

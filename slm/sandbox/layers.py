@@ -211,14 +211,11 @@ IOCTLS = [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451]  # is it a terminal, i
 FCNTLS = [0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030]        # duplicate, flags, locks; not owner, lease, size
 STREAM_PAIR = [1 | close | wait for close in (0, 0o2000000) for wait in (0, 0o4000)]
 CLONE_THREAD = 0x10000
+ARGUMENT = range(16, 64, 8)  # where the low halves of a call's arguments stand
 
 
 def _op(code: int, value: int, yes: int = 0, no: int = 0) -> bytes:
     return struct.pack("=HBBI", code, yes, no, value)
-
-
-def _argument(i: int, half: int = 0) -> int:
-    return 16 + 8 * i + 4 * half
 
 
 def _allow_if(checks: list[tuple[int, list[int]]]) -> bytes:
@@ -238,15 +235,15 @@ def seccomp_filter(pid: int) -> bytes:
     tracing, mounts, keys, io_uring, memory files, changes of owner, mode and time of files (those two are
     allowed to process 1, which has namespaces)."""
     rules = {
-        "ioctl": _allow_if([(_argument(1), IOCTLS)]),
-        "fcntl": _allow_if([(_argument(1), FCNTLS)]),
-        "kill": _allow_if([(_argument(0), [pid])]),
-        "tgkill": _allow_if([(_argument(0), [pid])]),
-        "prlimit64": _allow_if([(_argument(0), [0, pid])]),
-        "prctl": _allow_if([(_argument(0), [15, 16])]),                             # thread names
-        "socketpair": _allow_if([(_argument(0), [1]), (_argument(1), STREAM_PAIR)]),  # asyncio needs one
-        "sendto": _allow_if([(_argument(4), [0]), (_argument(4, 1), [0])]),           # without an address
-        "clone": _op(LOAD, _argument(0)) + _op(ANY_BIT, CLONE_THREAD, 1, 0) + _op(RETURN, REFUSE)
+        "ioctl": _allow_if([(ARGUMENT[1], IOCTLS)]),
+        "fcntl": _allow_if([(ARGUMENT[1], FCNTLS)]),
+        "kill": _allow_if([(ARGUMENT[0], [pid])]),
+        "tgkill": _allow_if([(ARGUMENT[0], [pid])]),
+        "prlimit64": _allow_if([(ARGUMENT[0], [0, pid])]),
+        "prctl": _allow_if([(ARGUMENT[0], [15, 16])]),                             # thread names
+        "socketpair": _allow_if([(ARGUMENT[0], [1]), (ARGUMENT[1], STREAM_PAIR)]),  # asyncio needs one
+        "sendto": _allow_if([(ARGUMENT[4], [0]), (ARGUMENT[4] + 4, [0])]),           # without an address
+        "clone": _op(LOAD, ARGUMENT[0]) + _op(ANY_BIT, CLONE_THREAD, 1, 0) + _op(RETURN, REFUSE)
         + _op(RETURN, ALLOW),
         "clone3": _op(RETURN, UNKNOWN),                                            # then libc tries clone
     }

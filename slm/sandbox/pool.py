@@ -7,14 +7,11 @@
     ticket = sandbox.submit(["a = 2", "a + 1"])    # blocks of one response share their variables
     for ticket, outcome in sandbox.poll(): ...
 
-The work is done by child.py, started as a program of its own at first use. Every run is a fresh copy
-of a process that has numpy and sympy loaded, in namespaces of its own, under a seccomp allow-list, Landlock
-and limits (layers.py), and nothing of it is left when it ends. `isolation` names the layers this
-kernel granted. What a program says of its own error is its own word, as an exit code would be; what is said
-of its time, its end and its isolation comes from outside it.
+Every run is a fresh copy of a process that has numpy and sympy loaded (child.py), behind the walls of
+layers.py, and nothing of it is left when it ends. `isolation` names the layers this kernel granted. What a
+program says of its own error is its own word, as an exit code would be.
 """
 
-import contextlib
 import json
 import os
 import secrets
@@ -25,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import weakref
 from dataclasses import dataclass
 
@@ -55,8 +51,7 @@ class Outcome:
 
 
 class Sandbox:
-    """A pool that runs `workers` programs at a time. memory: bytes of address space for each; output: bytes
-    of stdout kept.
+    """A pool that runs `workers` programs at a time. memory: bytes of address space for each.
 
     require="full" demands every layer: BadInput where the kernel refuses one. Nothing is started before the
     first use (with `require`, now). The processes end with close(), with this object, or with this process,
@@ -64,18 +59,16 @@ class Sandbox:
     run again.
     """
 
-    def __init__(self, workers: int = 2, memory: int = 1 << 30, output: int = 10_000,
-                 require: str | None = None):
+    def __init__(self, workers: int = 2, memory: int = 1 << 30, require: str | None = None):
         if sys.platform == "win32":
             raise BadInput("the sandbox runs on Linux and macOS, not on Windows; WSL is Linux")
         if require not in (None, "full"):
             raise BadInput(f"require={require!r}: the sandbox can only be asked for 'full'")
-        self.workers, self.memory, self.output, self.require = workers, memory, output, require
+        self.workers, self.memory, self.require = workers, memory, require
         self._layers: list[str] | None = None
         self._jobs: dict[int, bytes] = {}         # ticket -> its message, until its outcome is here
         self._done: dict[int, Outcome] = {}       # by ticket, until somebody takes it
         self._tickets = self._deaths = 0
-        self._broken: str | None = None           # why the pool ended itself
         self._pool: _Pool | None = None
         if require:
             self._start()
@@ -104,9 +97,7 @@ class Sandbox:
             self._fail(ticket, f"SizeLimit: the program is longer than {CODE_BYTES >> 20} MB")
             return ticket
         self._jobs[ticket] = message
-        if self._pool:
-            self._pool.to_say += message
-        self._pump(0)
+        self._pump(0, message)
         return ticket
 
     def poll(self, wait: float = 0.0) -> list[tuple[int, Outcome]]:
@@ -138,8 +129,8 @@ class Sandbox:
     # ---- the pool behind it ----
 
     def _start(self) -> None:
-        self._pool = _Pool(self.workers, self.memory, self.output)
-        self._pool.to_say += b"".join(self._jobs.values())
+        self._pool = _Pool(self.workers, self.memory)
+        self._pool.socket.sendall(b"".join(self._jobs.values()))
         if self._layers is not None:
             return
         self._layers, refused = self._pool.layers, self._pool.refused
@@ -154,20 +145,22 @@ class Sandbox:
 
     def _drop(self) -> None:
         pool, self._pool = self._pool, None
-        if pool and pool.owner == os.getpid():
+        if pool:
             pool.end()
 
-    def _pump(self, wait: float) -> None:
-        """Exchange what is ready with the pool, or with a new one: at first use, after a death, and in a fork
-        of the process that made it. An exception here (Ctrl-C) may have torn a message: it ends the pool."""
+    def _pump(self, wait: float, job: bytes = b"") -> None:
+        """Send the newest job to the pool and take in outcomes. A new pool gets all jobs: at first use, after
+        a death, and in a fork of the process that made the old one. An exception here (Ctrl-C) may have torn
+        a message: it ends the pool."""
         try:
             if self._pool is None or self._pool.owner != os.getpid():
                 self._start()
-            for message in self._pool.exchange(wait):
-                if broken := message.get("broken"):
-                    self._broken = broken
-                    continue
-                self._deaths, self._broken = 0, None
+            else:
+                self._pool.socket.sendall(job)  # the supervisor always reads
+            for message in self._pool.listen(wait):
+                if "broken" in message:  # it ended itself, which is no program's fault
+                    raise RuntimeError(f"the sandbox is broken: {message['broken']}")
+                self._deaths = 0
                 ticket = message.pop("ticket")
                 if self._jobs.pop(ticket, None):
                     self._done[ticket] = Outcome(**message, isolation=self.isolation)
@@ -181,10 +174,7 @@ class Sandbox:
             raise
 
     def _give_up(self) -> None:
-        """The pool died TRIES times with no outcome in between: end the programs it was at, the oldest.
-        RuntimeError when it ended itself, which is no program's fault."""
-        if self._broken:
-            raise RuntimeError(f"the sandbox is broken: {self._broken}")
+        """The pool died TRIES times with no outcome in between: end the programs it was at, the oldest."""
         self._deaths = 0
         for ticket in list(self._jobs)[:self.workers]:
             del self._jobs[ticket]
@@ -197,11 +187,12 @@ class Sandbox:
 class _Pool:
     """The running child.py and the socket to it."""
 
-    def __init__(self, workers: int, memory: int, output: int):
-        self.owner, self.heard, self.to_say = os.getpid(), bytearray(), bytearray()
+    def __init__(self, workers: int, memory: int):
+        self.owner, self.heard, self.poll = os.getpid(), bytearray(), select.poll()
         base = os.path.join(tempfile.gettempdir(), f"slm-sandbox-{secrets.token_hex(8)}")
         self.socket, theirs = socket.socketpair()
-        plan = {"fd": theirs.fileno(), "workers": workers, "memory": memory, "output": output, "base": base}
+        self.poll.register(self.socket, select.POLLIN)
+        plan = {"fd": theirs.fileno(), "workers": workers, "memory": memory, "base": base}
         child = os.path.join(os.path.dirname(os.path.abspath(__file__)), "child.py")
         with tempfile.TemporaryFile("w+") as log:
             self.process = subprocess.Popen(
@@ -211,32 +202,24 @@ class _Pool:
             theirs.close()
             self.end = weakref.finalize(self, _end, self.socket, self.process, base, self.owner)
             try:
-                hello = self.exchange(60)[0]
+                hello = self.listen(60)[0]
             except (EOFError, ConnectionError, IndexError):
                 log.seek(0)
                 raise RuntimeError(f"the sandbox did not start:\n{log.read()}") from None
         self.layers, self.refused = hello["layers"], hello["refused"]
 
-    def exchange(self, wait: float) -> list[dict]:
-        """Send what is to be said and return what has come, waiting at most `wait` seconds for something.
-        EOFError or ConnectionError when the pool is gone."""
-        deadline, messages, poll = time.monotonic() + wait, [], select.poll()
-        while True:
-            left = max(0.0, deadline - time.monotonic())
-            poll.register(self.socket, select.POLLIN | (select.POLLOUT if self.to_say else 0))
-            event = sum(flags for _, flags in poll.poll(0 if messages else left * 1000))
-            if event & select.POLLOUT:
-                with contextlib.suppress(BlockingIOError):
-                    del self.to_say[:self.socket.send(self.to_say, socket.MSG_DONTWAIT)]
-            if event & ~select.POLLOUT:
-                chunk = self.socket.recv(1 << 20)
-                if not chunk:
-                    raise EOFError
-                self.heard += chunk
+    def listen(self, wait: float) -> list[dict]:
+        """The messages that have come, after up to `wait` seconds for the first. EOFError or ConnectionError
+        when the pool is gone."""
+        messages = []
+        while not messages and self.poll.poll(wait * 1000):
+            chunk = self.socket.recv(1 << 20)
+            if not chunk:
+                raise EOFError
+            self.heard += chunk
             while (message := take(self.heard)) is not None:
                 messages.append(message)
-            if not event and (messages or left == 0.0):
-                return messages
+        return messages
 
 
 def _end(connection: socket.socket, process: subprocess.Popen, base: str, owner: int) -> None:

@@ -23,7 +23,8 @@ from slm.prompts import EFFORTS, SOLVER, TEACHER
 from slm.runs.files import Journal
 from slm.teachers.records import assess, cost
 
-TEMPERATURES = {1: (0.7, 0.5, 0.9), 2: (0.7, 0.5, 0.9, 0.3, 1.0)}  # the report's, by round
+FIRST = {"attempts": 3, "temperatures": (0.7, 0.5, 0.9), "efforts": {"medium": 1}}  # the report's
+LATER = {"attempts": 5, "temperatures": (0.7, 0.5, 0.9, 0.3, 1.0), "efforts": {"high": 1}}
 KEPT_TEXT = 20_000  # characters of a rejected answer
 
 
@@ -37,9 +38,9 @@ class Teacher:
     base_url: str
     round: int = 1
     key_env: str = ""
-    attempts: int = 0            # 0: 3 in round 1, 5 in round 2
-    temperatures: tuple = ()     # empty: TEMPERATURES; attempt after attempt, in a cycle
-    efforts: dict | None = None  # not given: medium in round 1, high in round 2
+    attempts: int = 0            # these three of a cascade file are FIRST's or LATER's when not given
+    temperatures: tuple = ()     # attempt after attempt, in a cycle
+    efforts: dict | None = None
     max_tokens: int = 4096
     workers: int = 32
     timeout: float = 600.0
@@ -84,21 +85,18 @@ def _teacher(row: dict, where: str) -> Teacher:
         if bad or (isinstance(value, int | float) and value < 0):
             kind = getattr(kinds[key], "__name__", "table").replace("tuple", "list")
             raise BadInput(f"{where}: {key} = {value!r}; expected a {kind}")
-    missing = {"name", "model", "base_url"} - row.keys()
-    if missing:
-        raise BadInput(f"{where}: no {', '.join(sorted(missing))}")
-    late = row.get("round", 1) > 1
-    row = row | {"attempts": row.get("attempts") or (5 if late else 3),
-                 "efforts": row.get("efforts", {"high" if late else "medium": 1}),
-                 "temperatures": tuple(row.get("temperatures") or TEMPERATURES[2 if late else 1])}
+    if missing := [key for key in ("base_url", "model", "name") if not row.get(key)]:
+        raise BadInput(f"{where}: no {', '.join(missing)}")
+    if 0 in map(row.get, ("workers", "max_tokens", "timeout")):
+        raise BadInput(f"{where}: workers, max_tokens and timeout must be above 0")
+    defaults = LATER if row.get("round", 1) > 1 else FIRST
+    row = defaults | {key: value for key, value in row.items() if value or key == "efforts"}
     bad = [e for e, ratio in row["efforts"].items() if e not in EFFORTS or not isinstance(ratio, int | float)]
     if bad or (row["efforts"] and not sum(row["efforts"].values()) > 0):
         raise BadInput(f"{where}: efforts = {row['efforts']}; expected ratios of {', '.join(EFFORTS)}")
     if not all(isinstance(t, int | float) and 0 <= t <= 2 for t in row["temperatures"]):
         raise BadInput(f"{where}: temperatures = {list(row['temperatures'])}; expected numbers from 0 to 2")
-    if row.get("workers") == 0 or row.get("max_tokens") == 0 or row.get("timeout") == 0:
-        raise BadInput(f"{where}: workers, max_tokens and timeout must be above 0")
-    return Teacher(**row)
+    return Teacher(**row | {"temperatures": tuple(row["temperatures"])})
 
 
 class Attempt:
@@ -142,17 +140,14 @@ class Attempt:
 
 class Progress:
     """What has been tried and what is due: a function of the attempts seen, so a resumed run and an
-    uninterrupted one ask the same."""
+    uninterrupted one ask the same. The teachers come in the order of their rounds."""
 
     def __init__(self, teachers: list[Teacher]):
-        self.rounds = [[t for t in teachers if t.round == r] for r in sorted({t.round for t in teachers})]
-        self.tried = defaultdict(set)  # (problem id, teacher name) -> numbers of the attempts, from 0
-        self.right = set()             # (problem id, teacher name)
+        self.rounds = [list(group) for _, group in itertools.groupby(teachers, lambda t: t.round)]
+        self.tried = defaultdict(dict)  # (problem id, teacher name) -> number of the attempt, from 0 -> cause
 
     def note(self, row: dict) -> None:
-        self.tried[row["id"], row["teacher"]].add(row["attempt"] - 1)
-        if row["cause"] is None:
-            self.right.add((row["id"], row["teacher"]))
+        self.tried[row["id"], row["teacher"]][row["attempt"] - 1] = row["cause"]
 
     def missing(self, id: str, name: str) -> int:
         """The first attempt that is missing: one that ended in an HTTP error leaves a gap in the files."""
@@ -161,8 +156,8 @@ class Progress:
     def due(self, id: str) -> list[Teacher]:
         """The teachers to ask now: the first round that is not over, unless an earlier one solved it."""
         for teachers in self.rounds:
-            right = {t.name for t in teachers if (id, t.name) in self.right}
-            todo = [t for t in teachers if t.name not in right and len(self.tried[id, t.name]) < t.attempts]
+            right = [t for t in teachers if None in self.tried[id, t.name].values()]
+            todo = [t for t in teachers if t not in right and len(self.tried[id, t.name]) < t.attempts]
             if todo or right:
                 return todo
         return []
@@ -182,6 +177,10 @@ class Asking:
         self.spent, self.counts = 0.0, Counter(kept=0)     # dollars; attempts by cause
         self.why: str | None = None
         self.dead: BadInput | None = None                  # what a dead teacher's backend said
+
+    def stop(self, why: str) -> None:
+        """Send nothing more."""
+        self.why = self.why or why
 
     def attempts(self):
         return itertools.chain(self.kept, self.rejected)

@@ -19,7 +19,7 @@ import os
 import random
 import threading
 import time
-from collections import Counter
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from queue import Empty, SimpleQueue
 from urllib.parse import urlsplit
@@ -57,16 +57,16 @@ class Limiter:
     Starts are spread evenly, without bursts. `book` takes an estimate of the tokens, `correct` the rest.
     """
 
-    def __init__(self, requests_per_minute: float | None = None, tokens_per_minute: float | None = None):
+    def __init__(self, requests_per_minute: float = 0.0, tokens_per_minute: float = 0.0):
         self.per_request = 60 / requests_per_minute if requests_per_minute else 0.0
         self.per_token = 60 / tokens_per_minute if tokens_per_minute else 0.0
-        self.next_request = self.next_token = self.resume = 0.0
+        self.next_request = self.next_token = 0.0
         self.lock = threading.Lock()
 
     def book(self, tokens: float) -> float:
         """The time (of time.monotonic) at which a request of about `tokens` may start."""
         with self.lock:
-            start = max(time.monotonic(), self.resume, self.next_request, self.next_token)
+            start = max(time.monotonic(), self.next_request, self.next_token)
             self.next_request = start + self.per_request
             self.next_token = start + self.per_token * tokens
             return start
@@ -78,7 +78,7 @@ class Limiter:
 
     def pause(self, seconds: float) -> None:
         with self.lock:
-            self.resume = max(self.resume, time.monotonic() + seconds)
+            self.next_request = max(self.next_request, time.monotonic() + seconds)
 
 
 class Endpoint:
@@ -86,12 +86,12 @@ class Endpoint:
 
     base_url: up to and without /chat/completions, e.g. https://api.x.ai/v1. key_env: the environment variable
     that holds the key (the key itself is kept out of every message). timeout: seconds for one whole try.
-    counts: tries by outcome. The queue is unbounded: bound what you submit before you collect.
+    The queue is unbounded: bound what you submit before you collect.
     """
 
     def __init__(self, base_url: str, model: str, key_env: str | None = None, *, workers: int = 32,
                  timeout: float = 600.0, tries: int = 8, backoff: float = 0.5,
-                 requests_per_minute: float | None = None, tokens_per_minute: float | None = None):
+                 requests_per_minute: float = 0.0, tokens_per_minute: float = 0.0):
         if "@" in urlsplit(base_url).netloc:
             raise BadInput("the endpoint's address holds a password; expected it in a variable that is named")
         if urlsplit(base_url).scheme not in ("http", "https") or not urlsplit(base_url).netloc:
@@ -102,14 +102,13 @@ class Endpoint:
         if key_env and not self._key:
             raise BadInput(f"{self.url}: the environment variable {key_env} is empty, expected its key in it")
         self.limiter = Limiter(requests_per_minute, tokens_per_minute)
-        self.counts: Counter[str] = Counter()
         self.workers = workers
         self._threads: list[threading.Thread] = []
         self._jobs, self._done = SimpleQueue(), SimpleQueue()
         self._closed = threading.Event()
-        self._lock = threading.Lock()           # of counts, failed_in_row, mean_out
+        self._lock = threading.Lock()           # of answered, failed_in_row, mean_out
         self._dead: str | None = None
-        self._failed_in_row = self._tickets = self._outstanding = 0
+        self._answered = self._failed_in_row = self._tickets = self._outstanding = 0
         self._mean_out = 0.0                    # tokens of a reply, running mean
 
     # ---- the backend protocol ----------------------------------------------------------------------------
@@ -138,12 +137,10 @@ class Endpoint:
         Raises BadInput, in one sentence, when the server cannot answer at all.
         """
         landed = []
-        try:
+        with contextlib.suppress(Empty):
             while self._outstanding > 0:
                 landed.append(self._done.get(timeout=0.001 if landed else 0.05))
                 self._outstanding -= 1
-        except Empty:
-            pass
         if self._dead and not landed:  # what was answered is handed out first
             self.close()
             raise BadInput(self._dead)
@@ -164,58 +161,56 @@ class Endpoint:
             while (job := self._jobs.get()) and not self._closed.is_set():
                 ticket, sample, request = job
                 reply = self._answer(session, self.body(request, sample))
+                if reply and request.sampling.stop_at_box:
+                    reply = cut_after_box(reply)
                 if reply:
-                    if request.sampling.stop_at_box:
-                        cut_after_box(reply)
                     self._done.put((ticket, sample, reply))
 
     def _answer(self, session: requests.Session, body: dict) -> Reply | None:
         """Try until there is a reply; None when the endpoint is closed or dead."""
         estimate = sum(len(m["content"]) for m in body["messages"]) / 4
         estimate += self._mean_out or body["max_tokens"] / 2
-        error, wait = "", 0.0
+        wait = 0.0
         for attempt in range(self.tries):
             if self._closed.wait(wait):
                 return None
             if self._closed.wait(max(0.0, self.limiter.book(estimate) - time.monotonic())) or self._dead:
                 return None
+            used = 0
             try:
                 reply = self._try(session, body)
-                self.limiter.correct(reply.tokens_in + reply.tokens_out - estimate)
-                return self._note(reply)
+                used = reply.tokens_in + reply.tokens_out
+                return self._succeeded(reply)
             except _Refused as e:
-                self.limiter.correct(-estimate)
-                return self._note(Reply("", finish="error", error=str(e)), refused=True)
+                return self._failed(str(e), refused=True)
             except _Again as e:
-                self.limiter.correct(-estimate)
                 self.limiter.pause(e.after)
-                error = str(e)
-                wait = max(e.after, min(60.0, self.backoff * 2**attempt) * random.uniform(0.5, 1.0))
-                with self._lock:
-                    self.counts[error] += 1
-                if error == "no connection" and attempt == 2 and not self.counts["ok"]:
+                error, wait = str(e), min(60.0, self.backoff * 2**attempt) * random.uniform(0.5, 1.0)
+                if error == "no connection" and attempt == 2 and not self._answered:
                     break  # nobody has ever answered there
             except Exception as e:  # of a library, or our own: it costs this request, not the worker
-                return self._note(Reply("", finish="error", error=type(e).__name__))
-        return self._note(Reply("", finish="error", error=f"{error}, {attempt + 1} times"))
+                return self._failed(type(e).__name__)
+            finally:
+                self.limiter.correct(used - estimate)
+        return self._failed(f"{error}, {attempt + 1} times")
 
-    def _note(self, reply: Reply, refused: bool = False) -> Reply | None:
-        """Count a finished request. Five failures in a row mean a dead server, and then there is no reply;
-        refusals say so only before the first success, later ones are about their own prompt."""
+    def _succeeded(self, reply: Reply) -> Reply:
         with self._lock:
-            if reply.error is None:
-                self.counts["ok"] += 1
-                self._failed_in_row = 0
-                self._mean_out += (reply.tokens_out - self._mean_out) / min(100, self.counts["ok"])
-                return reply
-            self.counts["refused" if refused else "given up"] += 1
-            if not refused or not self.counts["ok"]:
-                self._failed_in_row += 1
-            alone = reply.error.startswith("no connection") and not self.counts["ok"]
+            self._answered += 1
+            self._failed_in_row = 0
+            self._mean_out += (reply.tokens_out - self._mean_out) / min(100, self._answered)
+        return reply
+
+    def _failed(self, error: str, refused: bool = False) -> Reply | None:
+        """The reply of a request that failed for good. Five in a row mean a dead server, and then there is no
+        reply; refusals say so only before the first success, later ones are about their own prompt."""
+        with self._lock:
+            self._failed_in_row += not (refused and self._answered)
+            alone = error.startswith("no connection") and not self._answered
             if not self._dead and (alone or self._failed_in_row >= GIVE_UP_AFTER):
                 self._dead = (f"{self.url}, model {self.model!r}: {self._failed_in_row} requests failed in a "
-                              f"row, the last with: {reply.error}")
-            return None if self._dead else reply
+                              f"row, the last with: {error}")
+        return None if self._dead else Reply("", finish="error", error=error)
 
     def _try(self, session: requests.Session, body: dict) -> Reply:
         """One HTTP exchange, read to its end within the time-out and the size limit."""
@@ -249,7 +244,7 @@ class Endpoint:
             raise _Again(f"HTTP {status}", _retry_after(response.headers.get("Retry-After")))
         if status in (401, 403):
             said = "(its words are left out: they may quote the key)"
-        if status in DEAD and not (status == 403 and self.counts["ok"]):  # some answer 403 to a single prompt
+        if status in DEAD and not (status == 403 and self._answered):  # some answer 403 to a single prompt
             dead = f"the server {DEAD[status]} (HTTP {status}) {said}"
         elif 300 <= status < 400:
             dead = f"the server redirects to {response.headers.get('Location')}, use that address"
@@ -277,12 +272,8 @@ class Endpoint:
         messages = [{"role": m["role"], "content": m["content"]} for m in request.messages]
         body = {"model": request.adapter or self.model, "messages": messages, "max_tokens": s.max_tokens,
                 "temperature": s.temperature, "seed": s.seed + sample}
-        if s.top_p < 1:
-            body["top_p"] = s.top_p
-        if s.top_k:
-            body["top_k"] = s.top_k
-        if s.stop:
-            body["stop"] = list(s.stop)
+        others = {"top_p": (s.top_p, 1.0), "top_k": (s.top_k, 0), "stop": (list(s.stop), [])}
+        body |= {name: value for name, (value, neutral) in others.items() if value != neutral}
         if messages and messages[-1]["role"] == "assistant":  # go on with it (vLLM's names)
             body |= {"continue_final_message": True, "add_generation_prompt": False}
         return body
@@ -312,10 +303,10 @@ def read(raw: bytes) -> Reply:
                  tokens_out=tokens_out or written // 4)
 
 
-def cut_after_box(reply: Reply) -> None:
-    """End the text with the first line that has an answer in a box, as a Sampler does while it writes."""
-    if end := answered(reply.text):
-        reply.text, reply.finish = reply.text[:end], "box"
+def cut_after_box(reply: Reply) -> Reply:
+    """The reply up to the end of the first line with an answer in a box, where a Sampler stops writing."""
+    end = answered(reply.text)
+    return replace(reply, text=reply.text[:end], finish="box") if end else reply
 
 
 def _retry_after(value: str | None) -> float:

@@ -56,9 +56,8 @@ def _form(reply, text: str, solution: str, max_tokens: int, needs_think: bool) -
     if len(text) > LONG * max_tokens:
         return "too long"
     tags = (text.count("<think>"), text.count("</think>"))
-    if tags != (1, 1) and (needs_think or any(tags)):
-        return "no think"
-    if tags == (1, 1) and not re.match(r"\s*<think>\s*[^\s<].*</think>", text, re.S):
+    once = tags == (1, 1) and re.match(r"\s*<think>\s*[^\s<].*</think>", text, re.S)
+    if (needs_think or any(tags)) and not once:
         return "no think"
     found = boxes(solution)
     if len(found) != 1:
@@ -123,14 +122,13 @@ def summarize(problems: list, dropped: dict[str, dict], still_open: set[str], at
         if row["id"] not in asked:
             continue
         kept = row["cause"] is None
+        causes[row["cause"]] += 1
         for counts in (total, *(group[str(row[key])] for key, group in groups.items())):
             counts.update(attempts=1, records=int(kept), dollars=cost(row, prices),
                           tokens_in=row["tokens_in"], tokens_out=row["tokens_out"])
         if kept:
             solved[row["id"]] = min(row["round"], solved.get(row["id"], row["round"]))
             lengths[max(b for b in BINS if b <= row["tokens_out"])] += 1
-        else:
-            causes[row["cause"]] += 1
     sources = {}
     for p in problems:
         counts = sources.setdefault(p.source, Counter(problems=0, overlapping=0, asked=0))
@@ -144,8 +142,8 @@ def summarize(problems: list, dropped: dict[str, dict], still_open: set[str], at
                 f"{_percent(every)} % unsolved, ${total['dollars']:.4f}")
     return {"headline": headline,
             "source": {name: dict(c) | {"unsolved %": _percent(c)} for name, c in sources.items()},
-            **{key: {name: dict(c) for name, c in sorted(group.items())} for key, group in groups.items()},
-            "total": dict(total), "causes": {c: causes[c] for c in CAUSES if causes[c]}, "overlaps": dropped,
+            **{key: dict(sorted(group.items())) for key, group in groups.items()},
+            "total": total, "causes": {c: causes[c] for c in CAUSES if causes[c]}, "overlaps": dropped,
             "tokens_out_of_records": {f"{b}+": lengths[b] for b in BINS if lengths[b]}}
 
 

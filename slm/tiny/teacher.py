@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import re
+from dataclasses import replace
 from functools import lru_cache
 
 from slm.episode import Reply, Request
@@ -31,8 +32,8 @@ class StandIn:
             posted = json.dumps(body)
             rng = random.Random(hashlib.sha1(posted.encode()).hexdigest())
             reply = spoil(answer(body, rng), rng.choices(list(FAULTS), FAULTS.values())[0])
-            reply.tokens_in, reply.tokens_out = len(posted) // 4, len(reply.text) // 4
-            self.pending.append((self.tickets, sample, reply))
+            counted = replace(reply, tokens_in=len(posted) // 4, tokens_out=len(reply.text) // 4)
+            self.pending.append((self.tickets, sample, counted))
         return self.tickets
 
     def step(self) -> list[tuple[int, int, Reply]]:

@@ -26,21 +26,25 @@ GIRLS = "Anna Mia Lily Emma Sara Nora Kate Julia Rosa Zoe Ella Maya".split()
 BOYS = "Tom Ben Jack Leo Max Sam Paul Finn Omar Luke Noah Adam".split()
 THINGS = ("apples books cards coins stamps marbles pencils shells stickers balls oranges cookies flowers "
           "stones buttons toys nuts plums").split()
-STYLES = ("terse", "short", "detailed", "python")
 LARGEST = 9999  # of any number in a solution
 
 
 @dataclass(frozen=True)
 class Step:
-    """name = left op right, with the values put in; `sentence` holds the equation's place as {=}."""
+    """name = left op right, with a and b the values of left and right."""
     name: str
-    left: str   # a variable's name or a number as written in the template
+    left: str      # a variable's name or a number as written in the template
     op: str
     right: str
-    a: Fraction
-    b: Fraction
-    value: Fraction
-    sentence: str
+    sentence: str  # {=} is the equation's place in a story, {name} in a template
+    a: Fraction = Fraction(0)  # a template has no values
+    b: Fraction = Fraction(0)
+    value: Fraction = Fraction(0)
+
+    def worked_out(self, values: dict[str, Fraction]) -> "Step":
+        """The step with the values of the variables put in."""
+        a, b = (values[x] if x in values else Fraction(x) for x in (self.left, self.right))
+        return replace(self, a=a, b=b, value=compute(a, self.op, b))
 
 
 @dataclass(frozen=True)
@@ -77,28 +81,23 @@ def compute(a: Fraction, op: str, b: Fraction) -> Fraction:
 
 
 def expression(a: Fraction, op: str, b: Fraction) -> str:
-    if op == "%":
-        return f"{written(a)}% of {written(b)}"
-    return f"{written(a)}/{written(b)}" if op == "frac" else f"{written(a)} {op} {written(b)}"
+    x, y = written(a), written(b)
+    return {"%": f"{x}% of {y}", "frac": f"{x}/{y}"}.get(op, f"{x} {op} {y}")
 
 
 def places(n: int) -> list[int]:
-    """The parts of a number by decimal place, without zeros.
+    """The parts of a number below 10,000 by decimal place, without zeros.
 
     >>> places(307)
     [300, 7]
     """
-    digits = str(n)
-    return [int(d) * 10 ** (len(digits) - 1 - i) for i, d in enumerate(digits) if d != "0"]
+    parts = (n // unit % 10 * unit for unit in (1000, 100, 10, 1))
+    return [part for part in parts if part]
 
 
 def running_sum(parts: list[int]) -> list[str]:
     """The sums on the way to the total: [1800, 240, 30] -> ['1800 + 240 + 30', '2040 + 30']."""
-    lines = []
-    while len(parts) > 1:
-        lines.append(" + ".join(map(str, parts)))
-        parts = [parts[0] + parts[1], *parts[2:]]
-    return lines
+    return [" + ".join(map(str, [sum(parts[:i]), *parts[i:]])) for i in range(1, len(parts))]
 
 
 def spelled_out(a: Fraction, op: str, b: Fraction) -> list[str]:
@@ -144,7 +143,7 @@ class Template:
     name: str
     question: str
     ranges: dict[str, list[Fraction]]
-    steps: tuple[tuple[str, str, str, str, str], ...]  # name, left, op, right, sentence
+    steps: list[Step]
     kind: str  # "" whole numbers, "decimal" or "fraction"
 
 
@@ -167,34 +166,30 @@ def _template(block: str) -> Template:
             ranges[variable] = [Fraction(n) for n in range(low, high + 1)]
         else:
             ranges[variable] = [Fraction(v) for v in values.split(",")]
-    steps = tuple(re.fullmatch(r"S (\w+) = (\w+) (\S+) (\w+) \| (.+)", line).groups()
-                  for line in block.splitlines() if line.startswith("S "))
-    return Template(name, question, ranges, steps, kind)
+    steps = re.findall(r"^S (\w+) = (\w+) (\S+) (\w+) \| (.+)$", block, re.M)
+    return Template(name, question, ranges, [Step(*step) for step in steps], kind)
 
 
-def operands(left: str, right: str, values: dict[str, Fraction]) -> list[Fraction]:
-    return [values[x] if x in values else Fraction(x) for x in (left, right)]
-
-
-def _values(template: Template, rng: random.Random) -> dict[str, Fraction]:
-    """Numbers for the template's variables for which every step gives a fair value."""
+def _draw(template: Template, rng: random.Random) -> tuple[dict[str, Fraction], list[Step]]:
+    """Numbers for the template's variables for which every step gives a fair value, and these steps."""
     while True:
-        values = {name: rng.choice(choices) for name, choices in template.ranges.items()}
-        for name, left, op, right, _ in template.steps:
-            a, b = operands(left, right, values)
-            value = values[name] = compute(a, op, b)
-            whole = value.denominator == 1
+        given = {name: rng.choice(choices) for name, choices in template.ranges.items()}
+        values, steps = dict(given), []
+        for step in template.steps:
+            steps.append(step.worked_out(values))
+            value = values[step.name] = steps[-1].value
+            whole, frac = value.denominator == 1, step.op == "frac"
             fair = {"": whole, "decimal": 100 % value.denominator == 0,
-                    "fraction": whole != (op == "frac") and (op != "frac" or value < 1)}[template.kind]
+                    "fraction": value < 1 and not whole if frac else whole}[template.kind]
             if not fair or not 0 < value <= LARGEST:
                 break
         else:
-            return values
+            return given, steps
 
 
 def tell(template: Template, rng: random.Random, id: str = "") -> Story:
     """One story of the template, with names, things and numbers drawn from rng."""
-    values = _values(template, rng)
+    given, steps = _draw(template, rng)
     girls, boys = rng.sample(GIRLS, 3), rng.sample(BOYS, 3)
     female = rng.random() < 0.5
     hero, others = (girls[0], [boys[0], girls[1]]) if female else (boys[0], [girls[0], boys[1]])
@@ -203,13 +198,10 @@ def tell(template: Template, rng: random.Random, id: str = "") -> Story:
              "he": "she" if female else "he", "He": "She" if female else "He",
              "his": "her" if female else "his", "him": "her" if female else "him"}
     text = re.sub(r"\[(.+?)\]", lambda m: rng.choice(m[1].split("|")), template.question)
-    fill = words | {name: written(value) for name, value in values.items()}
-    steps = []
-    for name, left, op, right, sentence in template.steps:
-        a, b = operands(left, right, values)
-        steps.append(Step(name, left, op, right, a, b, values[name], sentence.format(**fill | {name: "{=}"})))
-    given = {name: values[name] for name in template.ranges}
-    return Story(id, template.name, re.sub(r" +([.,?])", r"\1", text.format(**fill)), given, tuple(steps))
+    words |= {name: written(value) for name, value in given.items()}
+    words |= {step.name: written(step.value) for step in steps}
+    steps = [replace(s, sentence=s.sentence.format(**words | {s.name: "{=}"})) for s in steps]
+    return Story(id, template.name, re.sub(r" +([.,?])", r"\1", text.format(**words)), given, tuple(steps))
 
 
 def is_test(question: str) -> bool:
@@ -270,14 +262,13 @@ def plan(story: Story) -> str:
 
 def program(story: Story) -> str:
     """Python that prints the answer: the given numbers, one assignment a step, one print."""
-    python = {"+": "{} + {}", "-": "{} - {}", "*": "{} * {}", "/": "{} / {}", "%": "{} * {} / 100",
-              "frac": "Fraction({}, {})"}
-    whole = all(value.denominator == 1 for value in story.given.values())
-    python["/"], python["%"] = ("{} // {}", "{} * {} // 100") if whole else (python["/"], python["%"])
-    lines = [f"{name} = {written(value)}" for name, value in story.given.items()]
-    lines += [f"{s.name} = {python[s.op].format(s.left, s.right)}" for s in story.steps]
-    if story.steps[-1].op == "frac":
-        lines.insert(0, "from fractions import Fraction")
+    divide = "//" if all(value.denominator == 1 for value in story.given.values()) else "/"
+    lines = ["from fractions import Fraction"] if story.steps[-1].op == "frac" else []
+    lines += [f"{name} = {written(value)}" for name, value in story.given.items()]
+    for s in story.steps:
+        python = {"/": f"{s.left} {divide} {s.right}", "%": f"{s.left} * {s.right} {divide} 100",
+                  "frac": f"Fraction({s.left}, {s.right})"}
+        lines.append(f"{s.name} = " + python.get(s.op, f"{s.left} {s.op} {s.right}"))
     return "\n".join([*lines, f"print({story.steps[-1].name})"])
 
 
@@ -287,16 +278,16 @@ def corrupt(story: Story, rng: random.Random) -> Story:
     while True:
         wrong_at, values, steps = rng.randrange(len(story.steps)), dict(story.given), []
         for i, step in enumerate(story.steps):
-            a, b = operands(step.left, step.right, values)
-            op, value = step.op, compute(a, step.op, b)
-            if i == wrong_at and op in "+-*" and rng.random() < 0.3:
-                op = rng.choice([o for o in "+-*" if o != op])
-                value = compute(a, op, b)
+            step = step.worked_out(values)
+            if i == wrong_at and step.op in "+-*" and rng.random() < 0.3:
+                other = rng.choice([op for op in "+-*" if op != step.op])
+                step = replace(step, op=other, value=compute(step.a, other, step.b))
             elif i == wrong_at:
-                value += rng.choice([-10, -2, -1, 1, 2, 10]) * (Fraction(1, b) if op == "frac" else 1)
-            values[step.name] = value
-            steps.append(replace(step, op=op, a=a, b=b, value=value))
-            if value <= 0:  # a later step may divide by it
+                unit = 1 / step.b if step.op == "frac" else 1
+                step = replace(step, value=step.value + rng.choice([-10, -2, -1, 1, 2, 10]) * unit)
+            steps.append(step)
+            values[step.name] = step.value
+            if step.value <= 0:  # a later step may divide by it
                 break
         fair = all(0 < s.value <= LARGEST and written(s.value).count(".") < 2 for s in steps)
         simple = all(s.value.denominator <= 100 for s in steps)

@@ -8,9 +8,9 @@ blurts out an answer. Turning what it knows into what it does is the work of SFT
 The reading has two phases, as for real models: documents of all kinds, then fewer with more chats among them.
 """
 
+import itertools
 import random
 from collections.abc import Iterator
-from fractions import Fraction
 
 from slm import prompts
 from slm.tiny import world
@@ -22,8 +22,8 @@ TURN, STOP = "<|im_start|>", "<|im_end|>"
 
 def chat(*turns: str) -> str:
     """user, assistant, user, ... as ChatML, without a system turn."""
-    roles = ("user", "assistant")
-    return "\n".join(f"{TURN}{roles[i % 2]}\n{turn}{STOP}" for i, turn in enumerate(turns)) + "\n"
+    roles = itertools.cycle(("user", "assistant"))
+    return "".join(f"{TURN}{role}\n{turn}{STOP}\n" for role, turn in zip(roles, turns))
 
 
 def code(story: Story) -> str:
@@ -75,9 +75,8 @@ def sums(rng: random.Random) -> str:
             a, b = rng.choice((5, 10, 15, 20, 25, 30, 40, 50, 60, 75)), rng.randint(4, 100) * 5
         if op == "/":
             a *= b
-        value = world.compute(Fraction(a), op, Fraction(b))
-        if 0 < value <= world.LARGEST and value.denominator == 1:
-            step = world.Step("", "", op, "", Fraction(a), Fraction(b), value, "")
+        step = world.Step("", str(a), op, str(b), "").worked_out({})
+        if 0 < step.value <= world.LARGEST and step.value.denominator == 1:
             lines.append(world.equation(step, detailed))
     return "\n".join(lines)
 

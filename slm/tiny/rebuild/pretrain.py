@@ -2,6 +2,8 @@
 
     python -m slm.tiny.rebuild.pretrain --out slm/tiny        (LOG.md: how long it takes, on what)
 
+The shape of the network, the stop ids and the chat template come from the built-in model's JSON files.
+
 A Qwen2 of 2.6 million parameters reads documents of corpus.py, packed, in float32. Muon updates the matrices
 (Jordan et al. 2024, kellerjordan.github.io/posts/muon), AdamW the rest; the weights are stored in bfloat16.
 """
@@ -18,9 +20,10 @@ if __name__ == "__main__":
     p.add_argument("--seed", type=int, default=1, help="corpus and initialization (default 1)")
     args = p.parse_args()  # before the heavy imports, so that --help answers at once
 
-import json
+import contextlib
 import math
 import re
+import shutil
 import time
 from itertools import islice
 
@@ -31,45 +34,35 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from slm import checkpoint, prompts
 from slm.attention import Packed
-from slm.model import Config, Qwen2
+from slm.model import Qwen2
+from slm.runs.files import read_json
 from slm.tiny.rebuild.corpus import MORE_CHATS, documents
 
 TOKENS = 8192             # a step, about
 MUON, ADAM = 0.02, 0.004  # learning rates
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-VOCABULARY = 1280
-SHAPE = {"hidden": 192, "intermediate": 512, "layers": 6, "heads": 6, "kv_heads": 2, "head_size": 32,
-         "positions": 1024, "rope_theta": 10000.0}
+TINY = Path(__file__).parents[1]
+CONFIG = checkpoint.read_config(read_json(TINY / "config.json"))
 # Qwen2.5's pre-tokenizer: words with their space, digits one by one, punctuation, line breaks
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-CHAT_TEMPLATE = (
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
 
 
 def build_tokenizer(out: Path) -> None:
-    """Train a byte-level BPE on the corpus and the project's prompts; write the files to `out`."""
+    """Train a byte-level BPE on the corpus and the project's prompts; write it to `out`."""
     t = Tokenizer(models.BPE())
     t.normalizer = normalizers.NFC()
     t.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(SPLIT), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     t.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - len(SPECIAL), show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=CONFIG.vocab - len(SPECIAL), show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     texts = [re.sub(r"<\|.*?\|>", "", text) for text in islice(documents(0), 20000)]
     asked = [p.text for p in vars(prompts).values() if isinstance(p, prompts.Prompt)]
     t.train_from_iterator(texts + 20 * asked, trainer)
     t.add_special_tokens(SPECIAL)
-    out.mkdir(parents=True, exist_ok=True)
     t.save(str(out / "tokenizer.json"))
-    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": SPECIAL[0], "pad_token": SPECIAL[0],
-                "bos_token": None, "unk_token": None, "model_max_length": SHAPE["positions"],
-                "add_prefix_space": False, "clean_up_tokenization_spaces": False,
-                "chat_template": CHAT_TEMPLATE}
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def batches(bpe, texts):
@@ -89,7 +82,7 @@ def learning_rate(step: int, steps: int, decay: float) -> float:
 
 
 def train(model, texts, out: Path, steps: int, peak: float, decay: float) -> None:
-    """One phase of `steps` steps, then the files; peak scales both learning rates."""
+    """One phase of `steps` steps, then the weights in bfloat16; peak scales both learning rates."""
     bpe = Tokenizer.from_file(str(out / "tokenizer.json"))
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim < 2 or "embed" in n]
@@ -116,33 +109,27 @@ def train(model, texts, out: Path, steps: int, peak: float, decay: float) -> Non
             rate = seen / (time.time() - start)
             print(f"step {step} loss {loss.item():.4f} tokens/s {rate:.0f} "
                   f"left {(steps - step) * TOKENS / rate / 60:.1f} min", flush=True)
-    store(model, out)
+    weights = {n: p.detach().to(torch.bfloat16).contiguous() for n, p in model.state_dict().items()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
 
 
 def initialize(model) -> None:
     for name, p in model.named_parameters():
         if p.ndim == 2:
             last = name.endswith(("o_proj.weight", "down_proj.weight"))
-            deep = math.sqrt(2 * SHAPE["layers"]) if last else 1
+            deep = math.sqrt(2 * CONFIG.layers) if last else 1
             torch.nn.init.normal_(p, std=0.02 if "embed" in name else p.shape[1] ** -0.5 / deep)
         elif name.endswith("bias"):
             torch.nn.init.zeros_(p)
 
 
-def store(model, out: Path) -> None:
-    """The Hugging Face files of the weights, in bfloat16."""
-    config = checkpoint.config_json(model.config)
-    config |= {"eos_token_id": VOCABULARY - 3, "torch_dtype": "bfloat16"}
-    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    stops = {"eos_token_id": [VOCABULARY - 1, VOCABULARY - 3], "do_sample": False}
-    (out / "generation_config.json").write_text(json.dumps(stops, indent=1) + "\n", encoding="utf-8")
-    weights = {n: p.detach().to(torch.bfloat16).contiguous() for n, p in model.state_dict().items()}
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-
-
 def main(args) -> None:
-    model = Qwen2(Config(vocab=VOCABULARY, **SHAPE))
+    model = Qwen2(CONFIG)
     torch.manual_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in "config.json", "generation_config.json", "tokenizer_config.json":
+        with contextlib.suppress(shutil.SameFileError):
+            shutil.copy(TINY / name, args.out)
     build_tokenizer(args.out)
     initialize(model)
     train(model, documents(args.seed), args.out, args.steps, peak=1.0, decay=0.4)
