@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 # the entry of 2026-11-30 there.
 LIMITS = {
     "the teaching core": 4200,  # the five scripts and the modules directly in slm/
-    "the whole": 10750,         # the five scripts and all of slm/
+    "the whole": 10850,         # the five scripts and all of slm/
     "slm/model.py": 190,
     "slm/attention.py": 80,
     "slm/lora.py": 240,
