@@ -175,7 +175,7 @@ def encode(tokenizer, messages: list[dict], train_on: str = "response") -> Token
         prompt = tokenizer.chat(messages[:i], generation=True)
         if prompt[:len(ids)] != ids:
             raise BadInput("the chat template rewrites earlier turns: several of them can't be one sequence")
-        reply = [*tokenizer.encode(message["content"]), tokenizer.end_of_turn]
+        reply = [*tokenizer.encode(tokenizer.after_prompt(message["content"])), tokenizer.end_of_turn]
         mask += [0] * (len(prompt) - len(ids)) + [1] * len(reply)
         ids = prompt + reply
     return TokenRecord(ids, mask if train_on == "response" else [0] + [1] * (len(ids) - 1))

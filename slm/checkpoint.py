@@ -7,6 +7,7 @@ plus one tensor; pickles are never opened. Files appear under their final name o
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -89,7 +90,7 @@ def load(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     if tokenizer.largest >= config.vocab:
         raise BadInput(f"{directory}: the tokenizer has id {tokenizer.largest}, the model {config.vocab} ids")
     with torch.device("meta"):
-        model = Qwen2(config)
+        model = Qwen2(replace(config, ids=tokenizer.largest + 1))
     read_weights(model, directory, device, dtype)
     return model.eval(), tokenizer
 

@@ -69,7 +69,7 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
     stop: tuple[str, ...] = ()
-    stop_at_box: bool = False  # stop after the first complete \boxed{...}
+    stop_at_box: bool = False  # stop at the end of the first line with an answer in a box
 
 
 @dataclass

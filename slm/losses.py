@@ -26,7 +26,7 @@ def token_logprobs(model, hidden: torch.Tensor, targets: torch.Tensor, temperatu
     if getattr(head, "lora_A", None):
         raise BadInput("an adapter on lm_head: the losses do not cover it; merge it, or leave lm_head out of "
                        "its target_modules")
-    weight = head.weight
+    weight = head.weight[:model.config.ids]
     if chunk is None:
         chunk = max(16, (1 << 26 if hidden.is_cuda else 1 << 20) // weight.shape[0])
     return _TokenLogprobs.apply(hidden, weight, targets, temperature, chunk)

@@ -35,7 +35,8 @@ from torch.utils.checkpoint import checkpoint
 @dataclass(frozen=True)
 class Config:
     """The shape of a model. positions: the longest context. tied: the head is the embedding. bias: q, k and v
-    have biases."""
+    have biases. ids: how many ids the tokenizer has. Qwen's embedding has more rows; nothing trains those
+    behind, so they get no logits and nobody can draw them."""
     vocab: int
     hidden: int
     intermediate: int
@@ -48,6 +49,7 @@ class Config:
     norm_eps: float = 1e-6
     tied: bool = True
     bias: bool = True
+    ids: int | None = None
 
 
 def rope(positions: Tensor, theta: float, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -152,7 +154,7 @@ class Qwen2(nn.Module):
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden (N, D) -> (N, V) in the model's dtype."""
+        """hidden (N, D) -> (N, V) in the model's dtype, V the ids of the tokenizer."""
         if self.config.tied:
-            return F.linear(hidden, self.model.embed_tokens.weight)
-        return self.lm_head(hidden)
+            return F.linear(hidden, self.model.embed_tokens.weight[:self.config.ids])
+        return self.lm_head(hidden)[:, :self.config.ids]

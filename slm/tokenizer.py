@@ -8,8 +8,10 @@ A conversation only ever appends ids. If a message carries its Reply (`Reply.mes
 keeps the ids that were sampled and tokenizes only the text after them.
 """
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -18,25 +20,34 @@ from pathlib import Path
 
 import jinja2
 import tokenizers
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from slm import BadInput
 from slm.runs.files import read_json
 
 ENDS = ("<|im_end|>", "<|endoftext|>")  # Qwen: a chat turn ends with the first, a document with the second
+PLAIN = (  # for a model without a chat template
+    "{% for m in messages %}{{ 'Answer:\\n' if m.role == 'assistant' }}{{ m.content }}"
+    "{{ eos_token if m.role == 'assistant' }}\n"
+    "{% endfor %}{% if add_generation_prompt %}Answer:\n{% endif %}")
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
          "vocab.json", "merges.txt", "added_tokens.json")
 
 
 class Tokenizer:
     """directory: the folder of the model that it was loaded from. named: bos_token, eos_token, ... -> text.
+    template: the model's chat template, or PLAIN if it has none (a base model): the question, then "Answer:".
     stop_ids: the ids that end an answer."""
 
     def __init__(self, directory: Path, backend: tokenizers.Tokenizer, named: dict[str, str],
                  template: str | None, stop_ids: frozenset[int]):
         self.directory, self.backend, self.named = directory, backend, named
-        self.template, self.stop_ids, self._warned = template, stop_ids, False
+        self.template, self.stop_ids, self._warned = template or PLAIN, stop_ids, False
+        self._roles: set[str] = set()  # those that the template is known to write
+        if not template:
+            print(f"note: {directory} has no chat template; prompts are plain: the question, then 'Answer:'",
+                  file=sys.stderr)
 
     @classmethod
     def load(cls, directory: str | Path) -> "Tokenizer":
@@ -65,7 +76,10 @@ class Tokenizer:
         return cls(directory, backend, named, template, _stop_ids(directory, backend, named.get("eos_token")))
 
     def save(self, directory: str | Path) -> None:
-        """Copy the tokenizer's files, as they were loaded, into an existing directory."""
+        """Copy the tokenizer's files, as they were loaded, into an existing directory. PLAIN becomes the
+        model's own template: what is trained with it is asked with it."""
+        if self.template == PLAIN:
+            Path(directory, "chat_template.jinja").write_text(PLAIN, encoding="utf-8")
         for name in FILES:
             if (self.directory / name).is_file():
                 shutil.copyfile(self.directory / name, os.path.join(directory, name))
@@ -94,8 +108,17 @@ class Tokenizer:
         text ends inside that turn, so the model continues it. Without generation every turn is closed.
         """
         if generation and messages and messages[-1]["role"] == "assistant":
-            return self._template(messages[:-1], True) + messages[-1]["content"]
+            return self._template(messages[:-1], True) + self.after_prompt(messages[-1]["content"])
         return self._template(messages, generation)
+
+    def after_prompt(self, content: str) -> str:
+        """An assistant's text as it follows the generation prompt. Some templates (DeepSeek-R1, QwQ) open
+        <think> there, so a text that opens it too goes on behind its own tag."""
+        return re.sub(r"\A\s*<think>\s*", "", content) if self.opens_thinking else content
+
+    @cached_property
+    def opens_thinking(self) -> bool:
+        return self.render([{"role": "user", "content": "a"}]).rstrip().endswith("<think>")
 
     def chat(self, messages: list[dict], generation: bool = True) -> list[int]:
         """Ids of the conversation. If a message carries its Reply, and the text before it is still the prompt
@@ -120,8 +143,8 @@ class Tokenizer:
     @cached_property
     def end_of_turn(self) -> int:
         """The id with which the template closes an assistant's turn: the last of every answer trained on."""
-        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        tail = self.encode(self.render(talk, generation=False)[len(self.render(talk)):])
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "the answer"}]
+        tail = self.encode(self.render(talk, generation=False).rpartition("the answer")[2])
         if not tail or tail[0] not in self.stop_ids:
             raise BadInput(f"{self.directory}: the chat template does not close an answer with a stop token")
         return tail[0]
@@ -146,22 +169,39 @@ class Tokenizer:
         return [token for token in map(self.backend.id_to_token, self.stop_ids) if token]
 
     def _template(self, messages: list[dict], generation: bool) -> str:
-        if self.template is None:
-            raise BadInput(f"{self.directory}: no chat template, expected chat_template.jinja or the key "
-                           "chat_template in tokenizer_config.json")
         messages = [dict(message) for message in messages]
         for message in messages:
             message.pop("reply", None)
         try:
-            return self._compiled.render(messages=messages, tools=None, documents=None,
-                                         add_generation_prompt=generation, **self.named)
+            self._refuse_roles({message["role"] for message in messages} - self._roles)
+            return self._jinja(messages, generation)
         except jinja2.TemplateError as e:
             raise BadInput(f"{self.directory}: the chat template refuses these messages: {e}") from None
+
+    def _jinja(self, messages: list[dict], generation: bool) -> str:
+        return self._compiled.render(messages=messages, tools=None, documents=None,
+                                     add_generation_prompt=generation, **{"eos_token": "", **self.named})
+
+    def _refuse_roles(self, roles: set[str]) -> None:
+        """BadInput for a role whose messages the template leaves out without a word. (One that raises an
+        error speaks for itself.)"""
+        talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        for role in roles:
+            for before in ([], talk[:1], talk):
+                with contextlib.suppress(jinja2.TemplateError):
+                    if "the words" in self._jinja([*before, {"role": role, "content": "the words"}], False):
+                        break
+            else:
+                self._jinja([{"role": role, "content": "the words"}], False)
+                raise BadInput(f"{self.directory}: the chat template leaves out messages of the role "
+                               f"{role!r}; expected one that it writes, such as user or assistant")
+            self._roles.add(role)
 
     @cached_property
     def _compiled(self) -> jinja2.Template:
         """Compiled with the settings that every published template assumes (those of transformers)."""
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                            extensions=[loopcontrols, Generation])
 
         def raise_exception(message):
             raise jinja2.TemplateError(message)
@@ -172,6 +212,16 @@ class Tokenizer:
             return env.from_string(self.template)
         except jinja2.TemplateError as e:
             raise BadInput(f"{self.directory}: the chat template is not valid Jinja: {e}") from None
+
+
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %}, with which templates for transformers mark what an assistant
+    wrote. Here it changes nothing."""
+    tags = frozenset({"generation"})
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _stop_ids(directory: Path, backend: tokenizers.Tokenizer, eos: str | None) -> frozenset[int]:

@@ -28,7 +28,8 @@ def written(*pieces: str, burst: int = 1, limit: int = 99, **sampling) -> tuple[
     """(text, finish, tokenizer) of a reply whose tokens come `burst` at a time."""
     tokenizer = Pieces()
     ids, endings = tokenizer.encode(*pieces), Endings(tokenizer)
-    row = SimpleNamespace(sampling=Sampling(**sampling), tokens=[7, 7], prompt=2, limit=limit, logprobs=[])
+    row = SimpleNamespace(sampling=Sampling(**sampling), tokens=[7, 7], prompt=2, limit=limit, logprobs=[],
+                          thinking=False)
     finish = None
     while ids and not finish:
         count, finish = endings.find(row, ids[:burst])
@@ -38,28 +39,31 @@ def written(*pieces: str, burst: int = 1, limit: int = 99, **sampling) -> tuple[
     return endings.text(row.tokens[2:], finish, row.sampling.stop), finish, tokenizer
 
 
-BOXES = [
-    (["so \\boxed", "{", "\\frac{", "1}", "{2", "}}$. ", "More"], "so \\boxed{\\frac{1}{2}}"),
-    (["in \\boxed", "{}", " it is ", "\\boxed{", "7", "}.", " More"], "in \\boxed{} it is \\boxed{7}"),
-    (["\\boxed{", " ", "}"], None),
-    (["\\boxed{", "a\\}", "b", "} ", "c"], "\\boxed{a\\}b}"),
-    (["\\boxed{\\left\\{", " x ", "\\right.", "}", "."], "\\boxed{\\left\\{ x \\right.}"),
-    (["\\boxed", " ", "{x", "}", "."], "\\boxed {x}"),
-    (["<think>", "\\boxed{1}", "</think>", "\\boxed{2}", "\n"], "<think>\\boxed{1}</think>\\boxed{2}"),
-    (["<think>", "\\boxed{1}", "!"], None),
-    (["\\boxed{1} or \\boxed{2}", "!"], "\\boxed{1}")]
+BOXES = [  # pieces, where a reply ends at an endpoint
+    (["so \\boxed", "{", "\\frac{", "1}", "{2", "}}$. ", "More", ".\n", "!"],
+     "so \\boxed{\\frac{1}{2}}$. More."),
+    (["in \\boxed", "{}", "\n it is ", "\\boxed{", "7", "}.", "\n\nMore"],
+     "in \\boxed{}\n it is \\boxed{7}."),
+    (["\\boxed{", " ", "}", "\n"], None),
+    (["\\boxed{", "a\\}", "b", "}", "\n", "c"], "\\boxed{a\\}b}"),
+    (["\\boxed{\\left\\{", " x ", "\\right.", "}", ".", "\n", "c"], "\\boxed{\\left\\{ x \\right.}."),
+    (["\\boxed", " ", "{x", "}", "\n"], "\\boxed {x}"),
+    (["<think>", "\\boxed{1}\n", "</think>", "\\boxed{2}", "\n", "c"],
+     "<think>\\boxed{1}\n</think>\\boxed{2}"),
+    (["<think>", "\\boxed{1}", "\n", "!"], None),
+    (["\\boxed{1} or ", "\\boxed{2}", "\n", "!"], "\\boxed{1} or \\boxed{2}"),
+    (["\\boxed{1} or ", "\\boxed{2}"], None)]
 
 
 @pytest.mark.parametrize("burst", [1, 3, 99])
 @pytest.mark.parametrize("pieces, reply", BOXES)
-def test_a_reply_ends_with_its_first_box_here_as_at_an_endpoint(pieces, reply, burst):
+def test_a_reply_ends_with_the_line_of_its_answer_here_as_at_an_endpoint(pieces, reply, burst):
     text, finish, _ = written(*pieces, burst=burst, stop_at_box=True)
     answer = cut_after_box(Reply("".join(pieces), finish="stop"))
     assert (answer.text, answer.finish, finish) == (
         (reply, "box", "box") if reply else ("".join(pieces), "stop", None))
-    rest = text.removeprefix(answer.text)  # the sampler's last token may hold more than the brace
-    assert "".join(pieces).startswith(text)
-    assert not rest or any(piece.endswith("}" + rest) for piece in pieces)
+    rest = text.removeprefix(answer.text)  # the sampler keeps its last token whole
+    assert "".join(pieces).startswith(text) and rest.startswith("\n" if reply else "")
     assert written(*pieces, burst=burst)[:2] == ("".join(pieces), None)
 
 
@@ -67,9 +71,9 @@ def test_stop_ids_stop_strings_and_limits():
     assert written("a", "b", "<end>", "c")[:2] == ("ab", "stop")
     assert written("a", "b#", "#c", "d", stop=["##"])[:2] == ("ab", "stop_string")
     assert written("a", "b", "c", "d", limit=3, burst=2)[:2] == ("abc", "length")
-    assert written("a", "\\boxed{1}", "<end>", limit=2, stop_at_box=True)[:2] == ("a\\boxed{1}", "box")
+    assert written("a", "\\boxed{1}\n", "<end>", limit=2, stop_at_box=True)[:2] == ("a\\boxed{1}\n", "box")
 
 
 def test_a_reply_is_decoded_only_after_tokens_that_may_end_it():
-    *_, tokenizer = written(*(98 * ["word "]), "}", stop_at_box=True)
-    assert tokenizer.decoded == 2  # once after the brace, once for the reply
+    *_, tokenizer = written(*(98 * ["word} "]), "\n", stop_at_box=True)
+    assert tokenizer.decoded == 2  # once after the line, once for the reply

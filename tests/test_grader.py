@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mpmath.libmp import libelefun
 
 from slm import grading
-from slm.grading import boxes, equal, extract, first_box_end, grade
+from slm.grading import answered, boxes, equal, extract, grade
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("SLM_DATA", ROOT.parent / "shared" / "data"))
@@ -96,48 +96,55 @@ def test_boxes_side_by_side_are_a_list_and_apart_are_not():
 # ---- boxes: one reader for grader, sampler and endpoint ----------------------------------------------------
 
 BOX_CASES = [  # text, contents of its boxes, where a reply ends
-    (r"so \boxed{\frac{1}{2}}$. More", [r"\frac{1}{2}"], r"so \boxed{\frac{1}{2}}"),
-    (r"put it in \boxed{}. It is \boxed{7}, so", ["7"], r"put it in \boxed{}. It is \boxed{7}"),
-    ("in \\boxed{ \n}: none", [], None),
-    (r"\boxed{a\}b} c}", [r"a\}b"], r"\boxed{a\}b}"),
-    (r"\boxed{\left\{ x \right.} c", [r"\left\{ x \right."], r"\boxed{\left\{ x \right.}"),
-    (r"\boxed {x} c", ["x"], r"\boxed {x}"),
-    (r"\fbox{x} c", ["x"], r"\fbox{x}"),
-    (r"\\boxed{x} c", ["x"], r"\\boxed{x}"),
-    (r"{ \boxed{1 \boxed{2} c", ["2"], r"{ \boxed{1 \boxed{2}"),
-    (r"} \boxed{1} \boxed{2} c", ["1", "2"], r"} \boxed{1}"),
-    (r"<think>\boxed{1}</think> \boxed{2} c", ["1", "2"], r"<think>\boxed{1}</think> \boxed{2}"),
-    (r"<think> is it \boxed{1}?", ["1"], None),
-    (r"\boxed 5, \boxed x", ["5,"], None),
-    (r"\boxed{a\\} b", [r"a\\"], r"\boxed{a\\}"),
-    (r"\boxed{" + 1998 * "x" + "}", [1998 * "x"], r"\boxed{" + 1998 * "x" + "}"),
-    (r"\boxed{" + 1999 * "x" + "}", [], None)]
+    ("so \\boxed{\\frac{1}{2}}$. More\nAnd", [r"\frac{1}{2}"], r"so \boxed{\frac{1}{2}}$. More"),
+    ("put it in \\boxed{}.\nIt is \\boxed{7}, so\n", ["7"], "put it in \\boxed{}.\nIt is \\boxed{7}, so"),
+    ("in \\boxed{ \n}: none\n", [], None),
+    ("\\boxed{7} and no line break", ["7"], None),
+    ("\\boxed{a\\}b} c}\n", [r"a\}b"], r"\boxed{a\}b} c}"),
+    ("\\boxed{\\left\\{ x \\right.} c\n", [r"\left\{ x \right."], r"\boxed{\left\{ x \right.} c"),
+    ("\\boxed {x}\n", ["x"], r"\boxed {x}"),
+    ("\\fbox{x}\n", ["x"], r"\fbox{x}"),
+    ("\\\\boxed{x}\n", ["x"], r"\\boxed{x}"),
+    ("{ \\boxed{1 \\boxed{2} c\nd", ["2"], r"{ \boxed{1 \boxed{2} c"),
+    ("} \\boxed{1} or \\boxed{2} c\nd", ["1", "2"], r"} \boxed{1} or \boxed{2} c"),
+    ("<think>\\boxed{1}\n</think> \\boxed{2}\nc", ["1", "2"], "<think>\\boxed{1}\n</think> \\boxed{2}"),
+    ("<think> is it \\boxed{1}?\n", ["1"], None),
+    ("\\boxed 5, \\boxed x\n", ["5,"], None),
+    ("\\boxed{a\\\\} b\n", [r"a\\"], r"\boxed{a\\} b"),
+    (r"\boxed{" + 1998 * "x" + "}\n", [1998 * "x"], r"\boxed{" + 1998 * "x" + "}"),
+    (r"\boxed{" + 1999 * "x" + "}\n", [], None)]
 
 
 @pytest.mark.parametrize("text, contents, reply", BOX_CASES)
 def test_boxes_and_where_a_reply_ends(text, contents, reply):
     assert [box.content for box in boxes(text)] == contents
     assert all(text[box.start] == "\\" and box.content in text[box.start : box.stop] for box in boxes(text))
-    end = first_box_end(text)
+    end = answered(text)
     assert (None if end is None else text[:end]) == reply
 
 
+def test_a_prompt_may_have_opened_the_thinking():
+    text = "is it \\boxed{1}?\n</think>\nIt is \\boxed{2}.\nBye"
+    assert text[:answered(text)] == "is it \\boxed{1}?"
+    assert text[:answered(text, thinking=True)] == "is it \\boxed{1}?\n</think>\nIt is \\boxed{2}."
+
+
 BOX_PIECES = st.lists(st.sampled_from([
-    r"\boxed{", r"\boxed {", r"\fbox{", "{", "}", r"\{", r"\}", "\\", "7", " ", "<think>", "</think>"]),
+    r"\boxed{", r"\boxed {", r"\fbox{", "{", "}", r"\{", r"\}", "\\", "7", " ", "\n", "<think>", "</think>"]),
     max_size=24)
 
 
 @settings(max_examples=300, deadline=None)
 @given(BOX_PIECES.map("".join))
 def test_a_reply_ends_at_the_same_place_read_whole_or_as_it_grows(text):
-    ends = (first_box_end(text[:i]) for i in range(len(text) + 1))
-    assert first_box_end(text) == next(filter(None, ends), None)
+    ends = (answered(text[:i]) for i in range(len(text) + 1))
+    assert answered(text) == next(filter(None, ends), None)
 
 
 @settings(max_examples=300, deadline=None)
 @given(BOX_PIECES.map(lambda pieces: "".join(p for p in pieces if "think" not in p)))
 def test_a_reply_ends_where_the_grader_finds_an_answer(text):
-    end = first_box_end(text)
+    end = answered(text + "\n")
     found = [box for box in boxes(text[:end]) if text[box.stop - 1] == "}"]
     assert bool(end) is bool(found)
 
@@ -145,7 +152,7 @@ def test_a_reply_ends_where_the_grader_finds_an_answer(text):
 def test_the_end_of_a_reply_is_found_in_linear_time():
     for text in (r"\boxed{" * 140_000, r"\boxed{}" * 120_000, "{" * M, "\\" * M, r"\boxed" + " " * M,
                  "<think>" * 140_000):
-        assert seconds(lambda text=text: first_box_end(text)) < 1.0
+        assert seconds(lambda text=text: answered(text)) < 1.0
 
 
 # ---- why ---------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def attempts_of(*files):
     (GOOD.replace("boxed{4}", "boxed{5}"), "stop", "wrong"),
     (GOOD.replace("\\boxed{4}", "4"), "stop", "no box"),
     (GOOD.replace("2 and 2", "it is \\boxed{4}").replace("is \\boxed{4}.", "is 4."), "stop", "no box"),
-    (GOOD.replace("<think>", ""), "stop", "no think"),
+    (GOOD.replace("<think>", ""), "stop", None),
     (GOOD.replace("</think>", ""), "stop", "no think"),
     (GOOD + GOOD, "stop", "no think"),
     ("<think>\n</think>" + GOOD.split("</think>")[1], "stop", "no think"),

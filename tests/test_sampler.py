@@ -420,8 +420,10 @@ class Script(torch.nn.Module):
 @pytest.mark.parametrize("text, sampling, reply, finish", [
     ("the end\0more", {}, "the end", "stop"),
     ("the end", {"max_tokens": 3}, "the", "length"),
-    (r"so \boxed{\frac{1}{2}}. More", {"stop_at_box": True}, r"so \boxed{\frac{1}{2}}", "box"),
-    (r"a \boxed{ {x} \} } b", {"stop_at_box": True}, r"a \boxed{ {x} \} }", "box"),
+    ("so \\boxed{\\frac{1}{2}}.\nMore", {"stop_at_box": True}, "so \\boxed{\\frac{1}{2}}.\n", "box"),
+    ("a \\boxed{ {x} \\} }\n b", {"stop_at_box": True}, "a \\boxed{ {x} \\} }\n", "box"),
+    ("\\boxed{}\n\\boxed{4} or \\boxed{5}\n b", {"stop_at_box": True},
+     "\\boxed{}\n\\boxed{4} or \\boxed{5}\n", "box"),
     (r"{no} box} \boxed 4" + "\0", {"stop_at_box": True}, r"{no} box} \boxed 4", "stop"),
     ("code\n```output\n5", {"stop": ("```output", "zzz")}, "code\n", "stop_string"),
     ("a b c", {"stop": ("b ", "a ")}, "", "stop_string"),

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+import train_sft
 from slm import BadInput
 from slm.checkpoint import TINY
 from slm.episode import Reply
@@ -134,13 +135,59 @@ def test_a_template_that_refuses_or_is_broken_is_one_sentence(tok, with_template
         with_template("{{ raise_exception('no tools here') }}").chat(ASK)
     with pytest.raises(BadInput, match="not valid Jinja"):
         with_template("{% if %}").chat(ASK)
-    none = with_template("")
-    none.template = None
-    with pytest.raises(BadInput, match="no chat template"):
-        none.chat(ASK)
+
 
 
 def test_saved_files_are_the_loaded_ones(tok, tmp_path):
     tok.save(tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
     assert Tokenizer.load(tmp_path).chat(ASK) == tok.chat(ASK)
+
+
+# A model's template as published, shortened: it opens the thinking in the prompt and drops it from old turns.
+R1 = ("{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}<|im_end|>"
+      "{% elif m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}"
+      "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}")
+
+
+def test_thinking_that_the_prompt_opens_is_not_opened_twice(with_template):
+    tok = with_template(R1)
+    assert tok.opens_thinking and tok.end_of_turn in tok.stop_ids
+    answer = {"role": "assistant", "content": "<think>\nSo.\n</think>\nIt is 4."}
+    record = train_sft.encode(tok, [*ASK, answer])
+    text = tok.decode(record.ids, skip_special=False)
+    assert text.count("<think>") == text.count("</think>") == 1 and text.endswith("It is 4.<|im_end|>")
+    assert not with_template("{% for m in messages %}{{ m.content }}{% endfor %}").opens_thinking
+
+
+def test_a_role_that_the_template_leaves_out_is_refused_by_name(with_template):
+    tok = with_template(R1)
+    with pytest.raises(BadInput, match="leaves out messages of the role 'system'"):
+        tok.chat([{"role": "system", "content": "Be brief."}, *ASK])
+    with pytest.raises(BadInput, match="refuses these messages: no tools"):
+        with_template("{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}"
+                      "{% endif %}{{ m.content }}{% endfor %}").chat([*ASK, {"role": "tool", "content": "4"}])
+
+
+def test_what_transformers_adds_to_jinja_is_understood(with_template):
+    tok = with_template("{% for m in messages %}{% generation %}{{ m.content | tojson(indent=1) }}"
+                        "{% endgeneration %}{% endfor %}")
+    assert tok.render([{"role": "user", "content": "é"}]) == '"é"'
+
+
+def test_a_model_without_a_template_is_asked_in_plain_words_and_keeps_them(tok, tmp_path, capsys):
+    folder = tmp_path / "base"
+    folder.mkdir()
+    tok.save(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    base = Tokenizer.load(folder)
+    assert "no chat template" in capsys.readouterr().err
+    assert base.render(ASK) == ASK[-1]["content"] + "\nAnswer:\n"
+    record = train_sft.encode(base, [*ASK, {"role": "assistant", "content": "4"}])
+    assert base.decode(record.ids, skip_special=False) == base.render(ASK) + "4<|endoftext|>"
+    assert base.decode([i for i, m in zip(record.ids, record.mask) if m]) == "4"
+    (tmp_path / "again").mkdir()
+    base.save(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again").template == base.template and not capsys.readouterr().err

@@ -24,12 +24,22 @@ bits, steps. tests/grader_cases.jsonl has a reason for every rule; bench/grader.
 import hashlib
 from pathlib import Path
 
-from slm.grading.boxes import boxes, first_box_end
+from slm.grading.boxes import answered, boxes
 from slm.grading.grader import Grade, equal, extract, grade
 from slm.grading.replies import blocks_of, printed, verdict
 
-__all__ = ["Grade", "blocks_of", "boxes", "equal", "extract", "first_box_end", "grade", "printed", "verdict",
-           "version"]
+__all__ = [
+    "Grade",
+    "answered",
+    "blocks_of",
+    "boxes",
+    "equal",
+    "extract",
+    "grade",
+    "printed",
+    "verdict",
+    "version",
+]
 
 
 def version() -> str:

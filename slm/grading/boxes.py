@@ -14,7 +14,7 @@ BRACE = re.compile(r"\\.|[{}]", re.S)
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 DIGITS = re.compile(r"-?\d[\d,.]*")  # \boxed 5
 MARK = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|(?P<think></?think>)|(?P<open>\{)|(?P<close>\})"
-                  r"|\\(?!\\(?:boxed|fbox)).", re.S)
+                  r"|(?P<line>\n)|\\(?!\\(?:boxed|fbox)).", re.S)
 
 
 class Box(NamedTuple):
@@ -61,16 +61,19 @@ def boxes(text: str) -> list[Box]:
     return found
 
 
-def first_box_end(text: str) -> int | None:
-    """The index just after the first box that is not in the thinking; None if there is no such box yet.
+def answered(text: str, thinking: bool = False) -> int | None:
+    """The end of the first line with a box that is not in the thinking; None if there is no such line yet.
 
-    A sampler and an endpoint end a reply here, so what comes later in a text never changes the place. Of two
-    nested boxes, the inner one ends first. Thinking is what follows an open <think>. A box without braces
-    ends nothing, since its next digit may still come. The time is linear in the text.
+    A sampler and an endpoint end a reply here. The grader takes the last box, and joins boxes that stand side
+    by side, so a reply may go on to the end of the line; most models end their turn before. What comes later
+    in a text never changes the place. Thinking is what follows an open <think>; thinking=True: the prompt has
+    opened it. A box without braces ends nothing. The time is linear in the text.
     """
-    thinking = False
+    found = False
     opened: list[int | None] = []  # for each open brace, where the content of its box starts
     for m in MARK.finditer(text):
+        if m.lastgroup == "line" and found:
+            return m.start()
         if m.lastgroup == "think":
             thinking = m[0] == "<think>"
         elif m.lastgroup == "box":
@@ -80,5 +83,5 @@ def first_box_end(text: str) -> int | None:
         elif m.lastgroup == "close" and opened:
             start = opened.pop()
             if start and m.end() - start < MAX_BOX and text[start : m.start()].strip():
-                return m.end()
+                found = True
     return None

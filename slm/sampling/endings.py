@@ -1,11 +1,11 @@
-"""Where a reply ends: at a stop id, a stop string, its first box, or its limit.
+"""Where a reply ends: at a stop id, a stop string, the end of the line with its answer, or its limit.
 
 Stop strings and boxes are looked for in the text, since many token sequences spell the same. To decode the
 reply after every token would take time that grows with its square, so that is done only after tokens that
 hold the last character of what is looked for.
 """
 
-from slm.grading import first_box_end
+from slm.grading import answered
 
 
 class Endings:
@@ -27,21 +27,21 @@ class Endings:
                     text = self.tokenizer.decode(row.tokens[row.prompt:] + new[:count])
                     if any(stop in text for stop in sampling.stop):
                         return count, "stop_string"
-                    if sampling.stop_at_box and first_box_end(text):
+                    if sampling.stop_at_box and answered(text, row.thinking):
                         return count, "box"
         return min(room, len(new)), "length" if len(new) >= room else None
 
     def may_end(self, token: int, sampling) -> bool:
-        """Whether the token holds the last character of a stop string or of a box. A part of a character is
-        shown as U+FFFD and may be any."""
+        """Whether the token holds the last character of a stop string, or ends a line. A part of a character
+        is shown as U+FFFD and may be any."""
         if token not in self.pieces:
             self.pieces[token] = set(self.tokenizer.decode([token], skip_special=False))
         there = self.pieces[token]
-        return (sampling.stop_at_box and "}" in there) or any(
+        return (sampling.stop_at_box and "\n" in there) or any(
             stop[-1] in there or "\ufffd" in there for stop in sampling.stop)
 
     def text(self, ids: list[int], finish: str, stop: list[str]) -> str:
         """A reply's text. As servers do, it ends before a stop string, though all ids that were sampled are
-        kept. After a box it holds what its last token holds, such as a full stop: text and ids agree."""
+        kept. After a box it goes on to the end of its last token: text and ids agree."""
         text = self.tokenizer.decode(ids)
         return text[:min(i for i in map(text.find, stop) if i >= 0)] if finish == "stop_string" else text

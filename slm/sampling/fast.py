@@ -270,6 +270,7 @@ class Fast(Plain):
         return norm(x, delta, model.norm.weight, c.norm_eps)[1]
 
     def logits(self, hidden: Tensor, chosen: Chosen | None) -> Tensor:
+        ids = self.model.config.ids
         if self.model.config.tied:
-            return F.linear(hidden, self.model.model.embed_tokens.weight)
-        return self.arrangement.joints[-1](hidden, chosen)
+            return F.linear(hidden, self.model.model.embed_tokens.weight[:ids])
+        return self.arrangement.joints[-1](hidden, chosen)[:, :ids]

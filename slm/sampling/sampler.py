@@ -99,9 +99,10 @@ class Sampler:
             self._look_at_weights()
         adapter, s = request.adapter or lora.active(self.model), request.sampling
         salt = zlib.crc32(array("q", tokens).tobytes())
+        thinking = s.stop_at_box and self.tokenizer.decode(tokens[-8:], False).rstrip().endswith("<think>")
         self.waiting.extend(
             Row(self.tickets, i, list(tokens), len(tokens), min(s.max_tokens, room), s, adapter,
-                ((s.seed + i) << 32 ^ salt) % 2 ** 63) for i in range(request.n))
+                ((s.seed + i) << 32 ^ salt) % 2 ** 63, thinking) for i in range(request.n))
         self.tickets += 1
         return self.tickets - 1
 

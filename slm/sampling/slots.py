@@ -27,6 +27,7 @@ class Row:
     sampling: Sampling
     adapter: str | None
     key: int             # of its random numbers
+    thinking: bool = False  # whether the prompt has opened a <think>
     logprobs: list[float] = field(default_factory=list)
     cached: int = 0      # leading tokens whose keys and values are in its slot, while it is prefilled
     finish: str | None = None

@@ -29,7 +29,7 @@ from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from slm import BadInput
 from slm.episode import Reply, Request
-from slm.grading import first_box_end
+from slm.grading import answered
 from slm.runs.files import as_lines
 
 LARGEST = 8 * 2**20  # bytes of one response body; more is refused unread
@@ -304,8 +304,8 @@ def read(raw: bytes) -> Reply:
 
 
 def cut_after_box(reply: Reply) -> Reply:
-    """The reply up to the end of its first box, where a Sampler stops writing."""
-    end = first_box_end(reply.text)
+    """The reply up to the end of the first line with an answer in a box, where a Sampler stops writing."""
+    end = answered(reply.text)
     return replace(reply, text=reply.text[:end], finish="box") if end else reply
 
 

@@ -19,8 +19,13 @@ BINS = (0, 128, 256, 512, 1024, 2048, 4096, 8192)  # tokens
 # ---- what is kept ----------------------------------------------------------------------------------------
 
 def whole_text(text: str, thinking: str | None) -> str:
-    """One text with the thinking in tags, where a server sends the thinking in a field of its own."""
-    return text if not thinking or "<think>" in text else f"<think>\n{thinking.strip()}\n</think>\n{text}"
+    """One text with the thinking in tags. Some servers send the thinking in a field of its own; some models
+    write only its end, since their template opens it in the prompt."""
+    if "<think>" in text:
+        return text
+    if thinking:
+        return f"<think>\n{thinking.strip()}\n</think>\n{text}"
+    return f"<think>\n{text}" if text.count("</think>") == 1 else text
 
 
 def assess(reply, gold: str, max_tokens: int, needs_think: bool = True) -> dict:
