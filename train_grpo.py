@@ -32,7 +32,7 @@ TINY = {"lr": 3e-3, "batch": 16, "samples": 8, "kl": 0.0, "temperature": 1.0, "m
 @dataclass(frozen=True)
 class Algorithm:
     advantage: str  # a kind that losses.advantages knows
-    ratio: str      # token, sequence or none: between the policy now and when it sampled
+    ratio: str      # p(now) / p(when sampled): per token, per sequence, or none
     low: float      # the ratio is clipped to 1 - low ... 1 + high
     high: float
     normalise: str  # a way that losses.token_weights knows
@@ -43,7 +43,7 @@ ALGORITHMS = {
     "dr_grpo": Algorithm("mean", "token", 0.2, 0.2, "constant"),
     "dapo": Algorithm("std", "token", 0.2, 0.28, "token"),
     "gspo": Algorithm("std", "sequence", 3e-4, 4e-4, "sequence"),
-    "rloo": Algorithm("loo", "none", 0, 0, "constant"),  # the paper's gradient / --max-tokens
+    "rloo": Algorithm("loo", "none", 0, 0, "constant"),  # the paper's gradient divided by --max-tokens
     "report": Algorithm("batch", "none", 0, 0, "sequence"),
 }
 
@@ -327,7 +327,8 @@ def introduce(policy, tokenizer, base: str, pool, plan, device: str, args):
     print(f"work: {len(plan)} steps of {args.batch} problems x {args.samples} samples, at most "
           f"{args.batch * args.samples * args.max_tokens:,} new tokens a step; "
           f"{memory(policy, args.micro_tokens)}")
-    print("the first prompt:\n" + tokenizer.render([user(SOLVER(question=pool[plan[0][0]].question))]))
+    prompt = user(SOLVER(question=pool[plan[0][0]].question))
+    print("the solver's prompt for the first problem:\n" + tokenizer.render([prompt]))
 
 
 def summary(episodes: list[Episode]) -> dict:

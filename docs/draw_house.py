@@ -217,7 +217,7 @@ STYLE = """
   }"""
 
 HEADINGS = {"scripts": ("Five scripts", "one for each stage"),
-            "core": ("Teaching core: slm/*.py", "what a reader needs to know how post-training works"),
+            "core": ("Teaching core: slm/*.py", "what to read to learn how post-training works"),
             "engine": ("Engine rooms: slm/*/", "skip them at first")}
 NOTES = ("A line leaves a room downwards and turns into each room that it imports from.",
          "The lines on the right go up: engine rooms import core modules, too.",

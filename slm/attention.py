@@ -1,11 +1,11 @@
-"""Causal attention over packed sequences. Nothing else in the core knows of masks, and nothing pads.
+"""Causal attention over packed sequences. Nothing else in the core has attention masks, and nothing pads.
 
 The model calls an attend object once a layer: attend(layer, q (T,H,E), k (T,K,E), v (T,K,E)) -> (T,H,E), with
 queries and keys already rotated. It computes softmax(q k' / sqrt(E)) v (Vaswani et al. 2017,
 arXiv:1706.03762, eq. 1) over the keys that the query's own sequence has so far.
 
-`Packed` holds many whole sequences in a row, for training and log-probs. (slm/sampling has attend objects
-that read a cache.) On a GPU it is one call of PyTorch's variable-length flash attention. Elsewhere it calls
+`Packed` holds many whole sequences in a row, for training and log-probs; slm/sampling has attend objects that
+read a cache. On a GPU Packed is one call of PyTorch's variable-length flash attention. Elsewhere it calls
 scaled_dot_product_attention for one sequence after the other. Padding them into batches was no faster on a
 CPU, and the kernel rounds differently when the length changes: one by one, a packed sequence gets the same
 bits as alone.
@@ -29,7 +29,8 @@ class Packed:
     """Attention over sequences packed one behind the other: causal inside each, nothing across.
 
     lengths: tokens of each sequence, in order, all of 1 or more; T is their sum.
-    positions: (T,) int64, each token's place in its own sequence. bounds: (S + 1,) int32, where they begin.
+    positions: (T,) int64, each token's place in its own sequence. bounds: (S + 1,) int32, where each sequence
+    begins, and the end of the last.
     """
 
     def __init__(self, lengths: list[int], device="cpu"):

@@ -1,6 +1,6 @@
 """What answers: a model on this machine, or a server."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from slm import checkpoint, lora, lora_files
 from slm.runs.device import pick_device
@@ -28,13 +28,15 @@ def open_backend(options, batch: int | None = None) -> tuple[Sampler | Endpoint,
     return own_model(options.model, options.device, options.dtype, folders, batch), names
 
 
-def own_model(model: str, device: str, dtype: str, adapters: Iterable[tuple[str, str]] = (),
+def own_model(model: str, device: str, dtype: str, adapters: Sequence[tuple[str, str]] = (),
               batch: int | None = None) -> Sampler:
     """A Sampler around a model on this machine.
 
     model: tiny, a directory or a hub id. device, dtype: as on the command line, "auto" too; the choice is
     printed. adapters: (name, directory). BadInput if one of them is not there.
     """
+    for folder in (model, *(folder for _, folder in adapters)):
+        checkpoint.resolve(folder)  # a misspelt one is said before anything is measured
     place, precision, reason = pick_device(device, dtype, model)
     print(f"{model} on {place}, {str(precision).removeprefix('torch.')}: {reason}")
     network, tokenizer = checkpoint.load(model, place, precision)

@@ -309,7 +309,7 @@ class _Runner:
         live.steps += 1
 
     def ask(self, live: "_Live", place: int, ask: Ask) -> None:
-        """Submit an Ask. A greedy one that is word for word another one's shares its reply."""
+        """Submit an Ask. Equal greedy Asks share one reply; one that goes on with a reply stands alone."""
         want = {k: v for k, v in ask.sampling.items()
                 if not (self.fixed and k in ("temperature", "top_p", "top_k"))}
         want["max_tokens"] = min(self.sampling.max_tokens, want.get("max_tokens", self.sampling.max_tokens))

@@ -1,13 +1,13 @@
 """LoRA: y = W x + s B A x with W frozen, A (r, in) and B (out, r) trained, s = alpha / r.
 
-Hu et al. 2021, arXiv:2106.09685, eq. 3. A starts as in a linear layer and B at zero, so a new adapter changes
-nothing. With rslora s = alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732). A and B are kept in float32
-and used in the model's dtype.
+Hu et al. 2021, arXiv:2106.09685, eq. 3. A starts like the weight of nn.Linear and B at zero, so a new adapter
+changes nothing. With rslora s = alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732). A and B are kept in
+float32 and used in the model's dtype. To sample, sampling/fast.py computes the same sum.
 
 Several adapters can live on one base model, each under a name. One is active: `add` activates its own. `use`
 and `off` change that inside a with block, and `use` can give every sequence of a batch its own adapter. Only
-`merge` touches the base weights. So with its adapter off a model is its base model, bit for bit, and policy
-and reference are one model. lora_files.py reads and writes PEFT's files.
+`merge` and `unmerge` change base weights. So with its adapter off a model is its base model, bit for bit, and
+policy and reference are one model. lora_files.py reads and writes PEFT's files.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ class LoRALinear(nn.Linear):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias, self.adapters = base.weight, base.bias, adapters
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
-        self.unmerged: dict[str, Tensor] = {}  # the weight before each merge
+        self.before_merge: dict[str, Tensor] = {}  # the weight before each merge
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, in) -> W x + s B A x (T, out)"""
@@ -187,7 +187,7 @@ def merge(model: Qwen2, name: str = "default") -> float:
         apart = _probe(model)
     adapters, scale = _adapters(model), spec(model, name).scale
     for layer in layers(model, name).values():
-        layer.unmerged[name] = layer.weight.detach().clone()
+        layer.before_merge[name] = layer.weight.detach().clone()
         update = layer.lora_B[name].float() @ layer.lora_A[name].float() * scale
         layer.weight.copy_(layer.weight.float() + update)
     adapters.merged.append(name)
@@ -202,7 +202,7 @@ def unmerge(model: Qwen2, name: str = "default") -> None:
     if adapters.merged[-1:] != [name]:
         raise ValueError(f"adapter {name!r} is not the last one merged: {adapters.merged}")
     for layer in layers(model, name).values():
-        layer.weight.copy_(layer.unmerged.pop(name))
+        layer.weight.copy_(layer.before_merge.pop(name))
     adapters.merged.pop()
     adapters.active = name
 
@@ -211,7 +211,7 @@ def remove(model: Qwen2, name: str = "default") -> None:
     """Take an adapter off. What was merged stays in the weights, for good."""
     adapters = _adapters(model)
     for layer in layers(model, name).values():
-        layer.unmerged.pop(name, None)
+        layer.before_merge.pop(name, None)
         del layer.lora_A[name], layer.lora_B[name]
     del adapters.specs[name]
     adapters.merged = [other for other in adapters.merged if other != name]

@@ -1,6 +1,6 @@
 """Qwen2 over packed tokens.
 
-The same module is trained, sampled from and used as its own reference. It reads T tokens in a row: one
+The same weights are trained, sampled from and used as their own reference. It reads T tokens in a row: one
 sequence stands behind the other, without padding, and each token has a position inside its own sequence.
 
     x = embed[ids]                                              (T, D)
@@ -55,8 +55,9 @@ class Config:
 def rope(positions: Tensor, theta: float, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Positions (T,) -> cosines and sines, each (T, 1, E), of the angles position * theta^(-2i/E).
 
-    i runs from 0 to E/2 - 1, twice; the first sines are negated, as `rotate` wants them. The angles are
-    float32 whatever dtype the model has: bfloat16 would round position 4,095 to 4,096.
+    i runs from 0 to E/2 - 1; the E/2 angles stand there twice, and the sines of the first half are negated,
+    as `rotate` wants them. The angles are float32 whatever dtype the model has: bfloat16 would round position
+    4,095 to 4,096.
     """
     frequency = 1.0 / theta ** (torch.arange(0, size, 2, device=positions.device).float() / size)
     angle = positions.float()[:, None, None] * frequency
@@ -65,7 +66,8 @@ def rope(positions: Tensor, theta: float, size: int, dtype: torch.dtype) -> tupl
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i+E/2}) of x (T, heads, E) by their angles."""
+    """Turn the pairs (x_i, x_{i+E/2}) of x (T, heads, E) by their angles. (The paper pairs neighbours; the
+    weights of Hugging Face's checkpoints are laid out for these pairs.)"""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
 
 

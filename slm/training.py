@@ -73,7 +73,8 @@ def steps(total: int, rundir: RunDir, trained: dict, optimizer, args) -> Iterato
     state = rundir.load(device) if args.resume else None
     first = restore(state, trained, optimizer) if state else 0
     bar = tqdm(total=total, initial=first, unit="step", disable=ranks.rank() > 0)
-    words = "\nfinishing this step, then saving; once more to stop now, back to the last checkpoint"
+    words = ("\nfinishing this step, then saving; Ctrl-C again stops at once, and --resume then goes on from "
+             "the last checkpoint")
     with Interrupt(lambda: print(words, file=sys.stderr)) as stop, bar:
         for step in range(first, total):
             torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + ranks.rank())  # for dropout

@@ -334,7 +334,7 @@ WORKFLOWS = {fn.__name__: fn for fn in (
 def workflow(name: str):
     """A workflow by its name. BadInput for an unknown name."""
     if name not in WORKFLOWS:
-        raise BadInput(f"--workflow {name!r} is none; expected one of {', '.join(WORKFLOWS)}")
+        raise BadInput(f"--workflow {name!r}: no such workflow; expected one of {', '.join(WORKFLOWS)}")
     return WORKFLOWS[name]
 
 

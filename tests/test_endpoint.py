@@ -304,9 +304,9 @@ def test_workers_survive_a_server_that_does_everything_wrong():
 
 
 @pytest.mark.parametrize("text, cut, finish", [
-    ("So \\boxed{\\frac{1}{2}} and \\boxed{3}", "So \\boxed{\\frac{1}{2}}", "box"),
+    ("So \\boxed{\\frac{1}{2}} and \\boxed{3}.\nMore", "So \\boxed{\\frac{1}{2}} and \\boxed{3}.", "box"),
     ("So \\boxed{\\frac{1}{2}", None, "stop"), ("{no} box", None, "stop")])
-def test_a_reply_ends_at_its_first_box_where_that_is_asked(text, cut, finish):
+def test_a_reply_ends_with_the_line_of_its_box_if_that_is_asked(text, cut, finish):
     with scripted(lambda *_: chat(text)) as (url, _):
         short, whole = collect(quick(url, workers=1), ask(stop_at_box=True), ask())
     assert (short.text, short.finish) == (cut or text, finish)

@@ -48,7 +48,10 @@ def theirs(peer, ids):
 
 
 def difference(a, b) -> float:
-    return float((a.float() - b.float()).abs().max())
+    """The largest one. transformers has logits for the ids that its embedding has and the tokenizer lacks;
+    ours end before them."""
+    known = min(a.shape[-1], b.shape[-1])
+    return float((a[..., :known].float() - b[..., :known].float()).abs().max())
 
 
 def peer_model(tmp_path, seed=0, biases=True, **config):
@@ -106,8 +109,9 @@ def test_bfloat16_logits_as_close_as_transformers_is_to_itself(tmp_path, device)
 def test_gradients_are_those_of_transformers(tmp_path):
     peer, directory = peer_model(tmp_path)
     model, _ = checkpoint.load(directory)
-    ids, attend = torch.randint(0, 2000, (60,)), Packed([60])
-    for logits in (model.logits(model(ids, attend.positions, attend)), peer(ids[None]).logits[0]):
+    known = model.config.ids
+    ids, attend = torch.randint(0, known, (60,)), Packed([60])
+    for logits in (model.logits(model(ids, attend.positions, attend)), peer(ids[None]).logits[0, :, :known]):
         torch.nn.functional.cross_entropy(logits[:-1], ids[1:]).backward()
     grads = dict(peer.named_parameters())
     error = max(difference(p.grad, grads[name].grad) for name, p in model.named_parameters())

@@ -14,7 +14,7 @@ BRACE = re.compile(r"\\.|[{}]", re.S)
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 DIGITS = re.compile(r"-?\d[\d,.]*")  # \boxed 5
 MARK = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|(?P<think></?think>)|(?P<open>\{)|(?P<close>\})"
-                  r"|(?P<line>\n)|\\(?!\\(?:boxed|fbox)).", re.S)
+                  r"|(?P<line>\n)|\\(?!\\(?:boxed|fbox))[^\n]")
 
 
 class Box(NamedTuple):

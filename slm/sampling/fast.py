@@ -25,7 +25,7 @@ from slm.model import Qwen2, rope, rotate
 from slm.sampling.graphs import fused
 
 SMALL = 2 ** 18  # multiplications: a smaller product is faster in float32, bfloat16 has a fixed cost of 13 us
-Rows = list[tuple[str | None, int]]  # the adapter (or None) of consecutive tokens, and how many these are
+Spans = list[tuple[str | None, int]]  # the adapter (or None) of consecutive tokens, and how many these are
 
 
 @contextlib.contextmanager
@@ -56,9 +56,9 @@ class Plain:
         self.versions = [(id(p), p.data_ptr(), p._version) for p in self.parameters]
         return self.versions != before
 
-    def choose(self, rows: Rows):
+    def choose(self, spans: Spans):
         """What `hidden` and `logits` need to know of the adapters of consecutive tokens."""
-        return rows
+        return spans
 
     def hidden(self, ids: Tensor, positions: Tensor, attend, chosen) -> Tensor:
         """ids, positions (T,) -> hidden states after the last norm (T, D), without dropout."""
@@ -97,9 +97,10 @@ turn = fused(rotate)
 
 
 def by_columns(x: Tensor) -> bool:
-    """Whether products of x (T, in) are faster as (W x')'. On a CPU in bfloat16 the second factor is repacked
-    at each call, and with some dozens of tokens x is smaller than W. The result lies in memory column by
-    column. To add that to rows would cost what it gained, so the residual stream then lies so as well."""
+    """Whether products of x (T, in) are faster as the transpose of W x'. On a CPU in bfloat16 the second
+    factor is repacked at each call, and with some dozens of tokens x is smaller than W. The result lies in
+    memory column by column. Adding it to a residual stream that lies row by row would cost the gain, so the
+    residual stream lies column by column, too."""
     return x.is_cpu and x.dtype == torch.bfloat16 and 32 <= len(x) <= 128
 
 
@@ -229,24 +230,24 @@ class Fast(Plain):
                        [mlp.down_proj]]
         return groups if self.model.config.tied else [*groups, [self.model.lm_head]]
 
-    def choose(self, rows: Rows) -> Chosen | None:
-        used = {name for name, _ in rows}
+    def choose(self, spans: Spans) -> Chosen | None:
+        used = {name for name, _ in spans}
         if used == {None}:
             return None
         if not used <= {None, *self.names}:
             self.arrange()  # an adapter that came after the last look
         if len(used) > 1:
-            return self._chosen(rows)
-        if rows[0][0] not in self.uniform:  # kept: recordings use its tensors
-            self.uniform[rows[0][0]] = Chosen(None) if len(self.names) == 1 else self._chosen(rows[:1])
-        return self.uniform[rows[0][0]]
+            return self._chosen(spans)
+        if spans[0][0] not in self.uniform:  # kept: recordings use its tensors
+            self.uniform[spans[0][0]] = Chosen(None) if len(self.names) == 1 else self._chosen(spans[:1])
+        return self.uniform[spans[0][0]]
 
-    def _chosen(self, rows: Rows) -> Chosen:
+    def _chosen(self, spans: Spans) -> Chosen:
         embeddings = self.model.model.embed_tokens.weight
-        at = torch.tensor([self.names.index(name) if name else len(self.names) for name, _ in rows])
+        at = torch.tensor([self.names.index(name) if name else len(self.names) for name, _ in spans])
         member = F.one_hot(at, len(self.names) + 1)[:, :-1].to(embeddings.device, embeddings.dtype)
-        if len(rows) > 1:
-            counts = torch.tensor([count for _, count in rows], device=embeddings.device)
+        if len(spans) > 1:
+            counts = torch.tensor([count for _, count in spans], device=embeddings.device)
             member = member.repeat_interleave(counts, 0)
         return Chosen(member)
 

@@ -17,7 +17,7 @@ prompt) copies that part and does not compute it again.
 If the rows outgrow the cache, the newest goes back to the waiting line with what it has written and is
 prefilled again later: slower, never stuck. Random numbers are a hash of (seed + sample, prompt, place in the
 reply), so a reply does not depend on what else is in the batch. In bfloat16 that holds up to rounding, since
-products of other shapes round differently (every RL run measures and shows it).
+products of other shapes round differently (train_grpo.py logs it as dlogp).
 
 The weights are the trainer's own tensors. fast.py runs the network over them in an order that suits
 sampling. A few rows on a CPU decode several tokens a step if drafts of them come true (drafts.py). A GPU
@@ -288,7 +288,7 @@ class Sampler:
         self._accept(rows, [ids[span] for span in kept], [logprobs[span] for span in kept])
 
     def _rounds(self, rows: list[Row], longest: int) -> None:
-        """One token for each row; a burst of them on a GPU. Those behind the end of a reply are dropped."""
+        """One token for each row; a burst of them on a GPU. What is drawn past a reply's end is dropped."""
         adapters, cache = {row.adapter for row in rows}, self.cache
         cut = any(row.sampling.temperature and (row.sampling.top_k or row.sampling.top_p < 1) for row in rows)
         recorded = self.recorded and not cut and len(adapters) == 1
