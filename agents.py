@@ -44,7 +44,7 @@ from functools import partial
 from pathlib import Path
 
 from slm.answers import answer_record, finished, run_graded
-from slm.backends import open_backend
+from slm.backends import asked_with, open_backend
 from slm.episode import Episode, Sampling
 from slm.problems import fingerprint, load_all, refuse_long
 from slm.report import write as write_report
@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
     cli.show(vars(args))
     backend, adapters = open_backend(args)
     refuse_long(problems, backend)
-    run = RunDir(args.out, vars(args), fingerprint(problems), args.resume)
+    run = RunDir(args.out, vars(args) | asked_with(backend), fingerprint(problems), args.resume)
     done = finished(run.journal("episodes")) if args.resume else []
     sampling = Sampling(args.max_tokens, stop_at_box=True)
     memo, results = {}, {}

@@ -57,7 +57,7 @@ from pathlib import Path
 
 from slm import BadInput, checkpoint, problems, prompts, workflows
 from slm.answers import answer_record, finished, run_graded
-from slm.backends import open_backend
+from slm.backends import asked_with, open_backend
 from slm.episode import Sampling
 from slm.grading import grade, version
 from slm.report import write as write_report
@@ -90,7 +90,8 @@ def evaluate(args: argparse.Namespace) -> None:
     cli.show(settings)
     backend, adapters = open_backend(args, args.batch)
     problems.refuse_long(everything, backend)
-    run = RunDir(args.out, settings | identity(args), problems.fingerprint(everything), args.resume)
+    run = RunDir(args.out, settings | identity(args) | asked_with(backend),
+                 problems.fingerprint(everything), args.resume)
     done = finished(run.journal("answers")) if args.resume else []
     sampling = Sampling(args.max_tokens, args.temperature, stop_at_box=True)
     results = {}

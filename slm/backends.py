@@ -6,6 +6,7 @@ from slm import checkpoint, lora, lora_files
 from slm.runs.device import pick_device
 from slm.sampling import Sampler
 from slm.teachers import Endpoint
+from slm.tokenizer import PLAIN
 from slm.workflows import refuse_roles
 
 
@@ -44,3 +45,11 @@ def own_model(model: str, device: str, dtype: str, adapters: Sequence[tuple[str,
         for name, folder in adapters:
             lora_files.load(network, checkpoint.resolve(folder), name)
     return Sampler(network, tokenizer, max_batch=batch)
+
+
+def asked_with(backend: Sampler | Endpoint) -> dict[str, str]:
+    """For a run's settings: whether prompts follow the model's own template or are plain. A server does that
+    itself."""
+    if not hasattr(backend, "tokenizer"):
+        return {}
+    return {"template": "plain" if backend.tokenizer.template == PLAIN else "the model's own"}

@@ -14,7 +14,7 @@ import pytest
 import scripted
 
 import eval as evaluation
-from slm import BadInput
+from slm import BadInput, checkpoint
 from slm.episode import Reply, user
 from slm.prompts import SOLVER
 from slm.runs import cli, stats
@@ -295,6 +295,20 @@ def test_regrading_shows_and_repairs_what_another_grader_said(three, capsys):
     assert len((three[1] / "answers.before-regrade.jsonl").read_text().splitlines()) == 10
     run("--regrade", three[1])
     assert "0 of 10 answers graded differently" in capsys.readouterr().out
+
+
+def test_a_base_model_is_asked_in_plain_words_and_its_run_says_so(tmp_path, tiny, capsys):
+    model = tmp_path / "base"
+    checkpoint.save(*tiny, model)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    for name, folder in (("plain", model), ("the model's own", "tiny")):
+        words = ["--model", folder, "--limit", 2, "--max-tokens", 8, "--out", tmp_path / name]
+        args = evaluation.options().parse_args(list(map(str, words)))
+        evaluation.main(cli.resolve(args, evaluation.PAPER, evaluation.TINY))
+        assert json.loads((tmp_path / name / "settings.json").read_text())["settings"]["template"] == name
+    assert "has no chat template; prompts are plain" in capsys.readouterr().err
 
 
 # Real weights, where there are some
