@@ -42,6 +42,10 @@ def scripted(answer):
                 number = len(seen)
                 seen.append((time.monotonic(), body, dict(self.headers), self.path))
             status, reply, *headers = answer(number, body, self.headers)
+            for interim in headers[0].pop("interim", ()) if headers else ():
+                self.send_response_only(interim)
+                self.send_header("Link", "</style.css>")
+                self.end_headers()
             reply = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
             self.send_response(status)
             for name, value in {"Content-Length": len(reply), **(headers[0] if headers else {})}.items():
@@ -311,6 +315,19 @@ def test_a_reply_ends_with_the_line_of_its_box_if_that_is_asked(text, cut, finis
         short, whole = collect(quick(url, workers=1), ask(stop_at_box=True), ask())
     assert (short.text, short.finish) == (cut or text, finish)
     assert (whole.text, whole.finish) == (text, "stop")
+
+
+@pytest.mark.parametrize("interim", [[102], [103, 103], [100, 102, 103]])
+def test_interim_answers_shift_no_reply_to_another_question(interim):
+    def answer(number, body, headers):
+        status, reply = chat("to " + body["messages"][0]["content"])
+        return status, reply, {"interim": list(interim) if number % 3 else []}
+
+    with scripted(answer) as (url, seen):
+        replies = collect(quick(url, workers=2), *(ask(str(i)) for i in range(30)))
+    assert [group[0].text if isinstance(group, list) else group.text for group in replies] == [
+        f"to {i}" for i in range(30)]
+    assert len(seen) == 30
 
 
 def test_packed_and_chunked_bodies_are_read():

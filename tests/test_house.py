@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 # the entry of 2026-11-30 there.
 LIMITS = {
     "the teaching core": 4200,  # the five scripts and the modules directly in slm/
-    "the whole": 10850,         # the five scripts and all of slm/
+    "the whole": 10890,         # the five scripts and all of slm/
     "slm/model.py": 190,
     "slm/attention.py": 80,
     "slm/lora.py": 240,
@@ -48,6 +48,7 @@ ALLOWED = {
     "p.data": "PyTorch's own place for a parameter's numbers",
     "dynamo.config.*": "a setting of PyTorch's compiler",
     "session.trust_env": "a setting of requests",
+    "*.pool_classes_by_scheme": "a setting of urllib3",
     "t.*": "a setting of the tokenizers package",
     "locks.*": "a module that the sandbox's child makes itself",
     "setattr(locks, *)": "the same",

@@ -14,6 +14,7 @@ Not covered: streaming, images, function calling, log-probs. Imports no torch.
 """
 
 import contextlib
+import http.client
 import json
 import os
 import random
@@ -25,6 +26,9 @@ from queue import Empty, SimpleQueue
 from urllib.parse import urlsplit
 
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from slm import BadInput
@@ -49,6 +53,47 @@ class _Again(Exception):
 
 class _Refused(Exception):
     """The server will refuse this request however often it is sent."""
+
+
+class _Response(http.client.HTTPResponse):
+    """Reads on behind interim answers (102, 103). Python's own class takes one for the answer, and the real
+    answer for that of the next request on the connection."""
+
+    def _read_status(self):
+        version, status, reason = super()._read_status()
+        while 101 < status < 200:
+            http.client.parse_headers(self.fp)
+            version, status, reason = super()._read_status()
+        return version, status, reason
+
+
+class _Plain(HTTPConnection):
+    response_class = _Response
+
+
+class _Encrypted(HTTPSConnection):
+    response_class = _Response
+
+
+class _PlainPool(HTTPConnectionPool):
+    ConnectionCls = _Plain
+
+
+class _EncryptedPool(HTTPSConnectionPool):
+    ConnectionCls = _Encrypted
+
+
+class _Adapter(HTTPAdapter):
+    """requests over these connections."""
+
+    def init_poolmanager(self, *args, **kwargs):
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _PlainPool, "https": _EncryptedPool}
+
+    def proxy_manager_for(self, *args, **kwargs):
+        manager = super().proxy_manager_for(*args, **kwargs)
+        manager.pool_classes_by_scheme = self.poolmanager.pool_classes_by_scheme
+        return manager
 
 
 class Limiter:
@@ -157,6 +202,8 @@ class Endpoint:
 
     def _work(self) -> None:
         with requests.Session() as session:
+            for scheme in ("http://", "https://"):
+                session.mount(scheme, _Adapter())
             session.trust_env = urlsplit(self.url).hostname not in ("localhost", "127.0.0.1", "::1")
             while (job := self._jobs.get()) and not self._closed.is_set():
                 ticket, sample, request = job
@@ -184,6 +231,7 @@ class Endpoint:
             except _Refused as e:
                 return self._failed(str(e), refused=True)
             except _Again as e:
+                session.close()  # what still stands on the connection is nobody's answer
                 self.limiter.pause(e.after)
                 error, wait = str(e), min(60.0, self.backoff * 2**attempt) * random.uniform(0.5, 1.0)
                 if error == "no connection" and attempt == 2 and not self._answered:
