@@ -7,6 +7,7 @@ plus one tensor; pickles are never opened. Files appear under their final name o
 """
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from slm.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"
 WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -75,12 +77,17 @@ def download(hub_id: str) -> Path:
 
 def load(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> tuple[Qwen2, Tokenizer]:
     """The model, in evaluation mode, and its tokenizer. An adapter's directory loads its base model and then
-    the adapter, active under the name "default"."""
+    the adapter, active under the name "default"; one that holds a model too loads that model alone.
+
+    Where the config ties the head to the embedding and the weights have a head with other values, that head
+    is used, with a note, as in transformers 5."""
     directory = resolve(name)
-    if (directory / ADAPTER).is_file() and not any((directory / name).is_file() for name in (WEIGHTS, INDEX)):
+    if is_adapter(directory):
         base = read_json(directory / ADAPTER).get("base_model_name_or_path")
         try:
-            model, tokenizer = load(base or "", device, dtype)
+            if is_adapter(resolve(base or "")):
+                raise BadInput("an adapter, expected the model that it belongs to")
+            model, tokenizer = load(base, device, dtype)
         except BadInput as e:
             raise BadInput(f"{directory / ADAPTER}: base_model_name_or_path {base!r}: {e}") from None
         lora_files.load(model, directory)
@@ -89,10 +96,21 @@ def load(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     tokenizer = Tokenizer.load(directory)
     if tokenizer.largest >= config.vocab:
         raise BadInput(f"{directory}: the tokenizer has id {tokenizer.largest}, the model {config.vocab} ids")
+    holder = tensor_files(directory)
+    if config.tied and HEAD in holder and EMBEDDING in holder and not torch.equal(
+            *(holder[name].read(name, dtype=dtype) for name in (EMBEDDING, HEAD))):
+        print(f"note: {directory}: {CONFIG} ties the head to the embedding; {HEAD} is another, and is used",
+              file=sys.stderr)
+        config = replace(config, tied=False)
     with torch.device("meta"):
         model = Qwen2(replace(config, ids=tokenizer.largest + 1))
-    read_weights(model, directory, device, dtype)
+    read_weights(model, directory, holder, device, dtype)
     return model.eval(), tokenizer
+
+
+def is_adapter(directory: Path) -> bool:
+    weights = any((directory / name).is_file() for name in (WEIGHTS, INDEX))
+    return (directory / ADAPTER).is_file() and not weights
 
 
 def read_config(config: dict, where: str = "config.json") -> Config:
@@ -136,11 +154,9 @@ def config_json(c: Config) -> dict:
     return out if c.bias else {**out, "attention_bias": False}
 
 
-def read_weights(model: Qwen2, directory: Path, device, dtype: torch.dtype) -> None:
-    """Fill a model that is on the meta device from a directory's safetensors files."""
-    files = [SafeTensors(path) for path in weight_files(directory)]
-    holder = {name: file for file in files for name in file.shapes}
-    known_extra = {"lm_head.weight"} if model.config.tied else set()
+def read_weights(model: Qwen2, directory: Path, holder: dict[str, SafeTensors], device, dtype) -> None:
+    """Fill a model that is on the meta device. holder: each tensor's name -> the file that holds it."""
+    known_extra = {HEAD} if model.config.tied else set()
     found = {name: file.shapes[name] for name, file in holder.items()
              if name not in known_extra and not name.endswith("rotary_emb.inv_freq")}
     wanted = dict(model.named_parameters())
@@ -151,16 +167,27 @@ def read_weights(model: Qwen2, directory: Path, device, dtype: torch.dtype) -> N
         model.get_submodule(path).register_parameter(leaf, nn.Parameter(tensor))
 
 
+def tensor_files(directory: Path) -> dict[str, SafeTensors]:
+    """Name of each tensor -> the file that holds it; if several shards do, the one that the index names."""
+    files = {path.name: SafeTensors(path) for path in weight_files(directory)}
+    found = {name: file for file in files.values() for name in file.shapes}
+    if WEIGHTS not in files:
+        places = read_json(directory / INDEX)["weight_map"].items()
+        found |= {name: files[place] for name, place in places if name in files[place].shapes}
+    return found
+
+
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model: those that the index names, or the one."""
+    """The safetensors files of a model: the one, as in transformers even beside an index, which is then an
+    older model's; else those that the index names."""
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
     if (directory / INDEX).is_file():
         shards = sorted(set(read_json(directory / INDEX).get("weight_map", {}).values()))
         missing = [name for name in shards if not (directory / name).is_file()]
         if missing or not shards:
             raise BadInput(f"{directory / INDEX}: names {', '.join(missing) or 'nothing'}, not there")
         return [directory / name for name in shards]
-    if (directory / WEIGHTS).is_file():
-        return [directory / WEIGHTS]
     pickles = sorted(path.name for path in directory.glob("*.bin"))
     hint = f"; {pickles[0]} is a pickle and is not opened, convert it first" if pickles else ""
     raise BadInput(f"{directory}: no {WEIGHTS} and no {INDEX}{hint}")

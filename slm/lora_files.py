@@ -1,5 +1,6 @@
 """Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors in a folder."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -13,8 +14,11 @@ WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
 # Keys of adapter_config.json that say what we need or nothing about the numbers; any other must be unset.
 KNOWN = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "base_model_name_or_path",
          "peft_type", "task_type", "inference_mode", "revision", "auto_mapping", "peft_version", "eva_config",
-         "loftq_config", "corda_config", "megatron_core", "qalora_group_size", "runtime_config"}
-UNSET = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}  # else falsy
+         "loftq_config", "corda_config", "megatron_core", "qalora_group_size", "runtime_config",
+         "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern", "modules_to_save",
+         "ensure_weight_tying", "fan_in_fan_out"}  # peft, too, ignores the last for linear layers
+UNSET = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+         "layers_pattern": (None, "", [], "layers", ["layers"])}  # else falsy
 
 
 def save(model: Qwen2, directory: str | Path, name: str = "default", base: str | Path = "") -> None:
@@ -32,23 +36,85 @@ def save(model: Qwen2, directory: str | Path, name: str = "default", base: str |
 
 @torch.no_grad()
 def load(model: Qwen2, directory: str | Path, name: str = "default") -> None:
-    """Put an adapter of PEFT's on the model and make it active. BadInput names what is not supported, and
-    lists all missing, unexpected and wrongly shaped tensors at once; then the model is as it was."""
+    """Put an adapter of PEFT's on the model and make it active: the same function as in peft. BadInput names
+    what is not supported, and lists all missing, unexpected and wrongly shaped tensors at once; then the
+    model is as it was.
+
+    Layers may have ranks and alphas of their own. Here all get the largest rank, filled up with zeros, and
+    one alpha; B is multiplied by what that changes. A tensor saved beside (modules_to_save, an embedding)
+    must be the base model's: peft puts it in its place, but here a model without its adapter is its base.
+    """
     directory = Path(directory)
     config = read_json(directory / ADAPTER)
     _refuse(config, directory / ADAPTER)
-    file, r, targets = SafeTensors(directory / WEIGHTS), config["r"], config["target_modules"]
-    shapes = {}
-    for path in lora.matching(model, targets):
+    file, layers = SafeTensors(directory / WEIGHTS), _layers(model, config)
+    if not layers:
+        raise BadInput(f"{directory / ADAPTER}: target_modules {config['target_modules']!r} is nothing here")
+    keys, shapes = _own_keys(model, file, config), {}
+    for path, (r, _) in layers.items():
         layer = model.get_submodule(path)
         shapes[f"{PREFIX}{path}.lora_A.weight"] = (r, layer.in_features)
         shapes[f"{PREFIX}{path}.lora_B.weight"] = (layer.out_features, r)
-    check_tensors(directory / WEIGHTS, shapes, file.shapes)
-    values = {key: file.read(key) for key in shapes}
-    lora.add(model, r, config["lora_alpha"], targets, config.get("lora_dropout") or 0.0, name,
-             bool(config.get("use_rslora")))
-    for key, p in _tensors(model, name).items():
-        p.copy_(values[key])
+    check_tensors(file.path, shapes, {name: file.shapes[key] for name, key in keys.items()})
+    values = {name: file.read(keys[name]) for name in shapes}
+    lora.add(model, max(r for r, _ in layers.values()), config["lora_alpha"], list(layers),
+             config.get("lora_dropout") or 0.0, name, bool(config.get("use_rslora")))
+    for path, layer in lora.layers(model, name).items():
+        (r, scale), ours = layers[path], lora.spec(model, name).scale
+        layer.lora_A[name].zero_()[:r] = values[f"{PREFIX}{path}.lora_A.weight"]
+        layer.lora_B[name][:, :r] = values[f"{PREFIX}{path}.lora_B.weight"].float() * (scale / ours)
+
+
+def _layers(model: Qwen2, config: dict) -> dict[str, tuple[int, float]]:
+    """Full name -> (rank, scale) of the linear layers that an adapter changes, by peft's rules. A name that
+    the model lacks is no fault."""
+    numbers, found = config.get("layers_to_transform"), {}
+    numbers = [numbers] if isinstance(numbers, int) else numbers
+    targets, *without = (config.get(key) for key in ("target_modules", "exclude_modules", "modules_to_save"))
+    for path, module in model.named_modules():
+        number = re.match(r"model\.layers\.(\d+)\.", path)
+        here = not numbers or path in targets or (number and int(number[1]) in numbers)
+        if isinstance(module, torch.nn.Linear) and here and _meant(path, targets) and not any(
+                _meant(path, names) for names in without):
+            r = _of_layer(path, config.get("rank_pattern"), config["r"])
+            alpha = _of_layer(path, config.get("alpha_pattern"), config["lora_alpha"])
+            found[path] = r, lora.Spec(r, alpha, path, rslora=bool(config.get("use_rslora"))).scale
+    return found
+
+
+def _meant(path: str, names: list[str] | str | None) -> bool:
+    """Is the layer meant by a list of full names and their ends, or by this pattern?"""
+    if isinstance(names, str):
+        return bool(re.fullmatch(names, path))
+    return any(f".{path}".endswith(f".{name}") for name in names or ())
+
+
+def _of_layer(path: str, patterns: dict | None, common):
+    """What the first pattern says that fits the end of the layer's name; else what is common to all."""
+    return next((value for pattern, value in (patterns or {}).items()
+                 if re.match(rf"(.*\.)?({pattern})$", path)), common)
+
+
+def _own_keys(model: Qwen2, file: SafeTensors, config: dict) -> dict[str, str]:
+    """Name of each tensor of the adapter, without an adapter's name in it, -> its name in the file. BadInput
+    for a second adapter, or a tensor saved beside that is missing or differs from the base model's."""
+    base, keys, beside = dict(model.named_parameters()), {}, ""
+    base.setdefault("lm_head.weight", base["model.embed_tokens.weight"])
+    for key in file.shapes:
+        p = base.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
+        if p is None:
+            keys[re.sub(r"(lora_[AB])\.\w+\.weight$", r"\1.weight", key)] = key
+        elif not torch.equal(p, file.read(key, p.device, p.dtype)):
+            raise BadInput(f"{file.path}: {key} differs from the base model's; modules_to_save and trained "
+                           "embeddings are not supported, merge the adapter into its base with peft first")
+        else:
+            beside += f"{key} "
+    if len(keys) + beside.count(" ") < len(file.shapes):
+        raise BadInput(f"{file.path}: holds several adapters, expected one")
+    for module in config.get("modules_to_save") or []:
+        if f".{module}.weight " not in beside:
+            raise BadInput(f"{file.path}: modules_to_save names {module}, which is not there")
+    return keys
 
 
 def _tensors(model: Qwen2, name: str) -> dict[str, torch.nn.Parameter]:

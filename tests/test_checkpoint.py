@@ -81,6 +81,41 @@ def test_the_tied_head_may_be_stored_twice(saved):
     assert same(checkpoint.load(directory)[0], model)
 
 
+def test_a_head_of_its_own_counts_where_the_config_ties_it(saved, capsys):
+    directory, model = saved
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, directory / "model.safetensors")
+    again, tokenizer = checkpoint.load(directory)
+    assert torch.equal(again.lm_head.weight, model.model.embed_tokens.weight + 1) and not again.config.tied
+    assert "lm_head.weight is another, and is used" in capsys.readouterr().err
+    checkpoint.save(again, tokenizer, directory.parent / "saved")  # says now what it is
+    assert same(checkpoint.load(directory.parent / "saved")[0], again) and not capsys.readouterr().err
+
+
+def test_the_single_file_counts_and_not_an_older_index_beside_it(saved, random_model):
+    directory, model = saved
+    older = directory.parent / "older"
+    checkpoint.save(random_model(vocab=2000, seed=3), Tokenizer.load(TINY), older, shard_bytes=20_000)
+    for path in older.glob("model*"):
+        path.rename(directory / path.name)
+    assert len(list(directory.glob("*.safetensors"))) > 2 and same(checkpoint.load(directory)[0], model)
+    for path in directory.glob("model-*"):  # the index without its shards
+        path.unlink()
+    assert same(checkpoint.load(directory)[0], model)
+
+
+def test_of_two_shards_with_one_tensor_the_one_counts_that_the_index_names(random_model, tmp_path):
+    model = random_model(vocab=2000)
+    checkpoint.save(model, Tokenizer.load(TINY), tmp_path / "model", shard_bytes=20_000)
+    shards = sorted((tmp_path / "model").glob("*.safetensors"))
+    tensors = [load_file(shard) for shard in shards]
+    for others, shard in ((tensors[-1], shards[0]), (tensors[0], shards[-1])):
+        wrong = {name: torch.zeros_like(tensor) for name, tensor in others.items()}
+        save_file(wrong | load_file(shard), shard)
+    assert same(checkpoint.load(tmp_path / "model")[0], model)
+
+
 # ---- bad input ---------------------------------------------------------------------------------------------
 
 def no_model(d):
@@ -105,6 +140,7 @@ def pickle_only(d):
 
 
 def shard_gone(d):
+    (d / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (d / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -228,6 +264,18 @@ def test_an_adapter_without_its_base_says_where_it_looked(random_model, tmp_path
     lora_files.save(model, tmp_path / "adapter", base="/not/there")
     with pytest.raises(BadInput, match=r"adapter_config\.json: base_model_name_or_path '/not/there'"):
         checkpoint.load(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("bases", [["a"], ["b", "a"], ["b", None]])
+def test_an_adapter_whose_base_is_an_adapter_is_one_sentence(random_model, tmp_path, bases):
+    """The base of a is itself; or they are each other's; or b is an adapter without a base."""
+    model = random_model()
+    lora.add(model, r=2)
+    for name, base in zip("ab", bases):
+        lora_files.save(model, tmp_path / name)
+        edit(tmp_path / name / "adapter_config.json", base_model_name_or_path=base and str(tmp_path / base))
+    with pytest.raises(BadInput, match=r"a/adapter_config\.json: base_model.*: an adapter, expected"):
+        checkpoint.load(tmp_path / "a")
 
 
 # ---- cost --------------------------------------------------------------------------------------------------

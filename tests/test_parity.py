@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from slm import checkpoint, lora, lora_files
 from slm.attention import Packed
@@ -146,15 +147,63 @@ def test_what_transformers_saves_in_shards_loads_here(tmp_path):
     within("logits of a sharded model", difference(ours(model, ids), theirs(peer, ids)), 2e-4)
 
 
+def spoil(directory, change):
+    weights = load_file(directory / "model.safetensors")
+    change(weights)
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+
+
+def own_head(directory):
+    spoil(directory, lambda weights: weights.update({"lm_head.weight": torch.randn(2000, 64)}))
+
+
+def head_twice(directory):
+    spoil(directory, lambda weights: weights.update(
+        {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}))
+
+
+def stale_index(directory):
+    names = load_file(directory / "model.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def stale_index_and_shard(directory):
+    stale_index(directory)
+    weights = {name: tensor + 1 for name, tensor in load_file(directory / "model.safetensors").items()}
+    save_file(weights, directory / "model-00001-of-00001.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("change", [own_head, head_twice, stale_index, stale_index_and_shard])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_directory_that_contradicts_itself_is_read_as_transformers_reads_it(tmp_path, change, dtype):
+    _, directory = peer_model(tmp_path, tie_word_embeddings=True)
+    change(directory)
+    peer, (model, _) = load_peer(directory, dtype), checkpoint.load(directory, dtype=dtype)
+    assert torch.equal(peer.lm_head.weight, getattr(model, "lm_head", model.model.embed_tokens).weight)
+    assert torch.equal(peer.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert torch.equal(peer.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.up_proj.weight)
+
+
 # ---- LoRA --------------------------------------------------------------------------------------------------
 
 OPTIONS = [{}, {"use_rslora": True}, {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1},
-           {"target_modules": r".*\.layers\.[02]\..*(down|o)_proj"}, {"lora_alpha": 7, "r": 3}]
+           {"target_modules": r".*\.layers\.[02]\..*(down|o)_proj"}, {"lora_alpha": 7, "r": 3},
+           {"target_modules": ["q_proj", "c_attn", "wte"]}, {"target_modules": "all-linear"},
+           {"exclude_modules": ["layers.1.self_attn.q_proj", "v_proj"]},
+           {"exclude_modules": r".*layers\.[01]\..*"}, {"layers_to_transform": [0, 2]},
+           {"layers_to_transform": 1, "layers_pattern": "layers"},
+           {"layers_to_transform": [0], "target_modules": ["q_proj", "lm_head"]},
+           {"rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 12}, "alpha_pattern": {"v_proj": 5}},
+           {"rank_pattern": {"q_proj": 2}, "use_rslora": True,
+            "alpha_pattern": {"v_proj": 5, "^q_proj": 100, ".*down_proj": 3}},
+           {"modules_to_save": ["lm_head", "norm"]}, {"modules_to_save": ["embed_tokens"]},
+           {"fan_in_fan_out": True}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_adapters_of_peft_load_here(tmp_path, options):
-    peer, directory = peer_model(tmp_path)
+    peer, directory = peer_model(tmp_path, tie_word_embeddings=False)
     model, _ = checkpoint.load(directory)
     config = peft.LoraConfig(**({"r": 8, "lora_alpha": 16, "target_modules": list(lora.ALL)} | options),
                              init_lora_weights=False, task_type="CAUSAL_LM")
@@ -188,12 +237,16 @@ def test_our_adapters_load_in_peft(tmp_path, options):
 
 @pytest.mark.parametrize("change", [
     {"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]},
-    {"rank_pattern": {"q_proj": 2}}, {"init_lora_weights": "olora"}], ids=str)
+    {"init_lora_weights": "olora"}, {"trainable_token_indices": [3, 4]}], ids=str)
 def test_what_peft_can_and_we_cannot_is_refused_by_name(tmp_path, change):
     peer, directory = peer_model(tmp_path)
     model, _ = checkpoint.load(directory)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **change)
-    peft.get_peft_model(peer, config).save_pretrained(tmp_path / "adapter")
+    peer = peft.get_peft_model(peer, config)
+    for name, p in peer.named_parameters():
+        if "modules_to_save" in name:  # a trained head
+            torch.nn.init.normal_(p)
+    peer.save_pretrained(tmp_path / "adapter")
     with pytest.raises(checkpoint.BadInput, match=next(iter(change))):
         lora_files.load(model, tmp_path / "adapter")
 
