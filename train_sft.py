@@ -5,8 +5,9 @@
     torchrun --nproc_per_node 8 train_sft.py ...                the same on 8 GPUs
 
 Data: JSON lines. A row has `question` and `response`, as make_data.py writes them (the standard prompt is put
-around the question), or it has `messages`, a list of role and content. Every response or assistant message is
-trained, with the token that ends it. Rows longer than --max-length are left out and counted.
+around the question), or it is taken as it is: `messages`, `prompt` and `completion`, Alpaca, ShareGPT (see
+slm/rows.py). Every response or assistant message is trained, with the token that ends it. Rows longer than
+--max-length are left out and counted.
 
 A step trains on --batch rows, packed without padding into micro-batches of --micro-tokens. The loss of each
 is a sum, divided by the number of trained tokens in the batch: micro-batches don't change the gradient.
@@ -61,6 +62,7 @@ from slm import BadInput, checkpoint, lora, lora_files, losses, problems, traini
 from slm.episode import TokenRecord, user
 from slm.prompts import SOLVER
 from slm.report import write as write_report
+from slm.rows import read as read_row
 from slm.runs import files, ranks
 from slm.runs.device import memory, parameter_counts, peak_memory
 from slm.runs.rundir import RunDir
@@ -131,8 +133,8 @@ def read(data: str, limit: int | None) -> list[list[dict]]:
         rows = files.read_rows(path)
         if not rows:
             raise BadInput(f"{path}: no rows; expected JSON lines with question and response, or messages")
-        names = set(rows[0][1])
-        if names & {"response", "messages"} or not names & {"answer", "gold"}:
+        first = read_row(rows[0][1])
+        if first.response or first.gold is None:
             return [messages_of(row, f"{path} line {n}") for n, row in rows[:limit]]
     solved = [p for p in problems.load(data, "train", limit) if p.solution]
     if not solved:
@@ -152,13 +154,13 @@ def written_out(problem) -> str:
 
 def messages_of(row: dict, where: str) -> list[dict]:
     """A record as a conversation. BadInput, naming `where` it stands, for any other row."""
-    if isinstance(row.get("question"), str) and isinstance(row.get("response"), str):
-        if not (row["question"].strip() and row["response"].strip()):
-            raise BadInput(f"{where}: the question or the response is empty")
-        return conversation(row["question"], row["response"])
-    messages = row.get("messages")
-    if not isinstance(messages, list):
-        raise BadInput(f"{where}: expected question and response, or messages; found {', '.join(row)}")
+    found = read_row(row)
+    messages, response = found.messages, found.response or found.solution
+    if not messages and found.question and response:
+        return conversation(found.question, response)
+    if not messages:
+        there = [str(key) if str(value).strip() else f"{key} (empty)" for key, value in row.items()]
+        raise BadInput(f"{where}: expected question and response, or messages; found {', '.join(there)}")
     kinds = [(type(m.get("role")), type(m.get("content"))) for m in messages if isinstance(m, dict)]
     if kinds != [(str, str)] * len(messages) or not any(m["role"] == "assistant" for m in messages):
         raise BadInput(f"{where}: messages must be a list of role and content, at least one of the assistant")

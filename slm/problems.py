@@ -1,16 +1,17 @@
 """Problems to solve: benchmark sets by name, the built-in `tiny` world, or any JSON lines file.
 
     load("gsm8k", "test")        from a local folder when one has it, else downloaded once and cached
-    load("my/problems.jsonl")    rows with question (or problem) and answer (or gold)
+    load("my/problems.jsonl")    rows with question and answer, or of another shape that rows.py knows
 
 Folders are searched in this order: $SLM_DATA, ./data, ../shared/data, then the cache ($SLM_CACHE, by default
-~/.cache/slm). Each holds <set>/<split>.jsonl. Not covered: multiple choice, several gold answers, pictures.
+~/.cache/slm). Each holds <set>/<split>.jsonl. Not covered: multiple choice, pictures.
 Imports no torch.
 """
 
 import hashlib
 import math
 import os
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -21,7 +22,10 @@ from tqdm import tqdm
 
 from slm import BadInput
 from slm.episode import user
+from slm.grading import equal, extract
 from slm.prompts import SOLVER
+from slm.rows import Row
+from slm.rows import read as read_row
 from slm.runs import files
 from slm.tiny import world
 
@@ -75,9 +79,9 @@ SOURCES = {
         "test": Source("mawps/test.jsonl", _QWEN + "mawps/test.jsonl", 2065,
                        "00ffe31161be8623a3d36741830edbba87a3aee0109f693810fe40b9d5d91b8b")},
 }
+TEXT = re.compile(r"""\"(?:\\.|[^"\\])*\"|'(?:\\.|[^'\\])*'""")  # in quotes, as JSON or Python has it
+LIST = re.compile(rf"\s*\[\s*(?:(?:{TEXT.pattern})(?:\s*,\s*|\s*(?=\])))+\]\s*")
 NAMES = ("tiny", "tiny-unseen", *SOURCES)
-QUESTION = ("question", "problem", "Question", "input")
-GOLD = ("answer", "gold", "Answer", "target")
 
 
 def load(name: str, split: str = "train", limit: int | None = None) -> list[Problem]:
@@ -114,24 +118,30 @@ def load_all(names: list[str], split: str, limit: int | None = None) -> list[Pro
 
 
 def read(path: Path, source: str, split: str = "") -> list[Problem]:
-    """The problems of one file. Rows keep their own id where all of them have a different one."""
+    """The problems of one file. Rows keep their own id where all of them have a different one. A row without
+    a gold answer, or a conversation with several questions, is left out, counted and named."""
     rows = files.read_rows(path)
     own = [_own_id(row) for _, row in rows]
     unique = None not in own and len(set(own)) == len(own)
     prefix = f"{source}-{split}" if split else source
-    problems, without = [], []
+    problems, without, unread = [], [], {}
     for n, (line, row) in enumerate(rows):
         id = own[n] if unique and not own[n].isdigit() else f"{prefix}-{own[n] if unique else n}"
-        gold = _gold(row, source, f"{path} line {line}")
-        if not gold and source == "math":  # an empty box in MATH itself
-            without.append(id)
-            continue
-        if not gold:
-            raise BadInput(f"{path} line {line}: the gold answer is empty")
-        problems.append(Problem(id, _question(row, f"{path} line {line}"), gold, source, _solution(row)))
+        found = read_row(row)
+        unread |= dict.fromkeys(found.unread)
+        gold, solution = _gold_and_solution(found, row, source, f"{path} line {line}")
+        if gold and found.question:
+            problems.append(Problem(id, found.question.strip(), gold, source, solution))
+        else:
+            without.append(f"line {line}")
+    if without and not problems:
+        raise BadInput(f"{path} {without[0]}: the gold answer is empty or there are several questions, as in "
+                       "all rows")
     if without:
-        print(f"{path.name}: skipped {len(without)} problems without a gold answer: {', '.join(without)}",
-              file=sys.stderr)
+        print(f"{path.name}: left out {len(without)} of {len(rows)} rows, without a gold answer or with "
+              f"several questions: {', '.join(without[:5] + ['...'] * (len(without) > 5))}", file=sys.stderr)
+    if unread and source not in SOURCES:
+        print(f"{path.name}: these fields are not read: {', '.join(unread)}", file=sys.stderr)
     if not problems:
         raise BadInput(f"{path}: no problems in it; expected one JSON object a line")
     return problems
@@ -175,40 +185,43 @@ def _own_id(row: dict) -> str | None:
     return next((str(row[key]) for key in ("id", "unique_id", "ID") if row.get(key) not in (None, "")), None)
 
 
-def _question(row: dict, where: str) -> str:
-    if "Body" in row and "Question" in row:  # SVAMP
-        return f"{row['Body']} {row['Question']}"
-    for key in QUESTION:
-        if isinstance(row.get(key), str) and row[key].strip():
-            return row[key].strip()
-    raise BadInput(f"{where}: no question; expected a text named question or problem, "
-                   f"found {', '.join(map(str, row)) or 'no fields'}")
+def _gold_and_solution(found: Row, row: dict, source: str, where: str) -> tuple[str, str]:
+    """A row's gold answer, '' if it has none, and its worked solution. Where no field holds the answer it is
+    what the solution ends with: its last box, else what its last line calls the answer or holds alone."""
+    names, solution = ", ".join(map(str, row)) or "no fields", found.solution or found.response
+    if not (found.question or found.messages):
+        raise BadInput(f"{where}: no question; expected a text named question or problem, found {names}")
+    if found.gold is None and not solution:
+        raise BadInput(f"{where}: no gold answer; expected one named answer or gold, found {names}")
+    if "####" in str(found.gold):
+        solution = solution or found.gold.rsplit("####", 1)[0].strip()
+    gold = _gold(found.gold, source, where) or extract(solution, strict=True)
+    line = solution.rstrip().rpartition("\n")[2]
+    if not gold and found.gold is None and ("answer" in line.lower() or "####" in line or " " not in line):
+        gold = extract(line, plain_gold=False)
+    return gold or "", solution
 
 
-def _gold(row: dict, source: str, where: str) -> str:
-    """The gold answer: what follows GSM8K's ####, 27 for 27.0, 25 for AIME's 025, '' for an empty one."""
-    key = next((k for k in GOLD if k in row), None)
-    if key is None:
-        raise BadInput(f"{where}: no gold answer; expected one named answer or gold, "
-                       f"found {', '.join(map(str, row)) or 'no fields'}")
-    value = row[key]
+def _gold(value, source: str, where: str) -> str:
+    """The gold answer: what follows GSM8K's ####, 27 for 27.0, 25 for AIME's 025, '' for an empty one.
+
+    A list, or a text that is a JSON list of texts (OlympiadBench, Skywork), may hold several. Those that are
+    equal are one answer; else they are joined by commas: a response must give all of them, in any order."""
+    if isinstance(value, str) and LIST.fullmatch(value):
+        value = [text[1:-1].replace("\\\\", "\\") for text in TEXT.findall(value)]
+    if isinstance(value, list):
+        golds = [_gold(item, source, where) for item in value]
+        return golds[0] if golds and all(equal(golds[0], gold) for gold in golds) else ", ".join(golds)
     if isinstance(value, float) and math.isfinite(value):
         return str(int(value)) if value.is_integer() else repr(value)
     if isinstance(value, bool) or not isinstance(value, str | int | None):
-        raise BadInput(f"{where}: field {key!r} is {str(value)[:40]!r}; expected a text or a number")
+        raise BadInput(f"{where}: the gold answer is {str(value)[:40]!r}; expected a text or a number")
     gold = "" if value is None else str(value).strip()
     if "####" in gold:
         gold = gold.rsplit("####", 1)[1].strip().replace(",", "")
     if source.startswith("aime") and gold.isdigit():
         gold = str(int(gold))
     return gold
-
-
-def _solution(row: dict) -> str:
-    if isinstance(row.get("solution"), str):
-        return row["solution"]
-    answer = row.get("answer")
-    return answer.rsplit("####", 1)[0].strip() if isinstance(answer, str) and "####" in answer else ""
 
 
 # Downloads

@@ -10,6 +10,7 @@ from threading import Thread
 import pytest
 
 from slm import BadInput, problems
+from slm.grading import grade
 from slm.problems import Source
 
 DATA = Path(os.environ.get("SLM_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -44,11 +45,14 @@ def test_every_named_set_has_its_published_size_and_first_gold(name, split, coun
 
 
 @real
-def test_the_two_empty_golds_of_math_are_skipped_by_name(capsys, monkeypatch):
+def test_the_two_empty_golds_of_math_are_left_out_and_named(capsys, monkeypatch):
     monkeypatch.setenv("SLM_DATA", str(DATA))
     problems.load("math")
+    lines = (DATA / "math" / "train.jsonl").read_text().splitlines()
+    first, second = (n for n, line in enumerate(lines, 1) if json.loads(line)["unique_id"].endswith(
+        ("number_theory/7115.json", "number_theory/7117.json")))
     said = capsys.readouterr().err
-    assert "train/number_theory/7115.json" in said and "train/number_theory/7117.json" in said
+    assert "left out 2 of 12000 rows" in said and f": line {first}, line {second}\n" in said
 
 
 @real
@@ -66,6 +70,45 @@ def test_a_path_and_a_name_give_the_same_problems(monkeypatch):
     ({"input": "q", "target": 39}, "39"), ({"question": "q", "answer": "025"}, "025")])
 def test_golds_are_read_in_every_field_and_form(tmp_path, row, gold):
     assert problems.load(write(tmp_path / "mine.jsonl", row))[0].gold == gold
+
+
+@pytest.mark.parametrize("gold, right, wrong", [
+    (r'["\\frac{1}{2}"]', r"\frac{1}{2}", r"\frac{1}{3}"),  # as OlympiadBench and Skywork write it
+    (r'["\frac{1}{2}"]', "0.5", "5"), (r"['$\\frac{1}{2}$']", "1/2", "2"), (["$7$"], "7", "8"),
+    ([27.0], "27", "2"), ('["2", "-1"]', "-1, 2", "2"),  # several: all of them, in any order
+    (["$2$", "$-1$"], "2, -1", "-1"), ('["1,5"]', "5, 1", "5"),
+    ('["1/2", "0.5"]', "0.5", "1/2, 3"), (["3", 3], "3", "3, 4"),  # one answer, written twice
+    ("[1, 2]", "[1, 2]", "[1, 3]"), ("[-1,1]", "[-1, 1]", "(-1, 1)"),  # intervals
+    ('["a" "b"]', '["a" "b"]', "a")])
+def test_a_list_of_golds_is_read_so_that_every_right_answer_is_right(tmp_path, gold, right, wrong):
+    (problem,) = problems.load(write(tmp_path / "mine.jsonl", {"question": "q", "final_answer": gold}))
+    assert grade(f"So \\boxed{{{right}}}.", problem.gold).correct
+    assert not grade(f"So \\boxed{{{wrong}}}.", problem.gold).correct
+
+
+def test_an_empty_gold_among_others_is_left_out_counted_and_named(tmp_path, capsys):
+    rows = [{"question": f"q{i}", "answer": [] if i in (3, 9) else i} for i in range(20)]
+    found = problems.load(write(tmp_path / "mine.jsonl", *rows))
+    assert [p.id for p in found] == [f"mine-{i}" for i in range(20) if i not in (3, 9)]
+    assert "left out 2 of 20 rows" in (said := capsys.readouterr().err) and "line 4, line 10" in said
+
+
+@pytest.mark.parametrize("row, gold", [
+    ({"problem": "p", "solution": r"First \boxed{1}, so it is \boxed{9}."}, "9"),
+    ({"problem": "p", "answer": None, "solution": r"It is \boxed{9}."}, "9"),
+    ({"query": "p", "response": "Work.\nThe answer is: 9"}, "9"), ({"prompt": "p", "completion": "9"}, "9"),
+    ({"question": "p", "response": "Work.\n#### 9\n"}, "9"),
+    ({"question": "p", "response": r"\boxed{8}", "gold": 9, "answer": "8"}, "9")])  # a record of ours
+def test_a_worked_solution_gives_the_gold_where_no_field_does(tmp_path, row, gold):
+    (problem,) = problems.load(write(tmp_path / "mine.jsonl", row))
+    assert (problem.question, problem.gold) == ("p", gold)
+
+
+def test_texts_that_nothing_reads_are_named(tmp_path, capsys):
+    row = {"Situation": "Tom has 3 hens.", "Setting": "On a farm.", "Question": "How many?", "Answer": 3}
+    (problem,) = problems.load(write(tmp_path / "mine.jsonl", row))
+    assert problem.question == "Tom has 3 hens. How many?"
+    assert "not read: setting" in capsys.readouterr().err
 
 
 def test_aime_answers_are_compared_as_integers(tmp_path):
@@ -111,8 +154,12 @@ GOOD = {"question": "q", "answer": 1}
     ([{"question": "  ", "answer": 1}], "line 1: no question"),
     ([{"question": "q", "answer": "  "}], "line 1: the gold answer is empty"),
     ([{"question": "q", "answer": None}], "line 1: the gold answer is empty"),
-    ([GOOD, '{"question": "q", "answer": NaN}'], "line 2: field 'answer' is 'nan'; expected a"),
-    ([{"question": "q", "answer": [1, 2]}], "line 1: field 'answer' is '[1, 2]'; expected a"),
+    ([GOOD, '{"question": "q", "answer": NaN}'], "line 2: the gold answer is 'nan'; expected a"),
+    ([{"question": "q", "answer": [1, [True]]}], "line 1: the gold answer is 'True'; expected a"),
+    ([{"question": "q", "answer": {"b": 1}}], "line 1: the gold answer is \"{'b': 1}\"; expected a"),
+    ([{"context": "c", "answer": 1}], "line 1: no question; expected"),
+    ([{"question": "q", "answer": ["", " "]}], "line 1: the gold answer is empty"),
+    ([{"problem": "p", "solution": "So $n$ is even."}], "line 1: the gold answer is empty"),
     ([], "no problems in it"), (["", "  "], "no problems in it"), (["["], "not valid JSON"),
     (["[" * 100_000], "not valid JSON"), ([GOOD, '{"a":' * 50_000], "line 2: not valid JSON")])
 def test_a_bad_row_is_one_sentence_with_file_and_line(tmp_path, rows, said):

@@ -62,6 +62,7 @@ def test_every_assistant_message_is_trained_and_ids_equal_the_whole_rendering():
     ('{"question": "a", "response": ', "line 2: not valid JSON"),
     ('[1]', "line 2: .* expected"),
     ('{"question": "a"}', "line 2: expected question and response, or messages; found question"),
+    ('{"question": "a", "response": " "}', "line 2: .* found question, response \\(empty\\)"),
     ('{"messages": [{"role": "user", "content": "a"}]}', "line 2: .*at least one of the assistant"),
     ('{"messages": [{"role": "assistant"}]}', "line 2: messages must be a list of role and content")])
 def test_a_bad_row_is_named(tmp_path, line, named):

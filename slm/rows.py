@@ -1,0 +1,81 @@
+"""The shapes of rows that people have: which field holds what. One table, for problems and for training.
+
+    {"Body": "I have two hens.", "Question": "How many?", "Answer": 2}       a story and its question
+    {"instruction": "Add.", "input": "1 and 1", "output": "That is 2."}      Alpaca
+    {"prompt": "1 + 1?", "completion": "2"}                                  texts, or lists of messages
+    {"conversations": [{"from": "human", "value": "1 + 1?"}, ...]}           ShareGPT; or messages
+
+Names count in any case. Of several filled fields for one part, the first in the table is taken.
+"""
+
+from typing import Any, NamedTuple
+
+from slm.episode import user
+
+FIELDS = {
+    "story": ("body", "story", "context", "passage", "paragraph", "scenario", "situation", "background"),
+    "question": ("question", "problem", "query"),
+    "prompt": ("instruction", "prompt"),
+    "input": ("input",),
+    "response": ("response", "completion", "output", "generated_solution"),
+    "solution": ("solution", "rationale"),
+    "gold": ("gold", "answer", "final_answer", "expected_answer", "ground_truth", "reward_model", "target"),
+    "talk": ("messages", "conversations", "conversation"),
+    "system": ("system", "system_prompt"),
+}
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+         "assistant": "assistant", "system": "system"}
+
+
+class Row(NamedTuple):
+    """What a row holds, '' or [] where it lacks that. gold: as it stands there, None without such a field.
+    messages: a conversation to train on as it is; without one the standard prompt goes around the question.
+    unread: the names of texts that were not taken."""
+    question: str
+    response: str
+    gold: Any
+    solution: str
+    messages: list
+    unread: list[str]
+
+
+def read(row: dict) -> Row:
+    """A row of any shape. A conversation holds a question if its user speaks once."""
+    low = {str(key).strip().lower().replace(" ", "_"): value for key, value in row.items()}
+    name = {part: _first_filled(low, names) for part, names in FIELDS.items()}
+    value = {part: low.get(key) for part, key in name.items()}
+    text = {part: v if isinstance(v, str) else "" for part, v in value.items()}
+    asked = text["question"] or "\n".join(filter(None, (text["prompt"], text["input"])))
+    if asked and text["story"] not in asked:
+        asked = f"{text['story']} {asked}"
+    before = [{"role": "system", "content": text["system"]}] if text["system"] else []
+    answer = value["response"] if isinstance(value["response"], list) else []
+    answer = [{"role": "assistant", "content": text["response"]}] if text["response"] else answer
+    if text["question"] and answer and not before:
+        messages = []
+    elif value["talk"] or isinstance(value["prompt"], list):
+        there = value["talk"] or value["prompt"] + answer
+        messages = before + [_message(turn) for turn in there]
+    else:
+        messages = [*before, user(asked), *answer] if asked and answer else []
+    spoken = [m for m in messages if isinstance(m, dict) and isinstance(m["content"], str)]
+    asks = [m["content"] for m in spoken if m["role"] == "user"]
+    told = [m["content"] for m in spoken if m["role"] == "assistant"]
+    gold = value["gold"] if name["gold"] else "" if low.keys() & FIELDS["gold"] else None
+    gold = gold.get("ground_truth", gold) if isinstance(gold, dict) else gold
+    used = {key for part, key in name.items() if not (text["question"] and part in ("prompt", "input"))}
+    unread = [key for key, v in low.items() if isinstance(v, str) and " " in v and key not in used]
+    return Row(asked or (asks[0] if len(asks) == 1 else ""), text["response"] or (told or [""])[-1], gold,
+               text["solution"], messages, unread)
+
+
+def _first_filled(row: dict, names: tuple[str, ...]) -> str:
+    return next((name for name in names if row.get(name) not in (None, []) and str(row[name]).strip()), "")
+
+
+def _message(turn):
+    """ShareGPT's words for role and content replaced; what is no message stays, for a check to name it."""
+    if not isinstance(turn, dict):
+        return turn
+    role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    return turn | {"role": ROLES.get(str(role).lower(), role), "content": content}
