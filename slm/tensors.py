@@ -54,13 +54,14 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def check_tensors(where: Path, wanted: dict[str, tuple], found: dict[str, tuple]) -> None:
-    """BadInput that lists every missing, unexpected and wrongly shaped tensor at once."""
+    """BadInput that counts the missing, unexpected and wrongly shaped tensors, and lists the first 20."""
     faults = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in found]
     faults += [f"unexpected {name} {shape}" for name, shape in found.items() if name not in wanted]
     faults += [f"{name} is {found[name]}, expected {shape}" for name, shape in wanted.items()
                if found.get(name, shape) != shape]
     if faults:
-        raise BadInput(f"{where}: {len(faults)} tensors do not fit the config: {'; '.join(faults)}")
+        shown = "; ".join(faults[:20] + ["..."] * (len(faults) > 20))
+        raise BadInput(f"{where}: {len(faults)} tensors do not fit the config: {shown}")
 
 
 @contextlib.contextmanager

@@ -306,6 +306,25 @@ def test_a_copy_of_the_base_beside_an_adapter_changes_nothing_and_a_trained_one_
     assert lora.names(model) == ["default"]
 
 
+def test_an_embedding_of_another_vocabulary_beside_an_adapter_is_named(random_model, tmp_path):
+    others(random_model(), tmp_path / "a", {"q_proj": 4})
+    beside(tmp_path / "a", **{"model.embed_tokens.weight": torch.zeros(99, 32)})
+    with pytest.raises(BadInput, match=r"embed_tokens\.weight differs from the base model's"):
+        lora_files.load(random_model(), tmp_path / "a")
+
+
+@pytest.mark.parametrize("names_left", [True, False])
+def test_an_adapter_saved_without_its_numbers_is_one_short_sentence(random_model, tmp_path, names_left):
+    """DeepSpeed's ZeRO-3 leaves such files where nobody gathered the parts of the weights."""
+    model = random_model(layers=12)
+    others(model, tmp_path / "a", {"_proj": 4}, target_modules=".*_proj")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({name: torch.zeros(0) for name in load_file(path) if names_left}, path)
+    with pytest.raises(BadInput, match="168 tensors do not fit") as error:
+        lora_files.load(model, tmp_path / "a")
+    assert str(error.value).count("lora_") == 20 and lora.names(model) == []
+
+
 def test_several_adapters_in_one_file_are_refused(random_model, tmp_path):
     model = random_model()
     others(model, tmp_path / "a", {"q_proj": 4}, rename=lambda name: name.replace(".weight", ".one.weight"))
