@@ -66,8 +66,7 @@ def options():
     g.add_argument("--max-tokens", type=cli.positive, help=f"new tokens of a reply ({both('max_tokens')})")
     g = p.add_argument_group("reward")
     g.add_argument("--reward", nargs="+", action=cli.Names, default=["correct"], metavar="PART:WEIGHT",
-                   help="of correct, box, format, steps, code, agrees, length, random or FILE.py:FUNCTION, "
-                        "as slm/rewards.py explains (default correct:1)")
+                   help="such as correct:1,format:0.2; slm/rewards.py has all parts (default correct:1)")
     g.add_argument("--no-box", type=cli.number(-1, 1), default=-1.0,
                    help="correct without a final box; the report's -0.5 pays for silence (default -1)")
     g.add_argument("--truncated", choices=("keep", "zero", "soft"), default="keep",
@@ -279,7 +278,7 @@ def check_rewards(pool, args) -> str:
                            f"{spelling.format(bad.gold)!r}; expected a number or a formula")
         accepted.append(sum(right))
     problem = next((p for p in some if p.gold.isdecimal()), some[0])
-    wrong = next((p.gold for p in some if not equal(p.gold, problem.gold)), "41.5")
+    wrong = "42.5" if equal("41.5", problem.gold) else "41.5"
     paid = {}
     for name, text in rewards.samples(problem.question, problem.gold, wrong).items():
         turn = Turn("solver", [user(SOLVER(question=problem.question))], Reply(text, [0]))

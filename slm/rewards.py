@@ -11,7 +11,6 @@ can't have caused it (a server, a machine), it has no reward and counts in no me
 else; else the policy would learn to cause it. Parts can be gamed: `steps` pays for 1 + 1 = 2, too.
 """
 
-import contextlib
 import functools
 import math
 import re
@@ -20,9 +19,10 @@ import traceback
 from dataclasses import dataclass
 
 from slm import BadInput
-from slm.episode import Episode, seed_of
+from slm.episode import Episode, Turn, seed_of
 from slm.grading import boxes, equal, equations, extract, grade, printed
 from slm.prompts import SOLVER
+from slm.sandbox import Outcome
 from slm.teachers import records
 
 TRUNCATED = {"keep": "is graded", "zero": "earns 0, more than a wrong one", "soft": "is graded, less length"}
@@ -61,7 +61,8 @@ def reward_of(episode: Episode, problem, rules: Rules) -> tuple[float | None, st
         return None, f"failed: {episode.broken or episode.error}"
     graded = grade(episode.response, problem.gold, strict=True)
     episode.solved, episode.reason = graded.correct, "no box" if graded.answer is None else graded.reason
-    episode.parts = {name: (PARTS.get(name) or own(name))(episode, problem, rules) for name in rules.weights}
+    episode.parts = {name: PARTS[name](episode, problem, rules) if name in PARTS
+                     else own(name, episode, problem) for name in rules.weights}
     if rules.truncated == "zero" and episode.turns[-1].reply.finish == "length":
         return 0.0, "truncated"
     return sum(weight * episode.parts[name] for name, weight in rules.weights.items()), episode.reason
@@ -81,7 +82,7 @@ def box(episode, problem, rules) -> float:
 
 def form(episode, problem, rules) -> float:
     """1 if the last reply looks like a teacher's record: <think> once, steps after it, one box at the end."""
-    reply = episode.turns[-1].reply
+    reply = turns(episode)[-1].reply
     return float(records.assess(reply, problem.gold, rules.max_tokens)["cause"] in (None, "wrong"))
 
 
@@ -121,35 +122,32 @@ PARTS = {"correct": correct, "box": box, "format": form, "steps": steps, "code":
          "length": length, "random": coin}
 
 
+def turns(episode: Episode) -> list[Turn]:
+    """Those of the role that spoke first: a checker's words say nothing about the solver's answer."""
+    return [turn for turn in episode.turns if turn.role == episode.turns[0].role]
+
+
 def written(episode: Episode) -> str:
-    return "\n".join(turn.reply.text for turn in episode.turns)
+    return "\n".join(turn.reply.text for turn in turns(episode))
 
 
-def outcomes(episode: Episode) -> list:
-    """Of the role that spoke first: what a checker's program did says nothing about the solver's answer."""
+def outcomes(episode: Episode) -> list[Outcome]:
+    """What became of that role's programs."""
     return [run.outcome for run in episode.runs if episode.turns[run.turn].role == episode.turns[0].role]
 
 
-@functools.cache
-def own(word: str):
-    """The part FILE.py:FUNCTION. What goes wrong in it ends the run with its file and line."""
+load = functools.cache(runpy.run_path)
+
+
+def own(word: str, episode: Episode, problem) -> float:
+    """What FILE.py:FUNCTION gives. Whatever goes wrong in it ends the run with its file and line."""
     file, _, name = word.rpartition(":")
-    with blamed(file, name):
-        function = runpy.run_path(file)[name]
-
-    def part(episode, problem, rules) -> float:
-        with blamed(file, name):
-            earned = float(function(episode, problem))
-            assert math.isfinite(earned), f"it returned {earned}"
-            return earned
-    return part
-
-
-@contextlib.contextmanager
-def blamed(file: str, name: str):
     try:
-        yield
-    except Exception as e:
+        earned = float(load(file)[name](episode, problem))
+        if math.isfinite(earned):
+            return earned
+        raise ValueError(f"it returned {earned}")
+    except (Exception, SystemExit) as e:
         lines = [f":{f.lineno}" for f in traceback.extract_tb(e.__traceback__) if f.filename == file]
         raise BadInput(f"{file}{''.join(lines[-1:])}: {type(e).__name__}: {e}; expected a function "
                        f"{name}(episode, problem) that returns a number") from None

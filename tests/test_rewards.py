@@ -126,11 +126,11 @@ def test_code_that_ran_and_agrees_with_the_answer(runs, text, code, agrees):
     assert part("agrees", episode(text, runs=runs)) == agrees
 
 
-def test_a_checkers_program_says_nothing_about_the_solvers_answer():
-    given = episode("\\boxed{12}", runs=[RAN])
-    given.turns.append(Turn("checker", [], Reply("```python\nprint(13)\n```", [3])))
-    given.runs.append(CodeRun(1, "", Outcome("13")))
-    assert part("agrees", given) == 1
+def test_what_a_checker_said_and_ran_says_nothing_about_the_solver():
+    given = episode(GOOD, runs=[RAN])
+    given.turns.append(Turn("checker", [], Reply("```python\nprint(13)\n```\n1 + 1 = 3 \\boxed{13}", [3])))
+    given.runs.append(CodeRun(1, "", Outcome(error="NameError: x")))
+    assert [part(name, given) for name in ("agrees", "code", "format", "steps")] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("workflow, text, agrees", [
@@ -206,8 +206,8 @@ def test_a_run_with_the_placebo_logs_the_coins_of_its_steps(tmp_path):
 
     def train(out, *more):
         words = ["--model", small, "--data", "tiny", "--limit", "40", "--out", str(out), "--batch", "3",
-                 "--samples", "6", "--steps", "2", "--max-tokens", "9", "--device", "cpu", "--save-every", "1",
-                 "--reward", "random:2,box:0", *more]
+                 "--samples", "6", "--steps", "2", "--max-tokens", "9", "--device", "cpu", "--reward",
+                 "random:2,box:0", *more]
         train_grpo.main(train_grpo.options().parse_args(words))
         return [[json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
                 for name in ("metrics", "episodes")]
@@ -252,6 +252,7 @@ def test_a_function_of_ones_own_sees_episode_and_problem(tmp_path):
     ("def bonus(episode, problem):\n    return 1\n", "other", "KeyError: 'other'"),
     ("bonus = 3\n", "bonus", "TypeError.*not callable"),
     ("\n\nimport no_such_module\n", "bonus", ":3: ModuleNotFoundError"),
+    ("import sys\nsys.exit('no')\n", "bonus", ":2: SystemExit: no"),
     ("def bonus(:\n", "bonus", "SyntaxError.*line 1")])
 def test_an_error_in_ones_own_function_names_the_file_before_any_work(tmp_path, source, name, told):
     word = own(tmp_path, source, name)
@@ -297,6 +298,12 @@ def test_a_coin_is_not_refused_and_said():
         checked("format,random:0")
 
 
+@pytest.mark.parametrize("gold", ["41.5", "12", "\\frac{1}{2}"])
+def test_a_single_problem_is_checked_too(gold):
+    args = train_grpo.options().parse_args(["--max-tokens", "9"])
+    assert "12 hacks at most -1" in train_grpo.check_rewards([replace(TWELVE, gold=gold)], args)
+
+
 def test_the_twelve_hacks_hold_no_answer_and_the_right_text_does():
     texts = rewards.samples(TWELVE.question, "12", "41")
     assert len(texts) == 13
@@ -322,7 +329,8 @@ def test_golds_that_the_grader_accepts_only_as_themselves_are_refused(gold):
 
 
 def test_golds_of_every_kind_are_accepted():
-    golds = ["12", "1/2", "\\frac{1}{2}", "x^2 + 1", "(1, 2]", "1, 2", "\\sqrt{2}", "\\text{Friday}", "5 apples"]
+    golds = ["12", "1/2", "\\frac{1}{2}", "x^2 + 1", "(1, 2]", "1, 2", "\\sqrt{2}", "\\text{Friday}",
+             "5 apples"]
     pool = [Problem(gold, "?", gold, "test") for gold in golds]
     args = SimpleNamespace(reward=["correct"], truncated="keep", no_box=-1.0, max_tokens=9, seed=0)
     assert "[9, 9, 9]" in train_grpo.check_rewards(pool, args)

@@ -132,14 +132,14 @@ def test_two_ranks_take_the_same_steps_as_one_process(tmp_path, batch):
     root = Path(train_grpo.__file__).parent
     words = [str(root / "train_grpo.py"), "--limit", "6", "--batch", batch, "--samples", "8", "--steps", "3",
              "--max-tokens", "60", "--kl", "0.05", "--updates", "2", "--micro-tokens", "700",
-             "--device", "cpu"]
+             "--device", "cpu", "--reward", "correct,random:0"]
     for ranks in ("1", "2"):
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks]
         subprocess.run([*launch, *words, "--out", str(tmp_path / ranks)], check=True, cwd=root)
     logs = [(tmp_path / ranks / "metrics.jsonl").read_text().splitlines() for ranks in ("1", "2")]
     for lines in zip(*logs):
         one, two = map(json.loads, lines)
-        for name in ("reward", "mean_tokens", "loss", "kl", "grad_norm", "learned_tokens"):
+        for name in ("reward", "reward/random", "mean_tokens", "loss", "kl", "grad_norm", "learned_tokens"):
             assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-6), name
     a, b = (load_file(tmp_path / ranks / "adapter" / "adapter_model.safetensors") for ranks in ("1", "2"))
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
