@@ -276,7 +276,7 @@ def check_rewards(pool, args) -> str:
             bad = some[right.index(False)]
             raise BadInput(f"{bad.id}: the grader does not accept the gold answer {bad.gold!r} as "
                            f"{spelling.format(bad.gold)!r}; expected a number or a formula")
-        accepted.append(sum(right))
+        accepted.append(str(sum(right)))
     problem = next((p for p in some if p.gold.isdecimal()), some[0])
     wrong = "42.5" if equal("41.5", problem.gold) else "41.5"
     paid = {}
@@ -291,8 +291,8 @@ def check_rewards(pool, args) -> str:
     elif paid[worst] >= right:
         raise BadInput(f"--reward {','.join(rules.weights)}: {told}; give the part correct more weight")
     others = sum(equal(p.gold, q.gold) for p, q in pairwise(some))
-    return (f"reward check: of {len(some)} golds, {accepted} are right in 3 spellings, {others} for the next "
-            f"problem; {told}; a reply cut at {args.max_tokens} tokens {rewards.TRUNCATED[args.truncated]}")
+    return (f"reward check: {'/'.join(accepted)} of {len(some)} golds are right in 3 spellings, {others} for "
+            f"the next problem; {told}; a reply cut short {rewards.TRUNCATED[args.truncated]}")
 
 
 def prepare(out, device, dtype, args):

@@ -279,7 +279,7 @@ def test_a_file_that_is_not_there_is_named():
                                   "correct,code,agrees"])
 def test_no_hack_earns_as_much_as_a_right_answer(word):
     said = checked(word)
-    assert "12 hacks at most" in said and "[50, 50, 50]" in said and "\n" not in said
+    assert "12 hacks at most" in said and "50/50/50" in said and "\n" not in said
     right, most = map(float, re.search(r"right answer earns (\S+), 12 hacks at most (\S+)", said).groups())
     assert right > most
 
@@ -333,7 +333,7 @@ def test_golds_of_every_kind_are_accepted():
              "5 apples"]
     pool = [Problem(gold, "?", gold, "test") for gold in golds]
     args = SimpleNamespace(reward=["correct"], truncated="keep", no_box=-1.0, max_tokens=9, seed=0)
-    assert "[9, 9, 9]" in train_grpo.check_rewards(pool, args)
+    assert "9/9/9" in train_grpo.check_rewards(pool, args)
 
 
 # ---- failures --------------------------------------------------------------------------------------------
