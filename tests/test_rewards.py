@@ -3,9 +3,11 @@
 import hashlib
 import itertools
 import json
+import random
 import re
 import statistics
 from dataclasses import replace
+from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,7 @@ from small import write_small
 import train_grpo
 from slm import BadInput, losses, problems, rewards
 from slm.episode import CodeRun, Episode, Reply, Turn, jobs_for, run_episodes
-from slm.grading import equations, grade
+from slm.grading import equal, equations, grade
 from slm.problems import Problem
 from slm.rewards import Rules, reward_of, rules_of
 from slm.sandbox import Outcome
@@ -103,9 +105,27 @@ def test_steps_is_the_share_of_true_equations(text, earned):
 @pytest.mark.parametrize("text", [
     "2x + 3 = 7", "x + 3 * 2 = 7", "x - 3 + 5 = 4", "3 + 4 = 7x", "3 + 4 = x", "2 + 3 = ?", "50 * 20% = 10",
     r"\sqrt{16} + 3 = 7", r"3 \cdot 4 = 12\pi", "f(3) + 4 = 7", "5! + 2 = 122", "5 = 5", "a + b = c",
-    "3 + 4 =", "= 7", "3 apples + 4 pears = 7 fruits", "if a == 3 + 4 == 7:"])
+    "3 + 4 =", "= 7", "3 apples + 4 pears = 7 fruits", "if a == 3 + 4 == 7:", "(-5) = 5"])
 def test_what_is_no_step_in_numbers_is_not_judged(text):
     assert equations(text) == []
+
+
+def test_random_steps_are_judged_as_fractions_judge_them():
+    draw = random.Random(0)
+    for _ in range(300):
+        a, b = (draw.choice([str(draw.randint(0, 999)), f"{draw.uniform(0, 20):.2f}"]) for _ in "ab")
+        sign = draw.choice("+-*/")
+        if Fraction(b) or sign != "/":
+            value = eval(f"Fraction({a!r}) {sign} Fraction({b!r})", {"Fraction": Fraction})
+            shown = value + draw.choice([0, 0, 1, Fraction(1, 100)])
+            text = f"{shown.numerator}/{shown.denominator}" if shown >= 0 else str(float(round(shown, 4)))
+            true = Fraction(text) == value
+            assert part("steps", episode(f"So {a} {sign} {b} = {text}, as said.")) == true
+
+
+def test_every_step_of_the_worked_solutions_is_true():
+    found = [step for p in problems.load("tiny", "train", 250) for step in equations(p.solution)]
+    assert len(found) > 1000 and all(equal(a, b) for a, b in found)
 
 
 def test_steps_of_long_and_hostile_texts_are_found_at_once():

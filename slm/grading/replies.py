@@ -75,7 +75,7 @@ def equations(text: str) -> list[tuple[str, str]]:
             sides[-1] = ""
         pairs += pairwise(sides)
     return [(a, b) for a, b in dict.fromkeys(pairs)
-            if re.search(r"frac|.[-+*/^×÷·−\\]", a) and has_value(a) and has_value(b)]
+            if re.search(r"frac|[\d)}][ \t]*[-+*/^×÷·−\\]", a) and has_value(a) and has_value(b)]
 
 
 @bounded()
