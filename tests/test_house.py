@@ -42,6 +42,8 @@ ALLOWED = {
     "policy.recompute": "the same",
     "episode.reward": "a field that Episode keeps for the trainer",
     "episode.reason": "the same",
+    "episode.parts": "the same",
+    "episode.solved": "the same",
     "record.*": "fields that TokenRecord keeps for the trainer",
     "made.prec": "a setting of mpmath",
     "ctx.*": "torch.autograd.Function keeps there what the backward pass needs",
