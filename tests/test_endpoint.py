@@ -181,7 +181,7 @@ def test_one_bad_reply_is_an_error_reply_with_its_cause():
 
 
 def test_a_mistake_of_ours_costs_one_request_and_no_worker(monkeypatch):
-    monkeypatch.setattr(endpoint, "read", lambda raw: 1 / 0 if b"bad" in raw else read(raw))
+    monkeypatch.setattr(endpoint, "read", lambda data: 1 / 0 if "bad" in str(data) else read(data))
     with scripted(lambda n, body, _: chat(body["messages"][0]["content"])) as (url, _):
         replies = collect(quick(url, workers=1), ask("good"), ask("bad"), ask("good"))
     assert [r.error for r in replies] == [None, "ZeroDivisionError", None]
@@ -245,17 +245,16 @@ def test_a_strange_address_is_refused_and_a_password_in_it_not_repeated():
 
 
 def test_reasoning_in_its_own_field_and_other_shapes():
-    body = lambda *args, **message: json.dumps(chat(*args, **message)[1]).encode()
+    body = lambda *args, **message: chat(*args, **message)[1]
     assert read(body("4", reasoning_content="two and two")).thinking == "two and two"
-    assert read(body(None, reasoning="hm")).text == "" and read(body("4")).thinking is None
+    assert read(body(None, "length", reasoning="hm")).text == "" and read(body("4")).thinking is None
     assert read(body("I won't", "content_filter")).finish == read(body("", refusal="no")).finish == "refused"
     assert read(body("cut", "length")).finish == "length"
-    assert read(body("half \ud83d pair")).text == "half ? pair"
 
 
 def test_tokens_of_hidden_thinking_are_counted_as_they_are_billed():
     """xAI leaves them out of completion_tokens, OpenAI does not; both have them in total_tokens."""
-    tokens = lambda **usage: read(json.dumps(chat()[1] | {"usage": usage}).encode()).tokens_out
+    tokens = lambda **usage: read(chat()[1] | {"usage": usage}).tokens_out
     assert tokens(prompt_tokens=10, completion_tokens=2, total_tokens=329) == 319
     assert tokens(prompt_tokens=10, completion_tokens=319, total_tokens=329) == 319
     assert tokens(prompt_tokens=10, completion_tokens=5) == 5
