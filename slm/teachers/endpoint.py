@@ -237,22 +237,18 @@ class Endpoint:
         """Try until there is a reply, which counts the tokens of all tries; None when stopped or dead."""
         estimate = sum(len(m["content"]) for m in body["messages"]) / 4
         estimate += self._mean_out or body["max_tokens"] / 2
-        quirks, spent, tries, wait, reply = self._quirks, [], 0, 0.0, None
-        while not self._stopped.wait(wait):
+        quirks, tries, wait, spent, reply = self._quirks, 0, 0.0, [], None
+        while not (reply or self._stopped.wait(wait)):
             if self._stopped.wait(max(0.0, self.limiter.book(estimate) - time.monotonic())) or self._dead:
                 return None
             used = 0
             try:
-                reply = self._try(session, suited(body, quirks))
+                reply = self._succeeded(self._try(session, suited(body, quirks)), body["max_tokens"], quirks)
                 used = reply.tokens_in + reply.tokens_out
-                if reply.finish == "stop" and reply.tokens_out == body["max_tokens"]:
-                    reply = replace(reply, finish="length")  # not all servers say so
-                reply = self._succeeded(reply, quirks)
-                break
             except _Failed as e:
                 used, wait, error = sum(e.tokens), 0.0, self._short(str(e))
-                if new := e.quirks - quirks:
-                    quirks |= new
+                if e.quirks - quirks:
+                    quirks |= e.quirks
                     continue
                 session.close()  # what still stands on the connection is nobody's answer
                 tries += 1
@@ -260,34 +256,35 @@ class Endpoint:
                 if not e.again or tries == self.tries or len(spent) == PAID_TRIES or (
                         e.fatal and tries == 3 and not self._answered):
                     reply = self._failed(f"{error}, {tries} times" if e.again else error, e)
-                    break
-                wait = min(60.0, self.backoff * 2**(tries - 1)) * random.uniform(0.5, 1.0)
-                self.limiter.pause(e.after)
-                pause = f"all requests wait {e.after / 60:.0f} minutes, as the server asks"
-                self._tell((time.monotonic() + e.after) // 60 if e.after >= 60 else error[:8],
-                           f"{error}; {pause if e.after >= 60 else 'tried again'}")
+                else:
+                    wait = min(60.0, self.backoff * 2**(tries - 1)) * random.uniform(0.5, 1.0)
+                    self.limiter.pause(e.after)
+                    self._tell(error, e.after)
             except Exception as e:  # of a library, or our own: it costs this request, not the worker
                 reply = self._failed(type(e).__name__, _Failed(""))
-                break
             finally:
                 self.limiter.correct(used - estimate)
-        tokens_in, tokens_out = (sum(counts) for counts in zip((0, 0), *spent))
-        return reply and replace(reply, tokens_in=reply.tokens_in + tokens_in,
-                                 tokens_out=reply.tokens_out + tokens_out)
+        for tokens_in, tokens_out in spent if reply else ():  # paid for
+            reply = replace(reply, tokens_in=reply.tokens_in + tokens_in, tokens_out=reply.tokens_out + tokens_out)
+        return reply
 
-    def _tell(self, kind, sentence: str) -> None:
-        """Print a note, of each kind only the first."""
+    def _tell(self, error: str, pause: float = 0.0) -> None:
+        """Print a note: of each kind of failure the first, of long pauses each."""
+        kind = (time.monotonic() + pause) // 60 if pause >= 60 else error[:8]
         with self._lock:
             told = kind in self._told
             self._told.add(kind)
         if not told:
-            tqdm.write(f"note: {self.url}: {sentence}", file=sys.stderr)
+            more = f"; all requests wait {pause / 60:.0f} minutes, as it asks" if pause >= 60 else ""
+            tqdm.write(f"note: {self.url}: {error}{more}", file=sys.stderr)
 
-    def _succeeded(self, reply: Reply, quirks: frozenset) -> Reply:
-        if not reply.tokens_out:
-            reply = replace(reply, tokens_out=len(reply.text + (reply.thinking or "")) // 4)
+    def _succeeded(self, reply: Reply, most: int, quirks: frozenset) -> Reply:
+        if reply.finish == "stop" and reply.tokens_out == most:
+            reply = replace(reply, finish="length")  # some servers call each end a stop
+        written = len(reply.text + (reply.thinking or "")) // 4
+        reply = replace(reply, tokens_out=reply.tokens_out or written)
         if new := quirks - self._quirks:
-            self._tell(new, f"requests go without {', '.join(field for field, _ in new)}, as the server wants")
+            self._tell(f"it wants requests without {', '.join(field for field, _ in new)}")
         with self._lock:
             self._quirks |= quirks
             self._answered += 1
@@ -342,7 +339,7 @@ class Endpoint:
             return read(data)
         quirks = frozenset(change for pattern, change in QUIRKS.items() if status in (400, 422, 500)
                            and re.search(pattern, text[:4000], re.I | re.S))
-        status = 402 if UNPAID.search(text[:4000]) else status
+        status = 402 if status not in (400, 422) and UNPAID.search(text[:4000]) else status
         if status in (401, 403):
             said = "(its words are left out: they may quote the key)"
         elif 300 <= status < 400:
@@ -446,11 +443,8 @@ def error_in(data) -> tuple[int, str]:
     error = next(filter(None, map(data.get, ("error", "message", "detail", "base_resp"))), "")
     if not isinstance(error, dict):
         return 500 if error else 0, str(error)
-    code, metadata = str(error.get("code")), error.get("metadata")
-    words = str(error.get("message") or error.get("status_msg") or error)
-    if isinstance(metadata, dict) and metadata.get("raw"):
-        words += f": {metadata['raw']}"
-    return int(code) if re.fullmatch("[3-5][0-9][0-9]", code) else 500, words
+    words, code = error.get("message") or error.get("status_msg") or error, str(error.get("code"))
+    return int(code) if re.fullmatch("[3-5][0-9][0-9]", code) else 500, f"{words} {error.get('metadata', '')}"
 
 
 def cut_after_box(reply: Reply) -> Reply:

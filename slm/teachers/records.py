@@ -128,7 +128,7 @@ def summarize(problems: list, dropped: dict[str, dict], still_open: set[str], at
                           tokens_in=row["tokens_in"], tokens_out=row["tokens_out"])
         if kept:
             solved[row["id"]] = min(row["round"], solved.get(row["id"], row["round"]))
-            lengths[max(b for b in BINS if b <= row["tokens_out"])] += 1
+            lengths[max(b for b in BINS if b <= max(0, row["tokens_out"]))] += 1
     sources = {}
     for p in problems:
         counts = sources.setdefault(p.source, Counter(problems=0, overlapping=0, asked=0))
