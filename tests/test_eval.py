@@ -297,6 +297,18 @@ def test_regrading_shows_and_repairs_what_another_grader_said(three, capsys):
     assert "0 of 10 answers graded differently" in capsys.readouterr().out
 
 
+def test_a_second_regrading_keeps_what_the_first_one_kept(three):
+    path, kept = three[1] / "answers.jsonl", []
+    for n in range(3):
+        changed = [json.loads(line) for line in path.read_text().splitlines()]
+        changed[n]["correct"] = not changed[n]["correct"]
+        path.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        kept.append(path.read_text())
+        run("--regrade", three[1])
+    names = (f"answers.before-regrade{more}.jsonl" for more in ("", "-2", "-3"))
+    assert [(three[1] / name).read_text() for name in names] == kept
+
+
 def test_a_base_model_is_asked_in_plain_words_and_its_run_says_so(tmp_path, tiny, capsys):
     model = tmp_path / "base"
     checkpoint.save(*tiny, model)

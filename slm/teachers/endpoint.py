@@ -264,8 +264,8 @@ class Endpoint:
                 reply = self._failed(type(e).__name__, _Failed(""))
             finally:
                 self.limiter.correct(used - estimate)
-        for tokens_in, tokens_out in spent if reply else ():  # paid for
-            reply = replace(reply, tokens_in=reply.tokens_in + tokens_in, tokens_out=reply.tokens_out + tokens_out)
+        for paid in spent if reply else ():
+            reply = replace(reply, tokens_in=reply.tokens_in + paid[0], tokens_out=reply.tokens_out + paid[1])
         return reply
 
     def _tell(self, error: str, pause: float = 0.0) -> None:
