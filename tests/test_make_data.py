@@ -446,7 +446,7 @@ def test_a_dead_teacher_is_one_sentence_and_keeps_what_landed(setup):
 
 
 @pytest.mark.parametrize("rate, kept", [(1.0, False), (0.5, True)])
-def test_problems_whose_attempts_failed_over_http_are_open_not_unsolved(setup, monkeypatch, capsys, rate, kept):
+def test_problems_whose_attempts_failed_over_http_are_not_unsolved(setup, monkeypatch, capsys, rate, kept):
     from slm.teachers import endpoint
     monkeypatch.setattr(endpoint.Endpoint.__init__, "__kwdefaults__",
                         endpoint.Endpoint.__init__.__kwdefaults__ | {"tries": 1})

@@ -33,7 +33,6 @@ import requests
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from slm import BadInput
@@ -88,26 +87,17 @@ class _Response(http.client.HTTPResponse):
         return version, status, reason
 
 
-def _pool(pool: type, connection: type) -> type:
-    connection = type(connection.__name__, (connection,), {"response_class": _Response})
-    return type(pool.__name__, (pool,), {"ConnectionCls": connection})
-
-
-POOLS = {"http": _pool(HTTPConnectionPool, HTTPConnection),
-         "https": _pool(HTTPSConnectionPool, HTTPSConnection)}
-
-
 class _Adapter(HTTPAdapter):
     """requests over connections that read such responses."""
 
-    def init_poolmanager(self, *args, **kwargs):
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = POOLS
+    def get_connection_with_tls_context(self, *args, **kwargs):
+        pool = super().get_connection_with_tls_context(*args, **kwargs)
+        pool.ConnectionCls = CONNECTIONS[pool.scheme]
+        return pool
 
-    def proxy_manager_for(self, *args, **kwargs):
-        manager = super().proxy_manager_for(*args, **kwargs)
-        manager.pool_classes_by_scheme = POOLS
-        return manager
+
+CONNECTIONS = {"http": type("Plain", (HTTPConnection,), {"response_class": _Response}),
+               "https": type("Encrypted", (HTTPSConnection,), {"response_class": _Response})}
 
 
 class Limiter:
@@ -186,9 +176,8 @@ class Endpoint:
             self._jobs.put((ticket, sample, request))
             self._outstanding += 1
             if len(self._threads) < min(self.workers, self._outstanding):
-                thread = threading.Thread(target=self._work, daemon=True)
-                self._threads.append(thread)
-                thread.start()
+                self._threads.append(threading.Thread(target=self._work, daemon=True))
+                self._threads[-1].start()
         return ticket
 
     def step(self) -> list[tuple[int, int, Reply]]:
@@ -281,10 +270,9 @@ class Endpoint:
     def _succeeded(self, reply: Reply, most: int, quirks: frozenset) -> Reply:
         if reply.finish == "stop" and reply.tokens_out == most:
             reply = replace(reply, finish="length")  # some servers call each end a stop
-        written = len(reply.text + (reply.thinking or "")) // 4
-        reply = replace(reply, tokens_out=reply.tokens_out or written)
-        if new := quirks - self._quirks:
-            self._tell(f"it wants requests without {', '.join(field for field, _ in new)}")
+        reply = replace(reply, tokens_out=reply.tokens_out or len(reply.text + (reply.thinking or "")) // 4)
+        for field, name in quirks - self._quirks:
+            self._tell(f"{field} is refused; requests go {f'with {name} instead' if name else 'without'}")
         with self._lock:
             self._quirks |= quirks
             self._answered += 1
@@ -318,10 +306,8 @@ class Endpoint:
                         raise _Failed("timeout")
         except (requests.Timeout, ReadTimeoutError):
             raise _Failed("timeout") from None
-        except HTTPError:  # urllib3's word for a body that ends early or cannot be unpacked
-            raise _Failed("connection reset") from None
-        except requests.ConnectionError as e:
-            reset = any(word in str(e) for word in ("reset", "aborted", "Disconnected", "timed out"))
+        except (requests.ConnectionError, HTTPError) as e:  # the second: a body ends early or is badly packed
+            reset = isinstance(e, HTTPError) or re.search("reset|aborted|Disconnected|timed out", str(e))
             raise _Failed("connection reset" if reset else "no connection", fatal=not reset) from None
         return self._judge(response.status_code, response.headers, bytes(raw))
 
@@ -444,7 +430,7 @@ def error_in(data) -> tuple[int, str]:
     if not isinstance(error, dict):
         return 500 if error else 0, str(error)
     words, code = error.get("message") or error.get("status_msg") or error, str(error.get("code"))
-    return int(code) if re.fullmatch("[3-5][0-9][0-9]", code) else 500, f"{words} {error.get('metadata', '')}"
+    return int(code) if re.fullmatch("[45][0-9][0-9]", code) else 500, f"{words} {error.get('metadata', '')}"
 
 
 def cut_after_box(reply: Reply) -> Reply:

@@ -150,7 +150,7 @@ def summarize(problems: list, dropped: dict[str, dict], still_open: set[str], at
 def cost(row: dict, prices: dict[str, tuple[float, float]]) -> float:
     """Dollars of one attempt."""
     price_in, price_out = prices.get(row["teacher"], (0.0, 0.0))
-    return (row["tokens_in"] * price_in + row["tokens_out"] * price_out) / 1e6
+    return (max(0, row["tokens_in"]) * price_in + max(0, row["tokens_out"]) * price_out) / 1e6
 
 
 def _percent(counts: Counter) -> float:
