@@ -79,9 +79,8 @@ def says(times: int = 10**9, usage: dict | None = None, **message) -> Callable:
     return quirk
 
 
-def takes_no_system_role(number, body, reply):
-    if body["messages"][0]["role"] == "system":
-        return 400, {"object": "error", "message": "System role not supported", "code": 400}
+def takes_no_system_role(said) -> Callable:
+    return lambda number, body, reply: (400, said) if body["messages"][0]["role"] == "system" else None
 
 
 def takes_only_temperature_1(number, body, reply):
@@ -110,7 +109,10 @@ QUIRKS = {
         "message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
                    "'max_completion_tokens' instead.", "code": "unsupported_parameter"}}),
     "temperature 1": takes_only_temperature_1,
-    "no system role": takes_no_system_role,
+    "no system role": takes_no_system_role(  # of Gemma's template behind vLLM
+        {"object": "error", "message": "System role not supported", "type": "BadRequestError", "code": 400}),
+    "no system role, as OpenAI says it": takes_no_system_role({"error": {
+        "message": "Unsupported value: 'messages[0].role' does not support 'system' with this model."}}),
     # what may pass
     "error in 200": first(2, 200, {"error": {"message": "upstream is gone", "code": 502}}),
     "error and no choices": first(2, 200, {"error": "model is unloaded", "choices": []}),

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from faulty_server import QUIRKS, Faults, serve
+from faulty_server import QUIRKS, Faults, first, serve
 
 from slm import BadInput
 from slm.episode import Request, Sampling, jobs_for, run_episodes
@@ -358,8 +358,9 @@ def test_a_server_that_refuses_a_field_gets_its_requests_without_it(quirk, field
     assert capsys.readouterr().err.count(f"{field} is refused; requests go with") == 1
 
 
-def test_a_server_without_a_system_role_gets_its_words_with_the_question():
-    replies, bodies = ask_quirky("no system role", 3)  # Gemma's template, behind vLLM or llama.cpp
+@pytest.mark.parametrize("quirk", ["no system role", "no system role, as OpenAI says it"])
+def test_a_server_without_a_system_role_gets_its_words_with_the_question(quirk):
+    replies, bodies = ask_quirky(quirk, 3)
     assert [r.text for r in replies] == ["one two"] * 3 and len(bodies) == 4
     assert [body["messages"] for body in bodies[1:]] == [
         [{"role": "user", "content": f"Be kind.\n\n{i}?"}] for i in range(3)]
@@ -373,6 +374,12 @@ def test_a_refusal_that_only_quotes_the_prompt_changes_no_other_request():
     replies, bodies = ask_quirky(quirk, 3)
     assert [r.finish for r in replies] == ["error", "stop", "stop"]
     assert ["temperature" in body for body in bodies] == [True, False, True, True]
+
+
+def test_a_passing_failure_that_sounds_like_a_refusal_is_no_quirk():
+    replies, bodies = ask_quirky(first(2, 500, {"error": "unexpected system error, the seed is unknown"}), 2)
+    assert [r.text for r in replies] == ["one two"] * 2 and len(bodies) == 4
+    assert [body["messages"][0]["role"] for body in bodies] == ["system"] * 4
 
 
 @pytest.mark.parametrize("quirk, words", [
@@ -390,7 +397,7 @@ def test_what_may_pass_is_tried_again_and_told_in_the_servers_words(quirk, words
 
 
 def test_a_web_page_is_no_server():
-    with pytest.raises(BadInput, match="no JSON but Welcome to nginx!, 3 times"):
+    with pytest.raises(BadInput, match=r"web page \(is the address right\?\): Welcome to nginx!, 3 times"):
         ask_quirky("web page", 20)
 
 

@@ -62,7 +62,7 @@ _NOT = r"(un(support|known|recogni|expected)|n[o']t (be )?(support|permit|allow|
 QUIRKS = {"max_completion_tokens": ("max_tokens", "max_completion_tokens"),
           **{rf"\b{field}\b.*{_NOT}|{_NOT}.*\b{field}\b": (field, None)
              for field in ("seed", "temperature", "top_p", "top_k")},
-          rf"system.*{_NOT}|{_NOT}.*system|roles (must alternate|are supported)": ("system", "user")}
+          r"system role|role.{0,30}'system'|roles (must alternate|are supported)": ("system", "user")}
 
 
 class _Failed(Exception):
@@ -320,7 +320,8 @@ class Endpoint:
         meant, said = error_in(data) if data is not None else (0, text)
         status = meant if meant and status == 200 else status
         if status == 200 and data is None:
-            raise _Failed(f"no JSON but {said}", fatal=text.lstrip().startswith("<"))  # a web page
+            page = text.lstrip().startswith("<")
+            raise _Failed(f"{'a web page (is the address right?)' if page else 'no JSON'}: {said}", fatal=page)
         if status == 200:
             return read(data)
         quirks = frozenset(change for pattern, change in QUIRKS.items() if status in (400, 422, 500)
@@ -332,7 +333,7 @@ class Endpoint:
             said = f"it redirects to {headers.get('Location')}, use that address"
         fatal = status in DEAD or 300 <= status < 400
         again = status in AGAIN or status >= 500 or (fatal and self._answered > 0 and status != 403)
-        raise _Failed(f"HTTP {status}{DEAD.get(status, '')} {said}", again and not quirks,
+        raise _Failed(f"HTTP {status}{DEAD.get(status, '')} {said}", again,
                       _retry_after(headers.get("Retry-After")), fatal=fatal, quirks=quirks)
 
     def _short(self, text: str) -> str:
