@@ -319,11 +319,12 @@ class Endpoint:
             data = json.loads(as_lines([json.loads(raw)]))  # half a surrogate becomes a question mark
         meant, said = error_in(data) if data is not None else (0, text)
         status = meant if meant and status == 200 else status
-        if status == 200 and data is None:
-            page = text.lstrip().startswith("<")
-            raise _Failed(f"{'a web page (is the address right?)' if page else 'no JSON'}: {said}", fatal=page)
-        if status == 200:
+        if status == 200 and data is not None:
             return read(data)
+        if status == 200 and text.lstrip().startswith("<"):
+            raise _Failed(f"a web page (is the address right?): {said}", fatal=True)
+        if status == 200:
+            raise _Failed(f"no JSON: {said}")
         quirks = frozenset(change for pattern, change in QUIRKS.items() if status in (400, 422, 500)
                            and re.search(pattern, text[:4000], re.I | re.S))
         status = 402 if status not in (400, 422) and UNPAID.search(text[:4000]) else status
