@@ -6,7 +6,7 @@
 
 Data: JSON lines. A row has `question` and `response`, as make_data.py writes them (the standard prompt is put
 around the question), or it has `messages`, a list of role and content. Every response or assistant message is
-trained, unless its `weight` is 0, with the token that ends it. Rows over --max-length are left out and counted.
+trained, if its `weight` is not 0, with the token that ends it. Rows over --max-length are left out, counted.
 
 A step trains on --batch rows, packed without padding into micro-batches of --micro-tokens. The loss of each
 is a sum, divided by the number of trained tokens in the batch: micro-batches don't change the gradient.

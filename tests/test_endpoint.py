@@ -488,14 +488,14 @@ def test_one_bad_status_after_good_answers_is_tried_again_but_not_for_ever(statu
     assert len(seen) == 30 + 5 * 2
 
 
-@pytest.mark.parametrize("place", ["in the words", "at a cut", "behind blanks", "in a JSON", "in the address"])
+@pytest.mark.parametrize("place", ["in the words", "at a cut", "behind blanks", "in JSON", "in the address"])
 def test_no_part_of_the_key_is_told(place, monkeypatch, capsys):
     """Words are cut: a key that lies across must not leave its first half."""
     monkeypatch.setenv("TEST_KEY", "sk/secret+0123456789")
     said = {"in the words": b"the key is sk/secret+0123456789", "in the address": b"",
             "at a cut": b"x " * 90 + b"sk/secret+0123456789 " * 1000,
             "behind blanks": b" " * 1988 + b"sk/secret+0123456789" + b" " * 17_992 + b"sk/secret+0123456789",
-            "in a JSON": b'{"detail": ["sk\\/secret+0123456789"]}'}[place]
+            "in JSON": b'{"detail": ["sk\\/secret+0123456789"]}'}[place]
     header = {"Location": "https://elsewhere/v1?key=sk%2Fsecret%2B0123456789&again=sk/secret+0123456789"}
     status = 301 if place == "in the address" else 400
     with scripted(lambda *_: (status, said, header)) as (url, _):
