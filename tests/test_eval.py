@@ -12,12 +12,14 @@ from threading import Thread
 
 import pytest
 import scripted
+from faulty_server import serve
 
 import eval as evaluation
 from slm import BadInput, checkpoint
 from slm.episode import Reply, user
 from slm.prompts import SOLVER
 from slm.runs import cli, stats
+from slm.teachers import Endpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -127,6 +129,20 @@ def test_any_workflow_can_be_scored_with_its_code_run_in_the_sandbox(tmp_path, d
     run("--data", data, "--workflow", "python_tools", "--limit", 2, "--out", tmp_path / "r")
     assert [row["correct"] for row in rows(tmp_path / "r")] == [True, True]
     assert {row["workflow"] for row in rows(tmp_path / "r")} == {"python_tools"}
+
+
+def test_a_fragment_of_a_server_that_broke_off_is_not_kept_on_resume(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(Endpoint.__init__, "__kwdefaults__",
+                        Endpoint.__init__.__kwdefaults__ | {"backoff": 0.01})
+    doubled = lambda body, rng: f"\\boxed{{{2 * int(body['messages'][-1]['content'].split()[0])}}}. I see it."
+    with serve(doubled, quirk="ends with error") as server:
+        words = ("--endpoint", server.url, "--data", data, "--limit", 3, "--out", tmp_path / "r")
+        run(*words)
+        assert [(row["response"], row["correct"]) for row in rows(tmp_path / "r")] == [("", False)] * 3
+        assert all("broke off, finish_reason error" in row["broken"] for row in rows(tmp_path / "r"))
+        server.quirk = None
+        run(*words, "--resume")
+    assert [row["correct"] for row in rows(tmp_path / "r")] == [True] * 3
 
 
 def test_a_served_model_is_scored_through_its_endpoint(tmp_path, data):

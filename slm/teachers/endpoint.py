@@ -47,7 +47,6 @@ DEAD = {401: ", the server refused the key", 402: ", the server wants to be paid
 UNPAID = re.compile("insufficient[_ ](quota|balance|credit)", re.I)  # comes with 429 or 500, means 402
 GIVE_UP_AFTER = 5    # requests in a row that failed for good: the server counts as dead
 PAID_TRIES = 3       # tries of one request that used tokens and gave no answer
-MOST_TOKENS = 10**7  # a larger count is no count
 
 # Why a text ended: our word -> servers' words. With any other word, such as error, abort or null, it broke
 # off. A server that never gives a reason is believed.
@@ -414,10 +413,10 @@ def _written(content) -> tuple[str, str]:
 
 
 def _tokens(usage) -> tuple[int, int]:
-    """(in, out) of a usage report; 0 for a count that cannot be one."""
+    """(in, out) of a usage report; 0 for a count that cannot be one: none, below 0 or over ten million."""
     usage = usage if isinstance(usage, dict) else {}
     counts = map(usage.get, ("prompt_tokens", "completion_tokens", "total_tokens"))
-    tokens_in, tokens_out, total = (int(n) if isinstance(n, int | float) and 0 <= n <= MOST_TOKENS else 0
+    tokens_in, tokens_out, total = (int(n) if isinstance(n, int | float) and 0 <= n <= 10**7 else 0
                                     for n in counts)
     return tokens_in, max(tokens_out, total - tokens_in)  # xAI counts hidden thinking in the total only
 
