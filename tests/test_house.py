@@ -50,7 +50,7 @@ ALLOWED = {
     "p.data": "PyTorch's own place for a parameter's numbers",
     "dynamo.config.*": "a setting of PyTorch's compiler",
     "session.trust_env": "a setting of requests",
-    "*.pool_classes_by_scheme": "a setting of urllib3",
+    "pool.ConnectionCls": "a setting of urllib3",
     "t.*": "a setting of the tokenizers package",
     "locks.*": "a module that the sandbox's child makes itself",
     "setattr(locks, *)": "the same",
