@@ -53,9 +53,9 @@ def read(row: dict) -> Row:
     answer = [{"role": "assistant", "content": text["response"]}] if text["response"] else answer
     if text["question"] and answer and not before:
         messages = []
-    elif value["talk"] or isinstance(value["prompt"], list):
-        there = value["talk"] or value["prompt"] + answer
-        messages = before + [_message(turn) for turn in there]
+    elif value["talk"] or isinstance(value["prompt"], list):  # of a prompt nothing is trained
+        earlier = [] if value["talk"] else [_message(turn, weight=0) for turn in value["prompt"]]
+        messages = before + earlier + [_message(turn) for turn in value["talk"] or answer]
     else:
         messages = [*before, user(asked), *answer] if asked and answer else []
     spoken = [m for m in messages if isinstance(m, dict) and isinstance(m["content"], str)]
@@ -73,9 +73,9 @@ def _first_filled(row: dict, names: tuple[str, ...]) -> str:
     return next((name for name in names if row.get(name) not in (None, []) and str(row[name]).strip()), "")
 
 
-def _message(turn):
+def _message(turn, **more):
     """ShareGPT's words for role and content replaced; what is no message stays, for a check to name it."""
     if not isinstance(turn, dict):
         return turn
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    return turn | {"role": ROLES.get(str(role).lower(), role), "content": content}
+    return turn | more | {"role": ROLES.get(str(role).lower(), role), "content": content}

@@ -5,8 +5,9 @@ import json
 import pytest
 
 import train_sft
-from slm import problems, rows
+from slm import checkpoint, problems, rows
 from slm.prompts import SOLVER
+from slm.tokenizer import Tokenizer
 
 STORY, SHOWN = "I have two hens.", "I have two hens. How many?"
 SAID = r"Count them: \boxed{2}"
@@ -58,6 +59,17 @@ def test_every_shape_is_a_problem_and_a_record(tmp_path, shape):
 def test_an_input_stands_behind_its_instruction():
     assert rows.read({"instruction": "Add.", "input": "1 and 1"}).question == "Add.\n1 and 1"
     assert rows.read({"question": "1 + 1?", "input": "4 5"}).unread == ["input"]
+
+
+def test_of_a_prompt_with_turns_only_the_completion_is_trained(tmp_path):
+    earlier = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}, ASKED]
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"prompt": earlier, "completion": [ANSWERED]}))
+    (talk,) = train_sft.read(str(path), None)
+    tokenizer = Tokenizer.load(checkpoint.TINY)
+    row = train_sft.encode(tokenizer, talk)
+    trained = tokenizer.decode([i for i, m in zip(row.ids, row.mask) if m], skip_special=False)
+    assert trained == SAID + "<|im_end|>"
 
 
 def test_rows_for_reinforcement_learning_hold_their_question_in_a_list_of_messages(tmp_path):
