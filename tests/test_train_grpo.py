@@ -127,22 +127,25 @@ def test_a_rank_without_records_adds_nothing_to_the_gradient(random_model, how):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch", ["1", "3"])  # with 1, the second rank has no problem
-def test_two_ranks_take_the_same_steps_as_one_process(tmp_path, batch):
+@pytest.mark.parametrize("batch, options", [  # with 1, the second rank has no problem
+    ("1", "--kl 0.05"), ("3", "--kl 0.05"), ("3", "--algorithm reinforce --resample 1 --kl 0.05"),
+    ("1", "--algorithm distill --importance-cap 2 --dppo-mask 0.2")])
+def test_two_ranks_take_the_same_steps_as_one_process(tmp_path, batch, options):
     root = Path(train_grpo.__file__).parent
     words = [str(root / "train_grpo.py"), "--limit", "6", "--batch", batch, "--samples", "8", "--steps", "3",
-             "--max-tokens", "60", "--kl", "0.05", "--updates", "2", "--micro-tokens", "700",
-             "--device", "cpu"]
+             "--max-tokens", "60", "--updates", "2", "--micro-tokens", "700", "--device", "cpu",
+             *options.split()]
     for ranks in ("1", "2"):
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks]
         subprocess.run([*launch, *words, "--out", str(tmp_path / ranks)], check=True, cwd=root)
     logs = [(tmp_path / ranks / "metrics.jsonl").read_text().splitlines() for ranks in ("1", "2")]
     for lines in zip(*logs):
         one, two = map(json.loads, lines)
-        for name in ("reward", "mean_tokens", "loss", "kl", "grad_norm", "learned_tokens"):
-            assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-6), name
+        for name in ("reward", "mean_tokens", "loss", "kl", "grad_norm", "learned_tokens", "replaced"):
+            assert one.get(name, 0) == pytest.approx(two.get(name, 0), rel=1e-3, abs=1e-6), name
     a, b = (load_file(tmp_path / ranks / "adapter" / "adapter_model.safetensors") for ranks in ("1", "2"))
-    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+    # Adam turns the rounding of a gradient near 0 into a step, so single numbers may differ
+    assert all((a[k] - b[k]).norm() < 1e-3 * a[k].norm() for k in a)
 
 
 # ---- rewards and credit ----------------------------------------------------------------------------------
