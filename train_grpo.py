@@ -271,10 +271,8 @@ def teacher_for(policy, tokenizer, device, dtype, args):
 
 
 def ask_teacher(teacher, policy, tokenizer, batch, episodes, records, args) -> None:
-    """Give every record the teacher's log-probs, and as advantage its tokens' mean of teacher - sampler.
-
-    A policy that is its own teacher sees a right solution in its prompt (SDFT, arXiv 2601.19897): the worked
-    one, or the answer in a box."""
+    """Give every record the teacher's log-probs, and as advantage its tokens' mean of teacher - sampler. A
+    policy that teaches itself is shown the worked solution, or the right box (SDFT, arXiv 2601.19897)."""
     seen = []  # (record, ids and mask as the teacher sees them)
     for episode, own in zip(episodes, records):
         problem = batch[episode.group]
@@ -342,19 +340,19 @@ def micro_batch_loss(policy, records: list[TokenRecord], algorithm: Algorithm, a
     loss = algorithm.objective(logp, old, advantage, sequence) * weight
     slope, = torch.autograd.grad(loss.sum(), logp)  # of the loss in each token's log-prob
     trust = losses.trust(logp.detach(), old, sampled, -slope, args.importance_cap, args.dppo_mask)
-    kl, penalty = {}, 0.0
+    penalty = torch.zeros_like(weight)
     if args.kl > 0:
         with torch.no_grad(), lora.off(policy):
             reference, _ = losses.score(policy, *sequences, args.temperature)
         penalty = losses.kl(logp, reference, args.kl_kind)
-        kl = {"kl": penalty.detach().sum()}
-    penalty = (args.kl * penalty * weight).sum()
+    total = (slope * trust * logp + args.kl * penalty * weight).sum()
     gap, importance = (old - sampled).abs(), (old - sampled).exp()
-    sums = {"loss": (loss.sum() + penalty).detach(), **kl, "entropy": entropy.sum(), "dlogp": gap.sum(),
+    sums = {"loss": (loss + args.kl * penalty * weight).detach().sum(), "entropy": entropy.sum(),
+            **({"kl": penalty.detach().sum()} if args.kl > 0 else {}), "dlogp": gap.sum(),
             "clipped": ((slope == 0) & (advantage != 0)).sum(), "importance": importance.sum(),
             "cut": (trust != (importance if args.importance_cap else 1)).sum(), "tokens": len(logp)}
     top = max(gap.tolist(), default=0.0), max(importance.tolist(), default=0.0)
-    return (slope * trust * logp).sum() + penalty, {name: float(value) for name, value in sums.items()}, top
+    return total, {name: float(value) for name, value in sums.items()}, top
 
 
 # ---- before the first step -------------------------------------------------------------------------------

@@ -163,17 +163,15 @@ def leave_one_out(r: torch.Tensor) -> torch.Tensor:
 
 
 def max_rl(r: torch.Tensor) -> torch.Tensor:
-    """(R - p) / p with p the group's mean of R, which is 1 if r > 0, else 0; without a right one 0: MaxRL
-    (arXiv 2602.02710). In expectation this is the gradient of log p, expanded in powers of 1 - p and cut
-    after K - 1 terms, where REINFORCE keeps the first term, p."""
+    """(R - p) / p with R = 1 if r > 0, else 0, and p the mean of R; 0 if p is 0: MaxRL (arXiv 2602.02710).
+    In expectation the gradient of log p, as a series in 1 - p cut after K - 1 terms; the first is p."""
     right = (r > 0).float()
     return (right - right.mean()) / right.mean().clamp(min=1e-9)
 
 
 def pass_at_k(r: torch.Tensor, k: int) -> torch.Tensor:
-    """Pass@k (arXiv 2508.10751, eq. 14-15): every subset of k episodes earns 1 if one of them is right, which
-    means r > 0. With R and s the mean and std of that over all subsets, an episode gets the mean of
-    (earned - R) / s over the subsets that it is in. So K must exceed k."""
+    """Pass@k (arXiv 2508.10751, eq. 14-15): a subset of k episodes earns 1 if one of it is right (r > 0). An
+    episode gets the mean over its subsets of (earned - mean) / std. So K must exceed k."""
     n, wrong = len(r), int((r <= 0).sum())
     rate = 1 - math.comb(wrong, k) / max(1, math.comb(n, k))
     std = math.sqrt(rate * (1 - rate)) or math.inf
@@ -200,9 +198,8 @@ def sequence_clipped(logp, old, advantage, sequence, low: float, high: float) ->
 
 
 def geometric(logp, old, advantage, sequence, width: float) -> torch.Tensor:
-    """GMPO (arXiv 2507.20673): -A (product over the sequence of min(r^s, clip(r^s, e^-width, e^width))^s)
-    ^ (1 / length) with s the sign of A: every token's ratio is clipped, then their geometric mean taken.
-    Weights as for GSPO. min leaves only the upper bound of r^s."""
+    """-A (product over the sequence of min(r^s, clip(r^s, e^-width, e^width))^s) ^ (1 / length) with s the
+    sign of A: GMPO (arXiv 2507.20673). min leaves only the upper bound of r^s. Weights as for GSPO."""
     sign = advantage.sign()
     mean = _mean(sign * (sign * (logp - old)).clamp(max=width), sequence)
     return -mean.exp() * advantage
@@ -215,8 +212,8 @@ def _mean(x: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
 
 
 def cispo(logp, old, advantage, sequence, low: float, high: float) -> torch.Tensor:
-    """-sg(clip(r, 1 - low, 1 + high)) A log p: CISPO (arXiv 2506.13585, eq. 4-5). The clip bounds the weight
-    of a token and never stops its gradient; sg: no gradient flows through it."""
+    """-sg(clip(r, 1 - low, 1 + high)) A log p: CISPO (arXiv 2506.13585, eq. 4-5), with ratios up to 5 as in
+    arXiv 2510.13786. The clip bounds a token's weight and never stops its gradient; none flows through sg."""
     return -(logp - old).exp().clamp(1 - low, 1 + high).detach() * advantage * logp
 
 
@@ -226,10 +223,9 @@ def reinforce(logp, old, advantage, sequence) -> torch.Tensor:
 
 
 def distill(logp, old, teacher, sequence) -> torch.Tensor:
-    """-r sg(teacher - logp): on-policy distillation (Thinking Machines, "On-policy distillation", 2025).
-
-    teacher (N,): the teacher's log-probs of the same tokens, in place of an advantage. A token is rewarded as
-    far as the teacher likes it better; in expectation this is the gradient of KL(policy || teacher)."""
+    """-r sg(teacher - logp): on-policy distillation (Thinking Machines, "On-policy distillation", 2025), with
+    the teacher's log-probs (N,). The expected gradient is that of each token's KL(policy || teacher), given
+    what is before it."""
     return -(logp - old).exp() * (teacher - logp).detach()
 
 
