@@ -5,10 +5,11 @@
     python train_grpo.py --workflow python_tools --adapter ...       trains what agents.py runs
     python train_grpo.py --model Qwen/Qwen2.5-Math-1.5B --adapter DIR --data gsm8k
 
-A step is roll_out, then update_policy. roll_out samples K episodes of each problem, rewards them (--reward: 1
-for a right box, else -1), and compares each reward with the others of its problem: this is the advantage.
-update_policy makes sampled tokens more likely if their advantage is positive, less likely if it is negative,
-and keeps the policy near the reference by a KL penalty.
+A step is roll_out, give_credit, update_policy. roll_out samples K episodes of each problem and rewards them
+(--reward: 1 for a right box, else -1). give_credit compares each reward with the others of its problem: this
+is the advantage. update_policy makes sampled tokens more likely if their advantage is positive, less likely
+if it is negative, and keeps the policy near the reference by a KL penalty. ALGORITHMS below names the other
+kinds of advantage and loss; slm/losses.py has the formulas.
 
 The policy is the model with a new LoRA adapter; an SFT adapter is merged first. The reference is the same
 model with the new adapter off. Sampling and loss use one distribution, so the ratio between them is 1 at the
@@ -19,33 +20,12 @@ What to watch: reward and solve rate rise, entropy falls slowly, kl (with --kl) 
 little: its value is near 0 by construction.
 """
 
-from dataclasses import dataclass
-
 from slm.runs import cli
 
 PAPER = {"lr": 5e-6, "batch": 16, "samples": 2, "kl": 0.05, "epochs": 1, "temperature": 0.7,
          "max_tokens": 2048, "micro_tokens": 2048, "warmup": 0.1, "save_every": 20, "steps": 0}
 TINY = {"lr": 3e-3, "batch": 16, "samples": 8, "kl": 0.0, "temperature": 1.0, "max_tokens": 200,
         "micro_tokens": 4096, "warmup": 0.05, "save_every": 1000, "steps": 16}
-
-
-@dataclass(frozen=True)
-class Algorithm:
-    advantage: str  # a kind that losses.advantages knows
-    ratio: str      # p(now) / p(when sampled): per token, per sequence, or none
-    low: float      # the ratio is clipped to 1 - low ... 1 + high
-    high: float
-    normalise: str  # a way that losses.token_weights knows
-
-
-ALGORITHMS = {
-    "grpo": Algorithm("std", "token", 0.2, 0.2, "sequence"),
-    "dr_grpo": Algorithm("mean", "token", 0.2, 0.2, "constant"),
-    "dapo": Algorithm("std", "token", 0.2, 0.28, "token"),
-    "gspo": Algorithm("std", "sequence", 3e-4, 4e-4, "sequence"),
-    "rloo": Algorithm("loo", "none", 0, 0, "constant"),  # the paper's gradient divided by --max-tokens
-    "report": Algorithm("batch", "none", 0, 0, "sequence"),
-}
 
 
 def options():
@@ -72,10 +52,18 @@ def options():
     g.add_argument("--truncated", choices=("keep", "zero", "soft"), default="keep",
                    help="a reply cut at --max-tokens is graded, earns 0, or is graded with the part length")
     g = p.add_argument_group("objective")
-    g.add_argument("--algorithm", choices=ALGORITHMS, default="grpo", help="(default grpo; see losses.py)")
+    g.add_argument("--algorithm", default="grpo", help="of the table ALGORITHMS (default grpo)")
+    g.add_argument("--resample", type=lambda text: cli.positive(text, 0),
+                   help="times that a problem solved always or never makes way (default 0; dapo 3)")
+    g.add_argument("--teacher", metavar="DIR",
+                   help="distill: a model with the same tokens (default the policy, shown a solution)")
     g.add_argument("--kl", type=cli.number(0), help=f"weight of the KL penalty ({both('kl')})")
     g.add_argument("--kl-kind", choices=("k1", "k2", "k3"), default="k3", help="its estimator (default k3)")
     g.add_argument("--updates", type=cli.positive, default=1, help="optimizer steps a batch (default 1)")
+    g.add_argument("--importance-cap", type=cli.number(0),
+                   help="weigh tokens by p(trainer) / p(sampler), at most this (default 2; float32 0: off)")
+    g.add_argument("--dppo-mask", type=cli.number(0, 1),
+                   help="drop tokens that are this far from p(sampler) (default .2; float32 0: off)")
     g = p.add_argument_group("optimization")
     g.add_argument("--lr", type=cli.number(0, 10), help=f"learning rate ({both('lr')})")
     g.add_argument("--steps", type=lambda text: cli.positive(text, 0),
@@ -90,10 +78,14 @@ if __name__ == "__main__":
     args = options().parse_args()  # before the heavy imports, so that --help answers at once
 
 import contextlib
+import random
 import shlex
 import time
 from collections import Counter
-from itertools import pairwise
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, compress, pairwise
 from pathlib import Path
 
 import torch
@@ -101,7 +93,7 @@ import torch
 from slm import BadInput, checkpoint, lora, lora_files, losses, problems, rewards, training, workflows
 from slm.episode import Episode, Reply, Sampling, TokenRecord, Turn, jobs_for, run_episodes, seed_of, user
 from slm.grading import equal, grade
-from slm.prompts import SOLVER
+from slm.prompts import SHOWN, SOLVER
 from slm.report import write as write_report
 from slm.rewards import reward_of
 from slm.runs import files, ranks
@@ -111,11 +103,44 @@ from slm.sampling import Sampler
 from slm.sandbox import Sandbox
 
 
+@dataclass(frozen=True)
+class Algorithm:
+    advantage: Callable        # of losses.py: the rewards of a problem's episodes -> their advantages
+    objective: Callable        # of losses.py: the loss of each token
+    normalise: str             # a way that losses.token_weights knows
+    samples: int = 1           # K, at least
+    whole_batch: bool = False  # compare the rewards of all episodes, not those of a problem
+    decay: float = 0.0         # of the moving mean of earlier steps, which is taken from rewards; 0: none is
+    resample: int = 0          # --resample if it is not given
+    taught: bool = False       # a teacher's log-probs of each token take the place of the advantage
+
+
+CLIPPED = partial(losses.clipped, low=0.2, high=0.2)
+ALGORITHMS = {  # with "constant", the gradient is the paper's divided by --max-tokens
+    "grpo": Algorithm(losses.over_std, CLIPPED, "sequence", 2),
+    "dr_grpo": Algorithm(losses.minus_mean, CLIPPED, "constant", 2),
+    "dapo": Algorithm(losses.over_std, partial(losses.clipped, low=0.2, high=0.28), "token", 2, resample=3),
+    "gspo": Algorithm(losses.over_std, partial(losses.sequence_clipped, low=3e-4, high=4e-4), "sequence", 2),
+    "gmpo": Algorithm(losses.over_std, partial(losses.geometric, width=0.4), "sequence", 2),
+    "cispo": Algorithm(losses.over_std, partial(losses.cispo, low=1, high=4), "token", 2),
+    "max_rl": Algorithm(losses.max_rl, CLIPPED, "constant", 2),
+    "pass_at_k": Algorithm(partial(losses.pass_at_k, k=4), CLIPPED, "sequence", 5),
+    "rloo": Algorithm(losses.leave_one_out, losses.reinforce, "constant", 2),
+    "reinforce": Algorithm(losses.raw, losses.reinforce, "constant", decay=0.9),
+    "report": Algorithm(losses.raw, losses.reinforce, "constant"),  # the formula as the report writes it
+    "report_code": Algorithm(losses.over_std, losses.reinforce, "sequence", whole_batch=True),  # as it ran
+    "distill": Algorithm(losses.raw, losses.distill, "token", taught=True),
+}
+
+
 def main(args):
     cli.resolve(args, PAPER, TINY)
     args.data = args.data or ["tiny" if cli.is_small(args.model) else "gsm8k"]
     algorithm, workflow = checked(args)
     device, dtype, words = training.settle(args, f"grpo-{Path(args.model).name.lower()}")
+    rounds = dtype == torch.bfloat16  # sampler and trainer then differ by more than the last digits
+    cli.resolve(args, {"resample": algorithm.resample, "importance_cap": 2.0 if rounds else 0.0,
+                       "dppo_mask": 0.2 if rounds else 0.0}, {})
     pool = problems.load_all(args.data, "train", args.limit)
     said = check_rewards(pool, args)
     rundir = RunDir(args.out, vars(args), problems.fingerprint(pool), args.resume, log=ranks.rank() == 0)
@@ -130,15 +155,23 @@ def main(args):
         print(said)
 
     trained, optimizer = training.start(policy, weight_decay=0.0)
+    trained["moving mean"] = moving = torch.zeros(2, dtype=torch.float64)  # so that checkpoints hold it
     sampler = Sampler(policy, tokenizer)
+    teacher = teacher_for(policy, tokenizer, device, dtype, args) if algorithm.taught else None
     with contextlib.nullcontext() if args.workflow == "solver" else Sandbox() as sandbox:
         for step, lr, bar in training.steps(len(plan), rundir, trained, optimizer, args):
-            batch, clock = [pool[i] for i in plan[step]], [time.perf_counter()]
-            episodes, records, divisor = roll_out(batch, step, policy, workflow, sampler, sandbox, algorithm,
-                                                  clock, args)
-            learned = update_policy(policy, records, divisor, optimizer, lr, algorithm, args)
-            clock.append(time.perf_counter())
-            row = {"step": step + 1, **summary(episodes), **learned, "lr": lr, **shares(clock, episodes)}
+            batch, seconds = [pool[i] for i in plan[step]], {"generate": 0.0, "score": 0.0, "learn": 0.0}
+            episodes, replaced = roll_out(batch, spare_problems(pool, plan[step], step, args), step, policy,
+                                          workflow, sampler, sandbox, seconds, args)
+            with timed(seconds, "score"):
+                records, divisor = give_credit(episodes, algorithm, moving, args)
+                if teacher:
+                    ask_teacher(teacher, policy, tokenizer, batch, episodes, records, args)
+            with timed(seconds, "learn"):
+                learned = update_policy(policy, records, divisor, optimizer, lr, algorithm, args)
+            row = {"step": step + 1, **summary(episodes), **learned, "lr": lr,
+                   "replaced": int(ranks.summed({"n": len(replaced)})["n"]) // args.samples,
+                   **shares(seconds, episodes + replaced)}
             rundir.log("metrics", row)
             rundir.log("episodes", *[line(step + 1, e, own) for e, own in zip(episodes, records)])
             bar.set_postfix_str(f"reward {row['reward']:+.2f}, solved {row['solved']:.0%}, "
@@ -148,31 +181,59 @@ def main(args):
 
 # ---- a step: roll out ------------------------------------------------------------------------------------
 
-def roll_out(batch, step, policy, workflow, sampler, sandbox, algorithm, clock, args):
-    """Sample K episodes of each problem, reward them, and compare each with the others of its problem.
+def roll_out(batch, spare, step, policy, workflow, sampler, sandbox, seconds, args):
+    """Sample K episodes of each problem of `batch` and reward them -> this rank's episodes, those replaced.
 
-    Returns this rank's episodes, the token records of each (none without a reward), and the divisor of the
-    loss. `clock` gets the time after the sampling, and the time at the end."""
-    jobs = [j for j in jobs_for(batch, workflow, args.samples) if j.group % ranks.world() == ranks.rank()]
+    Dynamic sampling (DAPO, arXiv 2503.14476, eq. 11): a problem whose episodes are all right or all wrong has
+    nothing to compare. Up to --resample times, one of `spare` takes its place in `batch`, and what it sampled
+    is replaced. Which one depends on seed and step alone."""
     sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, stop_at_box=False)
     bar = None if cli.is_small(args.model) else f"step {step + 1}"
-    with ranks.whole(policy):
-        episodes = run_episodes(jobs, sampler, sandbox, sampling=sampling, fixed=True, bar=bar,
-                                seed=seed_of(args.seed, "grpo", step))
-        sampler.close()  # gives the cache's memory back, and no step depends on an earlier one's cache
-    clock.append(time.perf_counter())
     rules = rewards.rules_of(args, step)
-    for episode in episodes:
-        episode.reward, episode.reason = reward_of(episode, batch[episode.group], rules)
+    wanted, groups, replaced = range(ranks.rank(), len(batch), ranks.world()), {}, []
+    with ranks.whole(policy):
+        for turn in range(args.resample + 1):
+            jobs = [j for j in jobs_for(batch, workflow, args.samples) if j.group in wanted]
+            with timed(seconds, "generate"):
+                episodes = run_episodes(jobs, sampler, sandbox, sampling=sampling, fixed=True, bar=bar,
+                                        seed=seed_of(args.seed, "grpo", step))
+            with timed(seconds, "score"):
+                for episode in episodes:
+                    episode.reward, episode.reason = reward_of(episode, batch[episode.group], rules)
+            for group in wanted:
+                groups[group] = [e for e in episodes if e.group == group]
+            following = spare[turn * len(batch):(turn + 1) * len(batch)]
+            wanted = [group for group in wanted if group < len(following) and even(groups[group])]
+            for group in wanted:
+                batch[group] = following[group]
+                replaced += groups[group]
+            if not wanted:
+                break
+        sampler.close()  # gives the cache's memory back, and no step depends on an earlier one's cache
+    return list(chain.from_iterable(groups.values())), replaced
+
+
+def even(episodes: list[Episode]) -> bool:
+    """Whether all are right, or all wrong. Those without a reward don't count."""
+    return len({e.solved for e in episodes if e.reward is not None}) < 2
+
+
+def spare_problems(pool, chosen: list[int], step: int, args) -> list:
+    """Problems outside the step's own that may take their places: --resample of them for each."""
+    others = sorted(set(range(len(pool))) - set(chosen))
+    count = min(len(others), args.resample * len(chosen))
+    return [pool[i] for i in random.Random(f"{args.seed}/{step}/spare").sample(others, count)]
+
+
+# ---- a step: give credit ---------------------------------------------------------------------------------
+
+def give_credit(episodes, algorithm: Algorithm, moving: torch.Tensor, args) -> tuple[list, int]:
+    """(token records of each episode with their advantage and weight, none without a reward; the divisor of
+    the loss). What counts are the episodes of all ranks that have a reward.
+
+    `moving` holds the sum of the mean rewards of earlier steps and their number, both fading by `decay` a
+    step; this step's is added. The first step can take only its own mean from the rewards."""
     records = [[] if e.reward is None else e.records(args.roles) for e in episodes]
-    divisor = give_credit(episodes, records, algorithm, args.max_tokens)
-    clock.append(time.perf_counter())
-    return episodes, records, divisor
-
-
-def give_credit(episodes, records, algorithm: Algorithm, max_tokens: int) -> int:
-    """Fill in the advantage and weight of every record; returns the divisor of the loss. What counts are the
-    episodes of all ranks that have a reward."""
     scores = []
     for episode, own in zip(episodes, records):
         if episode.reward is not None:
@@ -180,15 +241,52 @@ def give_credit(episodes, records, algorithm: Algorithm, max_tokens: int) -> int
             scores.append((episode.group, episode.sample, episode.reward, tokens))
     scores = ranks.gather(scores)
     if not scores:
-        return 1
+        return records, 1
     groups, samples, rewards, tokens = zip(*scores)
-    advantages = losses.advantages(torch.tensor(rewards), torch.tensor(groups), algorithm.advantage)
-    weights, divisor = losses.token_weights(torch.tensor(tokens), algorithm.normalise, max_tokens)
+    if algorithm.decay:
+        now = sum(rewards) / len(rewards)
+        before = float(moving[0] / moving[1]) if moving[1] else now
+        moving.copy_(algorithm.decay * moving + moving.new_tensor([now, 1.0]))
+        rewards = [reward - before for reward in rewards]
+    compared = torch.tensor(groups) * (not algorithm.whole_batch)
+    advantages = losses.advantages(torch.tensor(rewards), compared, algorithm.advantage)
+    weights, divisor = losses.token_weights(torch.tensor(tokens), algorithm.normalise, args.max_tokens)
     credit = dict(zip(zip(groups, samples), zip(advantages.tolist(), weights.tolist())))
     for episode, own in zip(episodes, records):
         for record in own:
             record.advantage, record.weight = credit[episode.group, episode.sample]
-    return max(1, divisor)
+    return records, max(1, divisor)
+
+
+def teacher_for(policy, tokenizer, device, dtype, args):
+    """The model that judges tokens: --teacher, else the policy itself."""
+    if not args.teacher:
+        return policy
+    teacher, other = checkpoint.load(args.teacher, device, dtype)
+    if other.backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise BadInput(f"--teacher {args.teacher}: its tokens are not those of --model {args.model}")
+    return teacher
+
+
+def ask_teacher(teacher, policy, tokenizer, batch, episodes, records, args) -> None:
+    """Give every record the teacher's log-probs, and as advantage its tokens' mean of teacher - sampler. A
+    policy that teaches itself is shown the worked solution, or the right box (SDFT, arXiv 2601.19897)."""
+    seen = []  # (record, ids and mask as the teacher sees them)
+    for episode, own in zip(episodes, records):
+        problem = batch[episode.group]
+        solution = problem.solution or f"\\boxed{{{problem.gold}}}"
+        shown = tokenizer.chat([user(SHOWN(question=problem.question, solution=solution))])
+        for record in own:
+            start = record.mask.index(1)
+            prompt = shown if teacher is policy else record.ids[:start]
+            seen.append((record, prompt + record.ids[start:], [0] * len(prompt) + record.mask[start:]))
+    with torch.no_grad(), ranks.whole(teacher):
+        for part in losses.pack([len(ids) for _, ids, _ in seen], args.micro_tokens):
+            owners, ids, masks = zip(*[seen[i] for i in part])
+            logp, _ = losses.score(teacher, ids, masks, args.temperature)
+            for record, found in zip(owners, logp.split([sum(mask) for mask in masks])):
+                record.teacher = found.tolist()
+                record.advantage = (sum(record.teacher) - sum(record.logprobs)) / len(record.teacher)
 
 
 # ---- a step: update the policy ---------------------------------------------------------------------------
@@ -201,67 +299,79 @@ def update_policy(policy, records, divisor: int, optimizer, lr: float, algorithm
     active = [record for own in records for record in own if record.advantage or args.kl > 0]
     if not ranks.summed({"active": len(active)})["active"]:
         return {"skipped": 1}
-    first = {}
     for _ in range(args.updates):
-        sums, gap = {}, 0.0
+        sums, tops = {}, [(0.0, 0.0)]
         for members in training.micro_batches(policy, active, args.micro_tokens):
-            loss, part, part_gap = micro_batch_loss(policy, members, algorithm, args)
-            (loss / divisor).backward()
+            total, part, top = micro_batch_loss(policy, members, algorithm, args)
+            (total / divisor).backward()
             sums = {name: sums.get(name, 0.0) + value for name, value in part.items()}
-            gap = max(gap, part_gap)
+            tops.append(top)
         norm = training.update(optimizer, lr, args.clip)
-        sums = ranks.summed(sums)
-        loss, tokens = sums.pop("loss") / divisor, sums.pop("tokens")
-        learned = {"loss": loss, **{name: value / tokens for name, value in sums.items()},
-                   "dlogp_max": max(ranks.gather([gap])), "grad_norm": norm, "learned_tokens": int(tokens)}
-        first = first or learned  # only the first update starts from the policy that sampled
-    return {**learned, "dlogp": first["dlogp"], "dlogp_max": first["dlogp_max"]}
+    sums = ranks.summed(sums)
+    loss, tokens = sums.pop("loss") / divisor, sums.pop("tokens")
+    gaps, weights = zip(*ranks.gather(tops))
+    return {"loss": loss, **{name: value / tokens for name, value in sums.items()}, "dlogp_max": max(gaps),
+            "importance_max": max(weights), "grad_norm": norm, "learned_tokens": int(tokens)}
 
 
 def micro_batch_loss(policy, records: list[TokenRecord], algorithm: Algorithm, args):
-    """(weighted sum of the loss over trained tokens, {its parts for the log, as sums}, largest gap between
-    the log-probs of the sampler and the trainer)."""
-    sequences = [r.ids for r in records], [r.mask for r in records]
+    """(sum to differentiate, {its parts for the log, as sums}, (largest |dlogp|, largest importance weight)).
+
+    A token has three log-probs: `sampled`, the sampler's; `old`, this trainer's at the start of the step,
+    which the first update computes on its way; logp, now. The ratio is logp against old, so clipping sees
+    what the updates did and not how the sampler rounds. That the sampler drew the tokens is corrected alike
+    for objectives with and without a ratio: the gradient of each token's log-prob is multiplied by
+    losses.trust. The KL penalty is left as it is."""
+    sequences, lengths = ([r.ids for r in records], [r.mask for r in records]), [sum(r.mask) for r in records]
     logp, entropy = losses.score(policy, *sequences, args.temperature)
-    lengths = torch.tensor([sum(r.mask) for r in records], device=logp.device)
+    for record, own in zip(records, logp.detach().split(lengths)):
+        record.old = record.old or own.tolist()
 
-    def per_token(values: list) -> torch.Tensor:
-        return torch.tensor(values, device=logp.device).repeat_interleave(lengths)
+    def flat(rows: Iterable) -> torch.Tensor:
+        return torch.tensor(list(chain.from_iterable(rows)), device=logp.device)
 
-    old = torch.tensor([p for r in records for p, m in zip(r.logprobs, r.mask) if m], device=logp.device)
-    advantage, weight = per_token([r.advantage for r in records]), per_token([r.weight for r in records])
-    if algorithm.ratio == "token":
-        loss = losses.clipped(logp, old, advantage, algorithm.low, algorithm.high)
-    elif algorithm.ratio == "sequence":
-        sequence = per_token(list(range(len(records))))
-        loss = losses.sequence_clipped(logp, old, advantage, sequence, algorithm.low, algorithm.high)
-    else:
-        loss = losses.reinforce(logp, advantage)
-    kl, penalty = {}, 0.0
+    sampled, old = flat(compress(r.logprobs, r.mask) for r in records), flat(r.old for r in records)
+    advantage = flat(r.teacher or [r.advantage] * n for r, n in zip(records, lengths))
+    sequence = torch.arange(len(records)).repeat_interleave(torch.tensor(lengths)).to(logp.device)
+    weight = torch.tensor([r.weight for r in records], device=logp.device)[sequence]
+
+    loss = algorithm.objective(logp, old, advantage, sequence) * weight
+    slope, = torch.autograd.grad(loss.sum(), logp)  # of the loss in each token's log-prob
+    trust = losses.trust(logp.detach(), old, sampled, -slope, args.importance_cap, args.dppo_mask)
+    penalty = torch.zeros_like(weight)
     if args.kl > 0:
         with torch.no_grad(), lora.off(policy):
             reference, _ = losses.score(policy, *sequences, args.temperature)
         penalty = losses.kl(logp, reference, args.kl_kind)
-        kl = {"kl": penalty.detach().sum()}
-    total = ((loss + args.kl * penalty) * weight).sum()
-    gap, ratio = (logp.detach() - old).abs(), (logp.detach() - old).exp()
-    cut = ((ratio > 1 + algorithm.high) & (advantage > 0)) | ((ratio < 1 - algorithm.low) & (advantage < 0))
-    sums = {"loss": total.detach(), **kl, "entropy": entropy.sum(), "dlogp": gap.sum(),
-            "clipped": cut.sum() if algorithm.ratio == "token" else 0.0, "tokens": len(logp)}
-    return total, {name: float(value) for name, value in sums.items()}, max(gap.tolist(), default=0.0)
+    total = (slope * trust * logp + args.kl * penalty * weight).sum()
+    gap, importance = (old - sampled).abs(), (old - sampled).exp()
+    sums = {"loss": (loss + args.kl * penalty * weight).detach().sum(), "entropy": entropy.sum(),
+            **({"kl": penalty.detach().sum()} if args.kl > 0 else {}), "dlogp": gap.sum(),
+            "clipped": ((slope == 0) & (advantage != 0)).sum(), "importance": importance.sum(),
+            "cut": (trust != (importance if args.importance_cap else 1)).sum(), "tokens": len(logp)}
+    top = max(gap.tolist(), default=0.0), max(importance.tolist(), default=0.0)
+    return total, {name: float(value) for name, value in sums.items()}, top
 
 
 # ---- before the first step -------------------------------------------------------------------------------
 
 def checked(args):
     """(algorithm, workflow). BadInput for what this script can't train, before a run directory is claimed."""
-    for folder in (args.model, args.adapter):
+    for folder in (args.model, args.adapter, args.teacher):
         if folder and not args.resume:
             checkpoint.resolve(folder)
     workflows.refuse_roles("--roles", args.roles or ())
-    algorithm = ALGORITHMS[args.algorithm]
-    if args.samples == 1 and algorithm.advantage not in ("batch", "none"):
-        raise BadInput(f"--samples 1: {args.algorithm} compares a problem's samples and needs 2 or more")
+    algorithm = ALGORITHMS.get(args.algorithm)
+    if algorithm is None:
+        raise BadInput(f"--algorithm {args.algorithm}: no such objective; there are {', '.join(ALGORITHMS)}")
+    least = max(algorithm.samples, 2 if args.resample else 1)
+    if args.samples < least:
+        raise BadInput(f"--samples {args.samples}: {'--resample' if args.resample else args.algorithm} "
+                       f"compares a problem's samples and needs {least} or more")
+    if args.teacher and not algorithm.taught:
+        raise BadInput(f"--teacher {args.teacher}: only distill has one, not --algorithm {args.algorithm}")
+    if algorithm.taught and not args.teacher and args.workflow != "solver":
+        raise BadInput(f"--workflow {args.workflow}: distill without --teacher is for the solver only")
     return algorithm, workflows.workflow(args.workflow)
 
 
@@ -371,13 +481,20 @@ def summary(episodes: list[Episode]) -> dict:
             **{f"reward/{name}": total / rewarded for name, total in parts.items()}}
 
 
-def shares(clock: list[float], episodes: list[Episode]) -> dict:
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], part: str):
+    """Add the time that the block takes to a part of the step."""
+    start = time.perf_counter()
+    yield
+    seconds[part] += time.perf_counter() - start
+
+
+def shares(seconds: dict[str, float], episodes: list[Episode]) -> dict:
     """Seconds of the step, the share that each of its parts took, and tokens sampled a second of sampling."""
-    seconds = clock[-1] - clock[0]
-    spans = {part: end - start for part, (start, end) in zip(("generate", "score", "learn"), pairwise(clock))}
+    whole = sum(seconds.values())
     tokens = sum(e.tokens_out for e in episodes)
-    return {"seconds": round(seconds, 3), "tokens_per_s": round(tokens / spans["generate"]),
-            **{f"{part}_share": round(span / seconds, 3) for part, span in spans.items()}}
+    return {"seconds": round(whole, 3), "tokens_per_s": round(tokens / seconds["generate"]),
+            **{f"{part}_share": round(span / whole, 3) for part, span in seconds.items()}}
 
 
 def line(step: int, e: Episode, records: list[TokenRecord]) -> dict:

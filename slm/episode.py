@@ -130,12 +130,15 @@ class CodeRun:
 class TokenRecord:
     """A token sequence to train on. mask[i] is 1 if a trained role sampled ids[i], and 0 for prompts, tool
     output and other roles. logprobs[i] is the log-probability of ids[i] when it was sampled, else 0.0. The
-    trainer fills in the advantage of its episode and the weight of each of its tokens in the loss."""
+    trainer fills in the advantage of its episode, the weight of each of its tokens in the loss, and for the
+    trained tokens the log-probs of the `teacher`, if there is one, and its `old` own before it learns."""
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     advantage: float = 0.0
     weight: float = 0.0
+    teacher: list[float] = field(default_factory=list)
+    old: list[float] = field(default_factory=list)
 
     def append(self, ids: list[int], logprobs: list[float] | None = None) -> None:
         self.ids += ids

@@ -2,8 +2,11 @@
 
 Losses are sums. The trainer divides them once per optimizer step by a count over the whole batch, so neither
 micro-batches nor ranks change the gradient. Log-probs have shape (N,), float32, in nats: one for each trained
-token. Not covered: value functions and token-level rewards, so no PPO critic and no GAE.
+token. Not covered: value functions, so no PPO critic and no GAE.
 """
+
+import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -119,66 +122,129 @@ def sft_loss(logp: torch.Tensor) -> tuple[torch.Tensor, int]:
     return -logp.sum(), logp.numel()
 
 
-# ---- advantages ------------------------------------------------------------------------------------------
+# ---- advantages: functions of one group's rewards (K,) -> (K,) -------------------------------------------
 
-def advantages(rewards: torch.Tensor, groups: torch.Tensor, kind: str) -> torch.Tensor:
-    """Rewards (N,) of episodes and the group (problem) of each (N,) int -> advantages (N,).
+def advantages(rewards: torch.Tensor, groups: torch.Tensor, of_group: Callable) -> torch.Tensor:
+    """Rewards (N,) of episodes, the group (problem) of each (N,) int, a function below -> advantages (N,).
 
-    std    (r - mean) / std within the group: GRPO, Shao et al. 2024 (arXiv 2402.03300, section 4.1.2)
-    mean   r - mean within the group: Dr. GRPO, Liu et al. 2025 (arXiv 2503.20783, section 3.2)
-    loo    r - mean of the group's other members: RLOO, Ahmadian et al. 2024 (arXiv 2402.14740, section 3.3)
-    batch  (r - mean) / std over all episodes at once: what the report's code did; has no group baseline
-    none   r itself: the report's formula
-
-    std is the unbiased one. Equal rewards give exactly 0: a reward within 1e-5 of the mean, relative to the
-    reward, counts as the mean, because float32 rounds the mean of -0.3, -0.3 and -0.3.
-
-    >>> advantages(torch.tensor([1., -1., 1., 1.]), torch.tensor([0, 0, 1, 1]), "mean")
+    >>> advantages(torch.tensor([1., -1., 1., 1.]), torch.tensor([0, 0, 1, 1]), minus_mean)
     tensor([ 1., -1.,  0.,  0.])
     """
-    if kind == "none":
-        return rewards
-    group = torch.zeros_like(groups) if kind == "batch" else groups.unique(return_inverse=True)[1]
+    found = torch.zeros_like(rewards)
+    for group in groups.unique():
+        found[groups == group] = of_group(rewards[groups == group])
+    return found
 
-    def group_sum(x: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(rewards).index_add_(0, group, x)[group]
 
-    n = group_sum(torch.ones_like(rewards))
-    centred = rewards - group_sum(rewards) / n
-    centred = torch.where(centred.abs() > 1e-5 * rewards.abs(), centred, 0.0)
-    if kind == "mean":
-        return centred
-    if kind == "loo":
-        return torch.where(n > 1, centred * n / (n - 1), 0.0)  # equals r - (sum - r) / (n - 1)
-    std = (group_sum(centred ** 2) / (n - 1).clamp(min=1)).sqrt()
-    return torch.where(std > 0, centred / std, 0.0)
+def raw(r: torch.Tensor) -> torch.Tensor:
+    """r itself: the report's formula, -E[r log pi] + beta KL, has no baseline."""
+    return r
+
+
+def minus_mean(r: torch.Tensor) -> torch.Tensor:
+    """r - mean: Dr. GRPO, Liu et al. 2025 (arXiv 2503.20783, section 3.2).
+
+    Equal rewards give exactly 0: a reward within 1e-5 of the mean, relative to the reward, counts as the
+    mean, because float32 rounds the mean of -0.3, -0.3 and -0.3."""
+    centred = r - r.mean()
+    return torch.where(centred.abs() > 1e-5 * r.abs(), centred, 0.0)
+
+
+def over_std(r: torch.Tensor) -> torch.Tensor:
+    """(r - mean) / std, with the unbiased std: GRPO, Shao et al. 2024 (arXiv 2402.03300, section 4.1.2)."""
+    centred = minus_mean(r)
+    std = (centred.square().sum() / max(1, len(r) - 1)).sqrt()
+    return centred / std if std > 0 else centred
+
+
+def leave_one_out(r: torch.Tensor) -> torch.Tensor:
+    """r - mean of the others: RLOO, Ahmadian et al. 2024 (arXiv 2402.14740, section 3.3). One alone: 0."""
+    return minus_mean(r) * len(r) / max(1, len(r) - 1)  # equals r - (sum - r) / (K - 1)
+
+
+def max_rl(r: torch.Tensor) -> torch.Tensor:
+    """(R - p) / p with R = 1 if r > 0, else 0, and p the mean of R; 0 if p is 0: MaxRL (arXiv 2602.02710).
+    In expectation the gradient of log p, as a series in 1 - p cut after K - 1 terms; the first is p."""
+    right = (r > 0).float()
+    return (right - right.mean()) / right.mean().clamp(min=1e-9)
+
+
+def pass_at_k(r: torch.Tensor, k: int) -> torch.Tensor:
+    """Pass@k (arXiv 2508.10751, eq. 14-15): a subset of k episodes earns 1 if one of it is right (r > 0). An
+    episode gets the mean over its subsets of (earned - mean) / std. So K must exceed k."""
+    n, wrong = len(r), int((r <= 0).sum())
+    rate = 1 - math.comb(wrong, k) / max(1, math.comb(n, k))
+    std = math.sqrt(rate * (1 - rate)) or math.inf
+    alone = math.comb(max(0, wrong - 1), k - 1) / max(1, math.comb(n - 1, k - 1))  # of a wrong one's subsets
+    return torch.where(r > 0, (1 - rate) / std, (1 - rate - alone) / std)
 
 
 # ---- policy objectives: per-token losses (N,), to be weighted and summed ---------------------------------
+# All take logp, the log-probs now; old, those at the start of the step; the advantage of each token; and
+# sequence, int, the number of each token's sequence; all (N,). r = exp(logp - old).
 
-def clipped(logp, old, advantage, low: float, high: float) -> torch.Tensor:
-    """-min(r A, clip(r, 1 - low, 1 + high) A) with r = exp(logp - old), per token (N,).
-
-    PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7) and GRPO (arXiv 2402.03300, eq. 3) with low = high;
-    DAPO's clip-higher (Yu et al. 2025, arXiv 2503.14476, eq. 10) with high > low.
-    """
+def clipped(logp, old, advantage, sequence, low: float, high: float) -> torch.Tensor:
+    """-min(r A, clip(r, 1 - low, 1 + high) A): PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7) and GRPO
+    (arXiv 2402.03300, eq. 3) with low = high; DAPO (Yu et al. 2025, arXiv 2503.14476, eq. 10) with more."""
     ratio = (logp - old).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
 
 def sequence_clipped(logp, old, advantage, sequence, low: float, high: float) -> torch.Tensor:
     """GSPO (Zheng et al. 2025, arXiv 2507.18071, eq. 5-7): one ratio per sequence, exp(mean of logp - old),
-    clipped as above. `sequence` (N,) int numbers each token's sequence. Every token carries its sequence's
-    value, so weights of 1 / length give the paper's sum."""
+    clipped as above. Each token carries its sequence's value: weights of 1 / length give the paper's sum."""
+    mean = _mean(logp - old, sequence)
+    return clipped(mean, torch.zeros_like(mean), advantage, sequence, low, high)
+
+
+def geometric(logp, old, advantage, sequence, width: float) -> torch.Tensor:
+    """-A (product over the sequence of min(r^s, clip(r^s, e^-width, e^width))^s) ^ (1 / length) with s the
+    sign of A: GMPO (arXiv 2507.20673). min leaves only the upper bound of r^s. Weights as for GSPO."""
+    sign = advantage.sign()
+    mean = _mean(sign * (sign * (logp - old)).clamp(max=width), sequence)
+    return -mean.exp() * advantage
+
+
+def _mean(x: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
+    """For each token, the mean of x over its sequence (N,)."""
     length = sequence.bincount().clamp(min=1)
-    mean = torch.zeros(len(length), device=logp.device).index_add(0, sequence, logp - old) / length
-    return clipped(mean[sequence], torch.zeros_like(logp), advantage, low, high)
+    return (x.new_zeros(len(length)).index_add(0, sequence, x) / length)[sequence]
 
 
-def reinforce(logp, advantage) -> torch.Tensor:
-    """-A log p per token (Williams 1992): the report's objective, no ratio and no clip."""
+def cispo(logp, old, advantage, sequence, low: float, high: float) -> torch.Tensor:
+    """-sg(clip(r, 1 - low, 1 + high)) A log p: CISPO (arXiv 2506.13585, eq. 4-5), with ratios up to 5 as in
+    arXiv 2510.13786. The clip bounds a token's weight and never stops its gradient; none flows through sg."""
+    return -(logp - old).exp().clamp(1 - low, 1 + high).detach() * advantage * logp
+
+
+def reinforce(logp, old, advantage, sequence) -> torch.Tensor:
+    """-A log p (Williams 1992): no ratio and no clip."""
     return -advantage * logp
 
+
+def distill(logp, old, teacher, sequence) -> torch.Tensor:
+    """-r sg(teacher - logp): on-policy distillation (Thinking Machines, "On-policy distillation", 2025), with
+    the teacher's log-probs (N,). The expected gradient is that of each token's KL(policy || teacher), given
+    what is before it."""
+    return -(logp - old).exp() * (teacher - logp).detach()
+
+
+# ---- where the sampler's distribution is not the trainer's -----------------------------------------------
+
+def trust(logp, old, sampled, advantage, cap: float, delta: float) -> torch.Tensor:
+    """Factors (N,) for the gradients of tokens that the sampler drew with log-probs `sampled` (N,).
+
+    cap    min(p_old / p_sampled, cap): truncated importance weights, Yao et al. 2025 ("Your efficient RL
+           framework secretly brings you off-policy RL training"). 0: all are 1
+    delta  0 for a token that has gone too far already: p - p_sampled > delta if A > 0, p_sampled - p > delta
+           if A < 0. DPPO's mask with the binary total variation (arXiv 2602.04879, eq. 13). 0: no mask
+    """
+    weight = (old - sampled).exp().clamp(max=cap) if cap else torch.ones_like(old)
+    gone = advantage.sign() * (logp.exp() - sampled.exp()) > (delta or torch.inf)
+    return torch.where(gone, 0.0, weight)
+
+
+# ---- staying near the reference, and what a token weighs -------------------------------------------------
 
 def kl(logp, ref, kind: str = "k3") -> torch.Tensor:
     """Per-token estimate (N,) of KL(policy || reference) from tokens the policy sampled, with gradient.

@@ -25,6 +25,7 @@ BOX = "Please reason step by step, and put your final answer within \\boxed{}."
 SOLVER = Prompt("solver/1", f"$question\n{BOX}")  # the report's standard prompt
 CAREFUL = Prompt("careful/1", f"$question\nWork carefully. {BOX}")
 VERY_CAREFUL = Prompt("very-careful/1", f"$question\nWork very carefully and check each step. {BOX}")
+SHOWN = Prompt("shown/1", f"$question\nA right solution: $solution\nSolve it in your own words. {BOX}")
 
 # ---- tools -----------------------------------------------------------------------------------------------
 CODE = "Please solve it with Python code in a ```python block that prints the answer."

@@ -1,6 +1,8 @@
 """Log-probs, advantages and objectives against autograd, brute force and hand-worked numbers."""
 
+import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,13 +10,24 @@ import torch
 from slm import BadInput, lora, losses
 from slm.losses import (
     advantages,
+    cispo,
     clipped,
+    distill,
+    geometric,
     kl,
+    leave_one_out,
+    max_rl,
+    minus_mean,
+    over_std,
     pack,
+    pass_at_k,
+    raw,
+    reinforce,
     score,
     sequence_clipped,
     token_logprobs,
     token_weights,
+    trust,
     warp,
 )
 from slm.model import Config, Qwen2
@@ -127,6 +140,7 @@ def test_no_value_and_no_gradient_comes_from_memory_that_nobody_wrote(poisoned, 
     model.model.embed_tokens.weight.requires_grad_(trained_head)
     logp, entropy = score(model, *draw(model, [8, 5]))
     loss = sequence_clipped(logp, logp.detach(), torch.ones(9), torch.tensor([0] * 6 + [1] * 3), 0.2, 0.2)
+    loss = loss + geometric(logp, logp.detach(), torch.ones(9), torch.tensor([0] * 6 + [1] * 3), 0.4)
     (loss + kl(logp, logp.detach())).sum().backward()
     assert entropy.isfinite().all()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -211,61 +225,150 @@ def test_tokens_outside_the_mask_have_no_gradient(model, mask):
 
 # ---- advantages ------------------------------------------------------------------------------------------
 
-R = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0])
-G = torch.tensor([0, 0, 7, 7, 7, 7])
+GROUPED = [minus_mean, over_std, leave_one_out, max_rl, partial(pass_at_k, k=1), partial(pass_at_k, k=2)]
+
+
+def near(expected):
+    return pytest.approx(expected, abs=1e-6)
 
 
 def test_advantages_by_hand():
-    s = math.sqrt(2)
-    assert advantages(R[:2], G[:2], "std").tolist() == pytest.approx([1 / s, -1 / s])
-    assert advantages(R, G, "mean").tolist() == [1, -1, 1, 1, -1, -1]
-    assert advantages(R, G, "loo").tolist() == pytest.approx([2, -2, 4 / 3, 4 / 3, -4 / 3, -4 / 3])
-    assert advantages(R, G, "none").tolist() == R.tolist()
-    whitened = (R - R.mean()) / R.std()
-    assert advantages(R, G, "batch").tolist() == pytest.approx(whitened.tolist())
+    r, s = torch.tensor([1.0, 1.0, -1.0, -1.0, -1.0]), math.sqrt(1.2)  # mean -0.2; 2 x 1.44 + 3 x 0.64 = 4.8
+    assert raw(r) is r
+    assert minus_mean(r).tolist() == near([1.2, 1.2, -0.8, -0.8, -0.8])
+    assert over_std(r).tolist() == near([1.2 / s, 1.2 / s, -0.8 / s, -0.8 / s, -0.8 / s])
+    assert leave_one_out(r).tolist() == near([1.5, 1.5, -1, -1, -1])  # 1 - (1 - 3) / 4, -1 - (2 - 2) / 4
+    assert max_rl(r).tolist() == near([1.5, 1.5, -1, -1, -1])         # p = 0.4: 0.6 / 0.4, -0.4 / 0.4
+    # R = 1 - 3 / 10 = 0.7, s = sqrt(0.21); a wrong one: 0.3 - C(2, 1) / C(4, 1) = -0.2
+    s = math.sqrt(0.21)
+    assert pass_at_k(r, 2).tolist() == near([0.3 / s, 0.3 / s, -0.2 / s, -0.2 / s, -0.2 / s])
 
 
-@pytest.mark.parametrize("kind", ["std", "mean", "loo"])
-def test_a_group_without_spread_and_a_single_sample_get_nothing(kind):
-    assert advantages(torch.ones(5), torch.tensor([0, 0, 0, 1, 2]), kind).tolist() == [0] * 5
+def test_groups_are_compared_apart():
+    r, g = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, -1.0]), torch.tensor([7, 0, 0, 7, 7, 7])
+    assert advantages(r, g, minus_mean).tolist() == [1, -1, 1, 1, -1, -1]
+    whole = advantages(r + torch.arange(6), torch.zeros_like(g), over_std)
+    assert torch.allclose(whole, (r + torch.arange(6) - 2.5) / (r + torch.arange(6)).std())
 
 
-@pytest.mark.parametrize("kind", ["std", "mean", "loo", "batch"])
-@pytest.mark.parametrize("reward", [-0.3, 0.1, 1e-9, 12345.678])
-def test_a_spread_of_rounding_size_is_none(kind, reward):
-    for size in (2, 3, 7, 100, 1000):
-        groups = torch.zeros(size, dtype=torch.long)
-        assert advantages(torch.full((size,), reward), groups, kind).tolist() == [0] * size
+def test_who_is_left_out_of_a_group_moves_no_mean():
+    """Of [1, 1, 0, 0] the second has failed, then the third."""
+    assert minus_mean(torch.tensor([1.0, 0.0, 0.0])).tolist() == near([2 / 3, -1 / 3, -1 / 3])
+    assert minus_mean(torch.tensor([1.0, 1.0, 0.0])).tolist() == near([1 / 3, 1 / 3, -2 / 3])
 
 
-@pytest.mark.parametrize("kind", ["std", "mean", "loo", "batch"])
+@pytest.mark.parametrize("kind", GROUPED)
+@pytest.mark.parametrize("reward", [-1.0, -0.3, 0.0, 1e-9, 0.1, 1.0, 12345.678])
+def test_a_group_without_spread_and_a_single_sample_get_nothing(kind, reward):
+    for size in (1, 2, 3, 7, 100):
+        assert kind(torch.full((size,), reward)).tolist() == [0] * size
+
+
+@pytest.mark.parametrize("kind", [minus_mean, over_std, leave_one_out])
 @pytest.mark.parametrize("unit", [1e-9, 1.0, 1e6])
 def test_a_real_spread_counts_however_small_the_rewards(kind, unit):
-    found = advantages(torch.tensor([1.0, 1.0, 1.0, 1.001]) * unit, torch.zeros(4, dtype=torch.long), kind)
+    found = kind(torch.tensor([1.0, 1.0, 1.0, 1.001]) * unit)
     assert (found[:3] < 0).all() and found[3] > 0
 
 
 def test_leave_one_out_against_brute_force():
     torch.manual_seed(3)
-    r, g = torch.randn(12), torch.randint(0, 3, (12,))
-    for i, a in enumerate(advantages(r, g, "loo")):
-        others = [r[j] for j in range(12) if g[j] == g[i] and j != i]
+    r = torch.randn(12)
+    for i, a in enumerate(leave_one_out(r)):
+        others = [r[j] for j in range(12) if j != i]
         assert a.item() == pytest.approx((r[i] - sum(others) / len(others)).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("right", [1, 2, 5])
+def test_pass_at_k_is_the_mean_over_all_subsets(k, right):
+    """Every subset of k earns 1 if one of it is right; whitened over the subsets."""
+    r = torch.tensor([1.0] * right + [-1.0] * (6 - right))
+    subsets = list(itertools.combinations(range(6), k))
+    earned = [float(any(i < right for i in subset)) for subset in subsets]
+    rate = sum(earned) / max(1, len(earned))
+    std = math.sqrt(rate * (1 - rate))
+    expected = []
+    for i in range(6):
+        own = [(e - rate) / std for e, subset in zip(earned, subsets) if i in subset] if std else [0.0]
+        expected.append(sum(own) / len(own))
+    assert pass_at_k(r, k).tolist() == near(expected)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.4, 0.9])
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_max_rl_has_the_gradient_of_log_p_cut_after_the_terms_that_its_docstring_names(p, size):
+    """A policy that is right with probability p: the exact mean over all groups of K against the derivative
+    of -sum_k (1 - p)^k / k, k < K. REINFORCE's is the first term, 1."""
+    slope = {True: 1 / p, False: -1 / (1 - p)}  # d log(probability of the outcome) / dp
+    total = reinforced = 0.0
+    for outcome in itertools.product((True, False), repeat=size):
+        r = torch.tensor([1.0 if right else -1.0 for right in outcome])
+        chance = math.prod(p if right else 1 - p for right in outcome)
+        total += chance * sum(a * slope[right] for a, right in zip(max_rl(r).tolist(), outcome)) / size
+        reinforced += chance * sum(slope[right] for right in outcome if right) / size
+    assert total == pytest.approx(sum((1 - p) ** (k - 1) for k in range(1, size)), rel=1e-5)
+    assert reinforced == pytest.approx(1)
 
 
 # ---- objectives ------------------------------------------------------------------------------------------
 
-def test_at_ratio_one_every_objective_has_the_reinforce_gradient():
+OBJECTIVES = {
+    "clipped": partial(clipped, low=0.2, high=0.28), "sequence": partial(sequence_clipped, low=0.1, high=0.2),
+    "geometric": partial(geometric, width=0.4), "cispo": partial(cispo, low=1, high=4),
+    "reinforce": reinforce, "distill": distill}
+
+
+def paper(name, now, old, a):
+    """The paper's value for one sequence, in place of the sum over its tokens; `now` has gradients."""
+    r = [(x - y).exp() for x, y in zip(now, old)]
+    if name == "clipped":
+        return sum(min(x * b, min(max(x, torch.tensor(0.8)), torch.tensor(1.28)) * b) for x, b in zip(r, a))
+    if name == "sequence":
+        s = math.prod(r) ** (1 / len(r))
+        return len(r) * min(s * a[0], min(max(s, torch.tensor(0.9)), torch.tensor(1.2)) * a[0])
+    if name == "geometric":
+        s, product = math.copysign(1, a[0]), 1.0
+        for x in r:
+            product = product * min(x ** s, (x ** s).clamp(math.exp(-0.4), math.exp(0.4))) ** s
+        return len(r) * product ** (1 / len(r)) * a[0]
+    if name == "cispo":
+        return sum(min(max(x.item(), 0.0), 5.0) * b * y for x, b, y in zip(r, a, now))
+    if name == "reinforce":
+        return sum(b * y for b, y in zip(a, now))
+    return sum(x * (b - y.item()) for x, b, y in zip(r, a, now))  # distill: `a` is the teacher
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_is_its_papers_formula_token_by_token(name):
+    """Value and gradient, far from ratio 1, so that clips are active; sequences of different lengths."""
+    g = torch.Generator().manual_seed(5)
+    lengths = [1, 3, 7, 2, 30]
+    old = -3 * torch.rand(sum(lengths), generator=g, dtype=torch.float64)
+    shift = torch.randn(sum(lengths), generator=g, dtype=torch.float64)
+    logp = (old + shift).requires_grad_()
+    sequence = torch.arange(5).repeat_interleave(torch.tensor(lengths))
+    advantage = torch.tensor([1.0, -1.0, 0.3, -2.0, 1.5], dtype=torch.float64)[sequence]
+    if name == "distill":
+        advantage = -2 * torch.rand(len(logp), generator=g, dtype=torch.float64)
+    ours = OBJECTIVES[name](logp, old, advantage, sequence)
+    theirs = -sum(paper(name, list(n), list(o), a.tolist()) for n, o, a in zip(
+        logp.split(lengths), old.split(lengths), advantage.split(lengths)))
+    assert ours.shape == logp.shape and ours.sum().item() == pytest.approx(theirs.item(), rel=1e-6)
+    expected, = torch.autograd.grad(theirs, logp)
+    found, = torch.autograd.grad(ours.sum(), logp)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-9)
+    if name in ("clipped", "sequence", "geometric"):  # the clip stops some tokens, not all
+        assert 0 < (found == 0).sum() < len(found)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_at_ratio_one_every_objective_has_the_reinforce_gradient(name):
     logp = torch.randn(6, requires_grad=True)
-    a = torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0, -1.0])
-    expected = torch.autograd.grad(losses.reinforce(logp, a).sum(), logp)[0]
-    assert expected.tolist() == (-a).tolist()
-    old = logp.detach()
-    assert torch.allclose(torch.autograd.grad(clipped(logp, old, a, 0.2, 0.2).sum(), logp)[0], expected)
-    sequence = torch.tensor([0, 0, 1, 2, 2, 2])
-    a = torch.tensor([1.0, 1.0, 0.5, -1.0, -1.0, -1.0])
-    found = torch.autograd.grad(sequence_clipped(logp, old, a, sequence, 3e-4, 4e-4).sum(), logp)[0]
-    assert torch.allclose(found, -a)
+    sequence, a = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([1.0, 1.0, 0.5, -1.0, -1.0, -1.0])
+    given = a + logp.detach() if name == "distill" else a
+    found, = torch.autograd.grad(OBJECTIVES[name](logp, logp.detach(), given, sequence).sum(), logp)
+    assert torch.allclose(found, -a, atol=1e-6)
 
 
 @pytest.mark.parametrize("advantage, ratio, moves", [
@@ -273,16 +376,74 @@ def test_at_ratio_one_every_objective_has_the_reinforce_gradient():
     (-1, 0.9, True), (-1, 0.7, False), (-1, 1.5, True)])
 def test_clip_higher_stops_the_gradient_outside_its_bounds_only(advantage, ratio, moves):
     logp = torch.tensor([math.log(ratio)], requires_grad=True)
-    loss = clipped(logp, torch.zeros(1), torch.tensor([float(advantage)]), 0.2, 0.28)
+    loss = OBJECTIVES["clipped"](logp, torch.zeros(1), torch.tensor([float(advantage)]), None)
     assert loss.item() == pytest.approx(-min(ratio * advantage, min(max(ratio, 0.8), 1.28) * advantage))
     assert bool(torch.autograd.grad(loss.sum(), logp)[0]) == moves
 
 
-def test_the_sequence_ratio_is_the_geometric_mean():
-    logp, old = torch.tensor([0.1, 0.3, -0.2]), torch.tensor([0.0, 0.1, -0.1])
-    loss = sequence_clipped(logp, old, torch.tensor([2.0, 2.0, 1.0]), torch.tensor([0, 0, 1]), 0.5, 0.5)
-    assert loss.tolist() == pytest.approx([-2 * math.exp(0.15)] * 2 + [-math.exp(-0.1)])
+def test_objectives_by_hand():
+    """Two sequences: A = 2 with ratios e^0.1, e^0.6, and A = -1 with e^-0.5, whose clip stops it."""
+    logp, old = torch.tensor([0.1, 0.7, -0.6]), torch.tensor([0.0, 0.1, -0.1])
+    a, sequence, e = torch.tensor([2.0, 2.0, -1.0]), torch.tensor([0, 0, 1]), math.exp
+    found = sequence_clipped(logp, old, a, sequence, 0.5, 0.5)
+    assert found.tolist() == pytest.approx([-2 * e(0.35)] * 2 + [e(-0.5)])
+    found = geometric(logp, old, a, sequence, 0.4)
+    assert found.tolist() == pytest.approx([-2 * e(0.25)] * 2 + [e(-0.4)])
+    found = cispo(logp, old, a, sequence, 1, 0.5)  # ratios at most 1.5
+    assert found.tolist() == pytest.approx([-2 * e(0.1) * 0.1, -2 * 1.5 * 0.7, e(-0.5) * -0.6])
+    assert reinforce(logp, old, a, sequence).tolist() == pytest.approx([-0.2, -1.4, -0.6])
+    teacher = torch.tensor([0.0, 0.2, -0.6])
+    assert distill(logp, old, teacher, sequence).tolist() == pytest.approx([e(0.1) * 0.1, e(0.6) * 0.5, 0.0])
 
+
+def categorical(seed, n=8):
+    """(logits with gradient, another distribution) over n tokens."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, generator=g, dtype=torch.float64, requires_grad=True)
+    return logits, torch.randn(n, generator=g, dtype=torch.float64).log_softmax(-1)
+
+
+def test_distillation_has_the_gradient_of_the_kl_to_the_teacher():
+    """The exact mean over a vocabulary, with tokens from the policy and from an older one."""
+    logits, teacher = categorical(0)
+    logp = logits.log_softmax(-1)
+    expected, = torch.autograd.grad((logp.exp() * (logp - teacher)).sum(), logits, retain_graph=True)
+    for old in (logp.detach(), categorical(1)[1]):
+        loss = (old.exp() * distill(logp, old, teacher, None)).sum()
+        assert torch.allclose(torch.autograd.grad(loss, logits, retain_graph=True)[0], expected)
+
+
+# ---- sampler against trainer -----------------------------------------------------------------------------
+
+def test_trust_by_hand():
+    p, old, sampled = (torch.tensor(x).log() for x in ([0.5, 0.5, 0.1, 0.1], [0.6, 0.4, 0.3, 0.1],
+                                                       [0.2, 0.8, 0.31, 0.1]))
+    up, no = torch.tensor([1.0, -1.0, -1.0, 0.0]), torch.ones(4)
+    assert trust(p, old, sampled, up, 0, 0).tolist() == [1, 1, 1, 1]
+    assert trust(p, old, sampled, up, 2, 0).tolist() == pytest.approx([2, 0.5, 0.3 / 0.31, 1])  # not 3
+    # p - p_sampled: 0.3, -0.3, -0.21, 0: gone the way that A wants by more than 0.2
+    assert trust(p, old, sampled, up, 0, 0.2).tolist() == [0, 0, 0, 1]
+    assert trust(p, old, sampled, -up, 0, 0.2).tolist() == [1, 1, 1, 1]
+    assert trust(p, old, sampled, no, 2, 0.25).tolist() == pytest.approx([0, 0.5, 0.3 / 0.31, 1])
+
+
+@pytest.mark.parametrize("name", ["clipped", "reinforce", "cispo"])
+def test_a_sampler_at_a_wrong_temperature_is_corrected(name):
+    """Tokens come from a sampler at temperature 3. Weighed by p / p_sampled they have the gradient of the
+    policy; not weighed, another one. A cap of 2 takes away a part of the bias."""
+    logits, _ = categorical(2)
+    reward = torch.arange(8.0, dtype=torch.float64)
+    logp, sampled = (3 * logits).log_softmax(-1), logits.detach().log_softmax(-1)
+    expected, = torch.autograd.grad(-(logp.exp() * reward).sum(), logits, retain_graph=True)
+    old, error = logp.detach(), {}
+    for cap in (0, 2, 50):
+        loss = OBJECTIVES[name](logp, old, reward, None) * trust(old, old, sampled, reward, cap, 0)
+        found, = torch.autograd.grad((sampled.exp() * loss).sum(), logits, retain_graph=True)
+        error[cap] = ((found - expected).norm() / expected.norm()).item()
+    assert error[50] < 1e-9 < 0.1 < error[2] < error[0], error
+
+
+# ---- sums ------------------------------------------------------------------------------------------------
 
 def test_weights_give_the_papers_sums():
     lengths, values = torch.tensor([2, 6]), [torch.full((2,), 3.0), torch.full((6,), 1.0)]

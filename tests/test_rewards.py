@@ -367,7 +367,7 @@ def test_a_failure_that_the_policy_cannot_cause_leaves_the_mean():
         paid = [reward_of(e, TWELVE, Rules({"correct": 1.0}, no_box=0.0)) for e in episodes]
         assert paid[lost] == (None, "failed: HTTP 503") and not episodes[lost].parts
         kept = torch.tensor([reward for reward, _ in paid if reward is not None])
-        advantages = losses.advantages(kept, torch.zeros(3, dtype=torch.long), "mean")
+        advantages = losses.advantages(kept, torch.zeros(3, dtype=torch.long), losses.minus_mean)
         assert advantages.tolist() == pytest.approx(expected)
 
 
