@@ -1,23 +1,45 @@
 r"""What replies hold beside an answer: code, the answer that their code printed, a checker's verdict."""
 
 import re
+from textwrap import dedent
 
+FENCE = re.compile(r"""
+    (?: ^ (?P<lead> (?: [ \t>] | [-*+][ \t] | \d{1,9}[.)][ \t] )* )  # indents, quotes, marks of list items
+      | ^ (?: [^`\n] | (?<!`)``?(?!`) )* (?= ```+\w*\s*$ )          # words before it
+      | (?<=```) (?=```\w) )                                        # or the end of another one
+    (?P<fence> (?P<tick>[`~]) (?P=tick){2,} ) (?P<info>[^`\n]*) $ \n?
+    (?P<code> .*?)
+    (?: ^ (?= [ \t>]* (?P=fence) \w )
+      | ^ [ \t>]* (?P=fence) (?: (?= (?P=fence)\w ) | (?P=tick)* (?![`~'"]) [^\n]* )
+      | (?<![`~'"]) (?P=fence) (?P=tick)* [ \t\r]* $
+      | (?P<open> \Z) )""", re.X | re.M | re.S)
+PYTHON = ("python", "python3", "py", "py3", "ipython", "ipython3")
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
 def blocks_of(reply) -> list[str]:
-    """The code of every ```python fence in a Reply, or of every bare fence if it has none. The last fence may
-    be left open, unless the reply was cut.
+    """The code of every Python fence in a Reply, or of every fence without a name if it has none. The last
+    fence may be left open, unless the reply was cut.
+
+    A fence is what CommonMark calls one: three or more backticks or tildes, in list items and quotes too; its
+    name is the first word after them. Models write more than that, and it is understood: any indentation,
+    words before an opening fence, code before or words after a closing one, an opening fence that closes the
+    one before. Code is moved to the left as far as all its lines allow.
 
     >>> from slm.episode import Reply
-    >>> blocks_of(Reply("So:\\n```python\\nprint(6 * 7)\\n```\\nDone."))
+    >>> blocks_of(Reply("1. So:\\n   ``` Python\\n   print(6 * 7)\\n   ```\\nDone."))
     ['print(6 * 7)\\n']
     """
-    end = "```" if reply.finish == "length" else r"(?:```|\Z)"
-    fences = re.findall(rf"```(\w*)[^\S\n]*\n(.*?){end}", reply.text, re.S)
-    python = [code for name, code in fences if name.lower() in ("python", "py", "python3")]
-    bare = [code for name, code in fences if not name]
-    return [code for code in python or bare if code.strip()]
+    fences = []
+    for found in FENCE.finditer(reply.text):
+        name = re.search(r"\w+|$", found["info"])[0].lower()
+        margin = rf"[ \t{'>' * ('>' in (found['lead'] or ''))}]"
+        width = min(len(found["lead"] or ""), len(re.match(f"{margin}*", found["code"].lstrip("\n"))[0]))
+        code = re.sub(f"(?m)^{margin}{{0,{width}}}", "", found["code"])
+        if code.strip() and (found["open"] is None or reply.finish != "length"):
+            fences.append((name, dedent(code)))
+    python = [code for name, code in fences if name in PYTHON]
+    return python or [code for name, code in fences if not name]
 
 
 def printed(outcome) -> str | None:
