@@ -13,7 +13,7 @@ FENCE = re.compile(r"""
       | ^ [ \t>]* (?P=fence) (?: (?= (?P=fence)\w ) | (?P=tick)* (?![`~'"]) [^\n]* )
       | (?<![`~'"]) (?P=fence) (?P=tick)* [ \t\r]* $
       | (?P<open> \Z) )""", re.X | re.M | re.S)
-PYTHON = ("python", "python3", "py", "py3", "ipython", "ipython3")
+PYTHON = re.compile(r"\W*i?py(thon)?3?\b", re.I)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
@@ -32,14 +32,14 @@ def blocks_of(reply) -> list[str]:
     """
     fences = []
     for found in FENCE.finditer(reply.text):
-        name = re.search(r"\w+|$", found["info"])[0].lower()
-        margin = rf"[ \t{'>' * ('>' in (found['lead'] or ''))}]"
-        width = min(len(found["lead"] or ""), len(re.match(f"{margin}*", found["code"].lstrip("\n"))[0]))
-        code = re.sub(f"(?m)^{margin}{{0,{width}}}", "", found["code"])
+        lead, code = found["lead"] or "", found["code"]
+        margin = r"[ \t>]" if ">" in lead else r"[ \t]"
+        width = min(len(lead), len(re.match(f"{margin}*", code.lstrip("\n"))[0]))
+        code = dedent(re.sub(f"(?m)^{margin}{{0,{width}}}", "", code))
         if code.strip() and (found["open"] is None or reply.finish != "length"):
-            fences.append((name, dedent(code)))
-    python = [code for name, code in fences if name in PYTHON]
-    return python or [code for name, code in fences if not name]
+            fences.append((found["info"].strip(), code))
+    python = [code for info, code in fences if PYTHON.match(info)]
+    return python or [code for info, code in fences if not info]
 
 
 def printed(outcome) -> str | None:

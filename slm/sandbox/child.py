@@ -121,7 +121,7 @@ def run_cell(source: str, name: str, space: dict) -> None:
     """Run one block in the namespace `space` and show the value of a last bare expression; not the count that
     a last `write` returns, which would read as an answer."""
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
-    tree, shown = parse(source.removeprefix("\ufeff"), name), []
+    tree, shown = parse(source, name), []
     if tree.body and isinstance(tree.body[-1], ast.Expr) and not source.rstrip().endswith(";"):
         last = tree.body[-1].value
         if not (isinstance(last, ast.Call) and getattr(last.func, "attr", "").startswith("write")):
@@ -133,16 +133,15 @@ def run_cell(source: str, name: str, space: dict) -> None:
 def parse(source: str, name: str) -> ast.Module:
     """The syntax tree. A notebook's commands (%matplotlib inline, !pip install sympy) are passed over: there
     is nothing here to plot on or to install from."""
+    lines = source.removeprefix("\ufeff").split("\n")
     while True:
         try:
-            return ast.parse(source, name)
+            return ast.parse("\n".join(lines), name)
         except SyntaxError as error:
-            lines = source.split("\n")
             at = (error.lineno or 1) - 1
-            if at >= len(lines) or not COMMAND.match(lines[at]):
+            if not COMMAND.match("".join(lines[at:at + 1])):
                 raise
             lines[at] = COMMAND.sub(r"\1pass", lines[at])
-            source = "\n".join(lines)
 
 
 def describe(error: BaseException, names: list[str], quote=json.encoder.encode_basestring_ascii) -> bytes:
@@ -233,9 +232,6 @@ def warm_up() -> None:
 
 
 def fork_run(plan: dict, commands: socket.socket, home: int | None, beside: dict[int, str | int]) -> None:
-    ours, theirs = socket.socketpair()
-    out, out_end = os.pipe()
-    err, err_end = os.pipe()
     if home is None:
         scratch = first = tempfile.mkdtemp(dir=plan["base"])
     else:  # the next child starts a pid namespace; the kernel allows that once, so go back home first
@@ -243,7 +239,11 @@ def fork_run(plan: dict, commands: socket.socket, home: int | None, beside: dict
         layer.call("unshare", layer.NEWPID)
         scratch = layer.scratch_folder(plan["paths"])
         if (first := os.fork()) == 0:
-            be_the_first()
+            signal.sigwait([])  # never comes
+            os._exit(70)
+    ours, theirs = socket.socketpair()
+    out, out_end = os.pipe()
+    err, err_end = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
@@ -257,19 +257,6 @@ def fork_run(plan: dict, commands: socket.socket, home: int | None, beside: dict
         os.close(fd)
     ours.close()
     theirs.close()
-
-
-def be_the_first() -> None:
-    """Process 1 of a run's pid namespace: sleep until the zygote ends it. Never returns."""
-    try:
-        layer.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        layer.prctl(4, 0)               # PR_SET_DUMPABLE
-        os.setsid()
-        os.closerange(0, 1 << 16)
-        while True:
-            signal.pause()
-    finally:
-        os._exit(70)
 
 
 def kill(pid: int) -> None:
