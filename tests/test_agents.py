@@ -281,7 +281,9 @@ FENCES = [  # what CommonMark calls a fence
     "1. Do\n\n   ```python\n   if x:\n       y\n   ```\n2. More", "- ```py\n  x\n  ```",
     "10) a\n    ````python\n    x\n    `````", "* a\n  * b\n    ```python\n    x\n\n    y\n    ```",
     "> ```python\n> if x:\n>     y\n> ```\nz", "Use ```x``` here\n```\ny\n```", "```print(1)```",
-    '```python\ns = "```"\n```', "```python", "~~~\n~~~"]
+    '```python\ns = "```"\n```', "```python", "~~~\n~~~",
+    '```python\ndef f():\n    """\n    ```\n    """\n    return 1\n```',
+    '```python\nprint("""```python\nx = 1\n```""")\n```']
 
 
 @pytest.mark.parametrize("text", FENCES)

@@ -3,16 +3,14 @@ r"""What replies hold beside an answer: code, the answer that their code printed
 import re
 from textwrap import dedent
 
-FENCE = re.compile(r"""
+OPENING = re.compile(r"""
     (?: ^ (?P<lead> (?: [ \t>] | [-*+][ \t] | \d{1,9}[.)][ \t] )* )  # indents, quotes, marks of list items
       | ^ (?: [^`\n] | (?<!`)``?(?!`) )* (?= ```+\w*\s*$ )          # words before it
       | (?<=```) (?=```\w) )                                        # or the end of another one
-    (?P<fence> (?P<tick>[`~]) (?P=tick){2,} ) (?P<info>[^`\n]*) $ \n?
-    (?P<code> .*?)
-    (?: ^ (?= [ \t>]* (?P=fence) \w )
-      | ^ [ \t>]* (?P=fence) (?: (?= (?P=fence)\w ) | (?P=tick)* (?![`~'"]) [^\n]* )
-      | (?<![`~'"]) (?P=fence) (?P=tick)* [ \t\r]* $
-      | (?P<open> \Z) )""", re.X | re.M | re.S)
+    (?P<fence> ```+ | ~~~+ ) (?P<info>[^`\n]*) $ \n?""", re.X | re.M)
+CLOSING = r"""(?xm)
+    ^ [ \t>]{{0,{width}}} (?: (?= {fence}\w ) | {fence} (?= {fence}\w ) | {fence}+ (?![`~'"]) .* )
+    | (?<=[^\s`~'"]) [ \t]* {fence}+ \s* $"""
 PYTHON = re.compile(r"\W*i?py(thon)?3?\b", re.I)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
@@ -30,14 +28,17 @@ def blocks_of(reply) -> list[str]:
     >>> blocks_of(Reply("1. So:\\n   ``` Python\\n   print(6 * 7)\\n   ```\\nDone."))
     ['print(6 * 7)\\n']
     """
-    fences = []
-    for found in FENCE.finditer(reply.text):
-        lead, code = found["lead"] or "", found["code"]
+    fences, at = [], 0
+    while start := OPENING.search(reply.text, at):
+        lead = start["lead"] or ""
+        closing = re.compile(CLOSING.format(fence=start["fence"], width=len(lead) + 3))
+        end = closing.search(reply.text, start.end())
+        code, at = reply.text[start.end():end and end.start()], end.end() if end else len(reply.text)
         margin = r"[ \t>]" if ">" in lead else r"[ \t]"
         width = min(len(lead), len(re.match(f"{margin}*", code.lstrip("\n"))[0]))
         code = dedent(re.sub(f"(?m)^{margin}{{0,{width}}}", "", code))
-        if code.strip() and (found["open"] is None or reply.finish != "length"):
-            fences.append((found["info"].strip(), code))
+        if code.strip() and (end or reply.finish != "length"):
+            fences.append((start["info"].strip(), code))
     python = [code for info, code in fences if PYTHON.match(info)]
     return python or [code for info, code in fences if not info]
 
