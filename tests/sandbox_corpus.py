@@ -237,7 +237,7 @@ BENIGN = {
     "statistics": ("import statistics as s\ns.mean([1, 2, 3, 4]), s.median([3, 1, 2])", "(2.5, 2)\n"),
     "datetime": ("from datetime import date, timedelta\nprint(date(2024, 2, 28) + timedelta(2), date(2024, 1, 1).strftime('%A'))",
                  "2024-03-01 Monday\n"),
-    "calendar": ("import calendar\ncalendar.isleap(2000), calendar.monthrange(2023, 2)", "(True, (2, 28))\n"),
+    "calendar": ("import calendar\nprint(calendar.isleap(2000), *calendar.monthrange(2023, 2))", "True 2 28\n"),
     "random with a seed": ("import random\nrandom.seed(1)\nrandom.randint(1, 100), random.choice('abc')", "(18, 'c')\n"),
     "re": ("import re\nre.findall(r'\\d+', 'a1b22')", "['1', '22']\n"),
     "json": ("import json\njson.dumps({'a': [1, None]})", "'{\"a\": [1, null]}'\n"),

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -360,6 +361,14 @@ def test_sorting_a_journal_is_one_step_and_it_goes_on_afterwards(tmp_path, monke
     journal.sort(lambda row: row["n"])
     journal.append({"n": 0})
     assert [row["n"] for row in Journal(journal.path)] == [1, 2, 3, 0]
+
+
+def test_the_next_command_can_be_typed_where_a_folder_has_a_space(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(make_data, "TESTS", ())
+    out = tmp_path / "lauf ä 1"
+    make_data.main(make_data.options().parse_args(["--limit", "1", "--out", str(out)]))
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[-2:] == ["--data", str(out / "records.jsonl")] and Path(words[-1]).is_file()
 
 
 def test_two_processes_on_one_output_are_refused(tmp_path):
