@@ -305,6 +305,7 @@ def test_fences_are_those_of_commonmark(text):
     ("```python\nx\n``` is it.\n```\ny\n```", ["x\n"]),
     ("```python\nx\n```output\n5\n```\n```python\ny\n```", ["x\n", "y\n"]),
     ("```python\nx\n``````python\ny\n```", ["x\n", "y\n"]),
+    ("```python\nx\n``` then ```python\ny\n``` it is.", ["x\n", "y\n"]),
     ("```python\nx\n```python\ny\n", ["x\n", "y\n"]),
     ('```python\ns = """```\na\n```"""\n```', ['s = """```\na\n```"""\n'])])
 def test_fences_that_models_write_are_understood(text, blocks):

@@ -6,10 +6,10 @@ from textwrap import dedent
 OPENING = re.compile(r"""
     (?: ^ (?P<lead> (?: [ \t>] | [-*+][ \t] | \d{1,9}[.)][ \t] )* )  # indents, quotes, marks of list items
       | ^ (?: [^`\n] | (?<!`)``?(?!`) )* (?= ```+\w*\s*$ )          # words before it
-      | (?<=```) (?=```\w) )                                        # or the end of another one
+      | (?<=```) [^`\n]* (?= ```\w+\s*$ ) )                        # or the end of another one
     (?P<fence> ```+ | ~~~+ ) (?P<info>[^`\n]*) $ \n?""", re.X | re.M)
 CLOSING = r"""(?xm)
-    ^ [ \t>]{{0,{width}}} (?: (?= {fence}\w ) | {fence} (?= {fence}\w ) | {fence}+ (?![`~'"]) .* )
+    ^ [ \t>]{{0,{width}}} (?: (?= {fence}\w ) | {fence} (?= {fence}\w ) | {fence}+ (?![`~'"]) )
     | (?<=[^\s`~'"]) [ \t]* {fence}+ \s* $"""
 PYTHON = re.compile(r"\W*i?py(thon)?3?\b", re.I)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")

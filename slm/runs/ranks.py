@@ -18,8 +18,8 @@ if STARTED > 1:  # a single process need not wait 0.9 s for this import
 
 
 def start_ranks(device: torch.device) -> None:
-    """Join the other processes that torchrun started. BadInput where WORLD_SIZE tells of some that it did not
-    start: to wait for them might have no end, and to run alone might be to run many times."""
+    """Join the other processes that torchrun started. BadInput where WORLD_SIZE tells of any others: to wait
+    for them might have no end, and to run alone might be to run many times."""
     if STARTED == 1 and os.environ.get("WORLD_SIZE") not in (None, "", "1"):
         raise BadInput(f"WORLD_SIZE={os.environ['WORLD_SIZE']!r}, but torchrun did not start this process; "
                        "unset WORLD_SIZE to run alone, or start with torchrun")
