@@ -7,7 +7,7 @@ OPENING = re.compile(r"""
     (?: ^ (?P<lead> (?: [ \t>] | [-*+][ \t] | \d{1,9}[.)][ \t] )* )  # indents, quotes, marks of list items
       | ^ (?: [^`\n] | (?<!`)``?(?!`) )* (?= ```+\w*\s*$ )          # words before it
       | (?<=```) [^`\n]* (?= ```\w+\s*$ ) )                        # or the end of another one
-    (?P<fence> ```+ | ~~~+ ) (?P<info>[^`\n]*) $ \n?""", re.X | re.M)
+    (?P<fence> `{3,99} | ~{3,99} ) (?P<info>[^`\n]*) $ \n?""", re.X | re.M)
 CLOSING = r"""(?xm)
     ^ [ \t>]{{0,{width}}} (?: (?= {fence}\w ) | {fence} (?= {fence}\w ) | {fence}+ (?![`~'"]) )
     | (?<=[^\s`~'"]) [ \t]* {fence}+ \s* $"""
