@@ -45,6 +45,7 @@ if __name__ == "__main__":
 
 import contextlib
 import random
+import shlex
 import sys
 from pathlib import Path
 
@@ -107,7 +108,8 @@ def make_solutions(args) -> None:
         why = asking.why or f"attempts ended in HTTP errors, the last: {asking.trouble}"
         print(f"ended early: {why}; {left:,} problems are open, the same command goes on")
     if asking.counts["kept"] and not asking.why:
-        print(f"next: python train_sft.py --model {args.model} --data {run.path}/records.jsonl")
+        made = shlex.quote(f"{run.path}/records.jsonl")
+        print(f"next: python train_sft.py --model {args.model} --data {made}")
     if asking.dead:
         raise asking.dead
     if asking.why == "stopped":
@@ -262,7 +264,7 @@ def balance(out: Path, samples, known: dict, seed: int) -> None:
         print(f"{side}: {len(classes[True]):,} right and {len(classes[False]):,} wrong solutions -> "
               f"{count:,} of each from {len({r['id'] for r in rows}):,} problems, "
               f"{sum(r['run'] is not None for r in rows):,} with a Python run: {out}/{side}.jsonl")
-    print(f"next: python train_sft.py --data {out}/train.jsonl")
+    print(f"next: python train_sft.py --data {shlex.quote(f'{out}/train.jsonl')}")
 
 
 def verifier_record(row: dict) -> dict:

@@ -6,6 +6,7 @@ downloaded once. Weights are read one tensor at a time straight into their place
 plus one tensor; pickles are never opened. Files appear under their final name only when they are complete.
 """
 
+import os
 import re
 import sys
 from dataclasses import replace
@@ -35,7 +36,7 @@ def resolve(name: str | Path) -> Path:
     none of these, or not there and not to be had."""
     if str(name) == "tiny":
         return TINY
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir() and str(name):
         if not (path / CONFIG).is_file() and not (path / ADAPTER).is_file():
             inside = next((f"; try {p.parent}" for p in (path / "adapter" / ADAPTER, path / "model" / CONFIG)

@@ -228,10 +228,13 @@ def _gold(value, source: str, where: str) -> str:
 
 def _find(source: Source) -> Path:
     """The local file of a source, downloaded into the cache when no folder has it."""
-    cache = Path(os.environ.get("SLM_CACHE") or Path.home() / ".cache" / "slm") / "data"
+    cache = Path(os.path.expanduser(os.environ.get("SLM_CACHE") or "~/.cache/slm"), "data")
     for folder in (os.environ.get("SLM_DATA") or "data", "data", "../shared/data", cache):
         if (path := Path(folder, source.file)).is_file():
             return path
+    if cache.parts[0] == "~":
+        raise BadInput(f"{source.file}: this user has no home directory for it; set SLM_CACHE to a folder "
+                       "for it, or SLM_DATA to one that holds it")
     try:
         return download(source, cache / source.file)
     except BadInput as e:

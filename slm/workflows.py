@@ -55,7 +55,7 @@ def settle(answers: list[str | None]) -> str | None:
 
 def stated(text: str) -> str | None:
     """The answer in a text. If the text has code, only a box counts: numbers of code are no answers."""
-    return extract(text, strict="```" in text)
+    return extract(text, strict="```" in text or "~~~" in text)
 
 
 def shown(outcome) -> str:

@@ -237,7 +237,7 @@ BENIGN = {
     "statistics": ("import statistics as s\ns.mean([1, 2, 3, 4]), s.median([3, 1, 2])", "(2.5, 2)\n"),
     "datetime": ("from datetime import date, timedelta\nprint(date(2024, 2, 28) + timedelta(2), date(2024, 1, 1).strftime('%A'))",
                  "2024-03-01 Monday\n"),
-    "calendar": ("import calendar\ncalendar.isleap(2000), calendar.monthrange(2023, 2)", "(True, (2, 28))\n"),
+    "calendar": ("import calendar\nprint(calendar.isleap(2000), *calendar.monthrange(2023, 2))", "True 2 28\n"),
     "random with a seed": ("import random\nrandom.seed(1)\nrandom.randint(1, 100), random.choice('abc')", "(18, 'c')\n"),
     "re": ("import re\nre.findall(r'\\d+', 'a1b22')", "['1', '22']\n"),
     "json": ("import json\njson.dumps({'a': [1, None]})", "'{\"a\": [1, null]}'\n"),
@@ -254,6 +254,10 @@ BENIGN = {
                           "late\n"),
     "thread pool of multiprocessing": ("from multiprocessing.pool import ThreadPool\nwith ThreadPool(2) as p: print(p.map(abs, [-1, 2]))", "[1, 2]\n"),
     "multiprocessing's queue": ("from multiprocessing import Queue, Lock\nq = Queue()\nq.put(1)\nwith Lock(): print(q.get())", "1\n"),
+    "processes by threads": ("import multiprocessing as m\nfrom concurrent.futures import ProcessPoolExecutor as E\ndef f(x): return x * x\n"
+                             "if __name__ == '__main__':\n    q = m.Queue()\n    p = m.Process(target=q.put, args=(5,))\n"
+                             "    p.start(); p.join()\n    with m.Pool(2) as a, m.get_context('spawn').Pool() as b, E(2) as c:\n"
+                             "        print(q.get(), a.map(f, [1, 2]), b.starmap(pow, [(2, 3)]), list(c.map(f, [4])))", "5 [1, 4] [8] [16]\n"),
     "asyncio": ("import asyncio\nasync def f(): await asyncio.sleep(.001); return 7\nasyncio.run(f())", "7\n"),
     "atexit": ("import atexit\natexit.register(print, 'bye')\nprint('hi')", "hi\nbye\n"),
     "exit": ("print(1)\nimport sys\nsys.exit()\nprint(2)", "1\n"),
@@ -265,6 +269,16 @@ BENIGN = {
     "copy a file": ("import shutil\nopen('a', 'w').write('1')\nshutil.copy('a', 'b')\nopen('b').read()", "'1'\n"),
     "StringIO and redirect": ("import io, contextlib\ns = io.StringIO()\nwith contextlib.redirect_stdout(s): print('in')\ns.getvalue()",
                               "'in\\n'\n"),
+    "a notebook's commands": ("%matplotlib inline\n!pip install -q sympy\nimport math\nif True:\n    %time math.pi\n    print(math.sqrt(16))\n"
+                              "pip install numpy\ns = '''\n%not one\n'''\nprint(s.strip(), 7\n% 4)", "4.0\n%not one 3\n"),
+    "a byte order mark": ("\ufeffx = 5\nprint(x)", "5\n"),
+    "without a line break": ("print(5, end='')", "5"),
+    "write at the end": ("import sys\nsys.stdout.write('12')", "12"),
+    "text of any script": ("print('é ∑ 🙂 中文')\nπ = 3\nprint(π)", "é ∑ 🙂 中文\n3\n"),
+    "warnings": ("import sys, warnings\nwarnings.warn('careful')\nprint('no', file=sys.stderr)\nprint(1)", "1\n"),
+    "an integer of 6,021 digits": ("import sys\nn = 10 ** 6020\nprint(len(str(n)), int('9' * 9999) % 7)", "6021 5\n"),
+    "its own signal": ("import os, signal\nsignal.signal(signal.SIGUSR1, lambda *a: print('got'))\nos.kill(os.getpid(), signal.SIGUSR1)\n"
+                       "os.kill(os.getpid(), 0)\nprint('on')", "got\non\n"),
     "large integer": ("n = 7 ** 6000\nlen(str(n))", "5071\n"),
     "primes": ("def p(n):\n    s = bytearray([1]) * n\n    s[:2] = b'\\0\\0'\n    for i in range(2, int(n ** .5) + 1):\n"
                "        if s[i]: s[i*i::i] = bytes(len(s[i*i::i]))\n    return sum(s)\np(200000)", "17984\n"),

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from slm.answers import answer_record
 from slm.episode import Reply, Sampling, jobs_for, run_episodes
 from slm.grading import blocks_of, printed, verdict
 from slm.runs import cli
-from slm.workflows import WORKFLOWS, settle, shown, tally
+from slm.workflows import WORKFLOWS, settle, shown, stated, tally
 
 ROOT = Path(__file__).parent.parent
 CODE = "```python\nprint({})\n```"
@@ -271,6 +272,55 @@ def test_failed_code_has_no_answer_and_its_output_is_cut():
     ("```python\na\n```\n```output\n1\n```\n```python\nb\n```", ["a\n", "b\n"])])
 def test_code_is_found_in_fences(text, blocks):
     assert blocks_of(Reply(text)) == blocks
+
+
+FENCES = [  # what CommonMark calls a fence
+    "``` python\nx\n```", '```python title="a"\nx\n```', "```Python3 {1,2}\nx\n```",
+    "```{.python}\nx\n```", "~~~python\nx\n```\n~~~", '````python\ns = """\n```\n"""\n````',
+    "```\nx\n`````\ny", "```json\n{}\n```\n```\nx\n```", "   ```python\n   x\n     y\n   ```",
+    "1. Do\n\n   ```python\n   if x:\n       y\n   ```\n2. More", "- ```py\n  x\n  ```",
+    "10) a\n    ````python\n    x\n    `````", "* a\n  * b\n    ```python\n    x\n\n    y\n    ```",
+    "> ```python\n> if x:\n>     y\n> ```\nz", "Use ```x``` here\n```\ny\n```", "```print(1)```",
+    '```python\ns = "```"\n```', "```python", "~~~\n~~~",
+    '```python\ndef f():\n    """\n    ```\n    """\n    return 1\n```',
+    '```python\nprint("""```python\nx = 1\n```""")\n```']
+
+
+@pytest.mark.parametrize("text", FENCES)
+def test_fences_are_those_of_commonmark(text):
+    markdown = pytest.importorskip("markdown_it").MarkdownIt("commonmark")
+    tokens = [token for token in markdown.parse(text) if token.type == "fence" and token.content]
+    fences = [(token.info, token.content) for token in tokens]
+    python = [code for info, code in fences if re.match(r"\W*py", info, re.I)]
+    assert blocks_of(Reply(text)) == (python or [code for info, code in fences if not info])
+
+
+@pytest.mark.parametrize("text, blocks", [  # any indentation, words around
+    ("1. So:\n     ```python\n     if x:\n         y\n     ```", ["if x:\n    y\n"]),
+    ("```python\n    if x:\n        y\n    z\n```", ["if x:\n    y\nz\n"]),
+    ("1. ```python\nif x:\n  y\n```", ["if x:\n  y\n"]),
+    ("  ```python\nif x:\n  y\n  ```", ["if x:\n  y\n"]),
+    ("\t```python\n\tif x:\n\t\ty\n\t```", ["if x:\n\ty\n"]), ("```python\r\nx\r\n```\r\n", ["x\r\n"]),
+    ("So: ```python\nx\n```", ["x\n"]), ("The `f` in ```\nx\n```", ["x\n"]), ("```python\nx```\ny", ["x"]),
+    ("```python\nx\n``` is it.\n```\ny\n```", ["x\n"]),
+    ("```python\nx\n```output\n5\n```\n```python\ny\n```", ["x\n", "y\n"]),
+    ("```python\nx\n``````python\ny\n```", ["x\n", "y\n"]),
+    ("```python\nx\n``` then ```python\ny\n``` it is.", ["x\n", "y\n"]),
+    ("```python\nx\n```python\ny\n", ["x\n", "y\n"]),
+    ('```python\ns = """```\na\n```"""\n```', ['s = """```\na\n```"""\n'])])
+def test_fences_that_models_write_are_understood(text, blocks):
+    assert blocks_of(Reply(text)) == blocks
+
+
+def test_fences_of_any_text_are_found_in_linear_time():
+    for piece in "`", "```\n", "~~~ a\n", "> ", "1. ", "a`", "``a":
+        start = time.process_time()
+        blocks_of(Reply(piece * 40_000)), blocks_of(Reply("```python\n" + piece * 40_000))
+        assert time.process_time() - start < 5  # a square would be minutes
+
+
+def test_numbers_of_code_are_no_answers_whatever_its_fence():
+    assert stated("It is 5:\n~~~python\nprint(7)\n~~~") is None
 
 
 def test_code_cut_by_the_token_limit_is_not_run():

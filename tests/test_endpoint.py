@@ -129,7 +129,7 @@ def test_hundreds_are_under_way_at_once():
     (200, {"choices": [{"message": None}]}), (200, b"cut short", {"Content-Length": 4000})])
 def test_what_may_pass_is_tried_again(trouble):
     with scripted(lambda n, *_: trouble if n < 2 else chat("fine")) as (url, seen):
-        reply, = collect(quick(url, timeout=1 if len(trouble) == 3 else 60), ask())
+        reply, = collect(quick(url, timeout=2 if len(trouble) == 3 else 60), ask())
     assert reply.text == "fine" and len(seen) == 3
 
 
@@ -146,9 +146,8 @@ def test_retry_after_is_honoured_by_all_workers(header):
     with scripted(lambda n, *_: (429, b"", {"Retry-After": header()}) if n == 0 else chat()) as (url, seen):
         endpoint = quick(url, workers=4)
         endpoint.submit(ask())
-        while not seen:
+        while not seen or endpoint.limiter.next_request <= seen[0][0]:
             time.sleep(0.01)
-        time.sleep(0.1)
         assert len(collect(endpoint, *(ask() for _ in range(8)))) == 9
     assert min(t for t, *_ in seen[1:]) - seen[0][0] >= 0.9
 
@@ -275,7 +274,7 @@ def test_a_server_that_dribbles_is_cut_off_in_time():
             self.send_response(200)
             self.send_header("Content-Length", "100")
             self.end_headers()
-            for _ in range(100):
+            while True:
                 self.wfile.write(b" ")
                 self.wfile.flush()
                 time.sleep(0.1)
@@ -290,7 +289,7 @@ def test_a_server_that_dribbles_is_cut_off_in_time():
     endpoint = quick(f"http://127.0.0.1:{server.server_port}/v1", timeout=0.4, tries=2)
     reply, = collect(endpoint, ask())
     server.shutdown()
-    assert reply.error == "timeout, 2 times" and time.monotonic() - start < 10
+    assert reply.error == "timeout, 2 times" and time.monotonic() - start < 60  # its body takes forever
 
 
 def test_replies_of_a_megabyte_and_none_of_eight():
@@ -522,14 +521,18 @@ def test_packed_and_chunked_bodies_are_read():
 
 
 def test_close_drops_the_queue_and_ends_the_threads():
-    with scripted(lambda *_: (time.sleep(0.2), chat())[1]) as (url, seen):
+    closed = threading.Event()
+    with scripted(lambda *_: (closed.wait(60), chat())[1]) as (url, seen):
         endpoint = quick(url, workers=2)
         for _ in range(50):
             endpoint.submit(ask())
-        time.sleep(0.1)
+        while len(seen) < 2:
+            time.sleep(0.01)
         endpoint.close()
-        time.sleep(0.5)
-    assert not endpoint.pending and len(seen) <= 2 and not any(t.is_alive() for t in endpoint._threads)
+        closed.set()
+        for thread in endpoint._threads:
+            thread.join(60)
+    assert not endpoint.pending and len(seen) == 2 and not any(t.is_alive() for t in endpoint._threads)
 
 
 def test_the_stand_in_teacher_replies_as_a_server_with_its_answers_and_faults_would():

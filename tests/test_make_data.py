@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -304,7 +305,7 @@ def start(tmp_path, url, out, problems=150, *options, **env):
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | env, cwd=tmp_path)
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
@@ -327,9 +328,9 @@ def test_killed_five_times_it_ends_with_the_same_records(tmp_path):
             process.communicate()
         with files[0].open("ab") as f:  # and torn, as by a full disk
             f.write(b'{"id": "p149", "question": "Wh')
-        out, _ = start(tmp_path, server.url, tmp_path / "killed").communicate(timeout=100)
+        out, _ = start(tmp_path, server.url, tmp_path / "killed").communicate(timeout=300)
         answered = sum(server.answered.values())
-        whole, _ = start(tmp_path, server.url, tmp_path / "whole").communicate(timeout=100)
+        whole, _ = start(tmp_path, server.url, tmp_path / "whole").communicate(timeout=300)
     landed = attempts_of(*files)
     assert len(landed) == len(set(landed))                     # nothing that had landed was asked again
     assert answered - len(landed) <= 5 * 8                     # on the wire at a kill: 8 workers
@@ -362,12 +363,20 @@ def test_sorting_a_journal_is_one_step_and_it_goes_on_afterwards(tmp_path, monke
     assert [row["n"] for row in Journal(journal.path)] == [1, 2, 3, 0]
 
 
+def test_the_next_command_can_be_typed_where_a_folder_has_a_space(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(make_data, "TESTS", ())
+    out = tmp_path / "lauf ä 1"
+    make_data.main(make_data.options().parse_args(["--limit", "1", "--out", str(out)]))
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[-2:] == ["--data", str(out / "records.jsonl")] and Path(words[-1]).is_file()
+
+
 def test_two_processes_on_one_output_are_refused(tmp_path):
-    with serve(by_number(), Faults(latency=1, slowest=1)) as server:
+    with serve(by_number(), Faults(latency=1000, slowest=1000)) as server:  # the first stays in the midst
         one = start(tmp_path, server.url, tmp_path / "out")
         wait_for(lambda: (tmp_path / "out" / "settings.json").exists())
         two = start(tmp_path, server.url, tmp_path / "out")
-        said = two.communicate(timeout=60)[0]
+        said = two.communicate(timeout=300)[0]
         one.kill()
         one.communicate()
     assert two.returncode == 2 and "in use by another process" in said and "Traceback" not in said
@@ -379,7 +388,7 @@ def test_ctrl_c_waits_for_what_is_on_the_wire(tmp_path):
         process = start(tmp_path, server.url, tmp_path / "out")
         wait_for(lambda: count(*files) > 20)
         process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[0]
+        said = process.communicate(timeout=300)[0]
         assert sum(server.answered.values()) == count(*files) < 150
     assert process.returncode == 130 and "ended early" in said and "Traceback" not in said
 

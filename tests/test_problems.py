@@ -310,6 +310,20 @@ def test_a_server_error_is_named(server):
         problems.load("set", "test")
 
 
+def test_a_user_without_a_home_reads_local_files_and_is_told_what_to_set(server, tmp_path, monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("SLM_CACHE", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # KeyError, as for an unknown user
+    with pytest.raises(BadInput, match=r"^set/test\.jsonl: this user has no home directory for it; set SLM_"):
+        problems.load("set", "test")
+    assert not server.asked and os.listdir(tmp_path) == []
+    path = tmp_path / "here" / "set" / "test.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(server.body)
+    monkeypatch.setenv("SLM_DATA", str(tmp_path / "here"))
+    assert len(problems.load("set", "test")) == 5000
+
+
 def test_local_folders_come_before_the_network(server, tmp_path, monkeypatch):
     write(tmp_path / "data" / "set" / "test.jsonl", GOOD)
     assert len(problems.load("set", "test")) == 1 and not server.asked

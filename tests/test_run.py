@@ -1,8 +1,10 @@
 """The run directory, resuming, the schedule, devices: each by the promise it keeps."""
 
+import contextlib
 import json
 import math
 import os
+import runpy
 import signal
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from slm import BadInput, training
-from slm.runs import rundir
+from slm.runs import ranks, rundir
 from slm.runs.device import pick_device
 
 
@@ -164,6 +166,25 @@ def test_the_first_interrupt_lets_the_step_finish_and_the_second_stops():
         assert stop.asked
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("value, alone", [(None, True), ("", True), ("1", True), ("2", False), ("x", False)])
+def test_a_world_size_that_torchrun_did_not_set_is_no_wait_and_no_traceback(monkeypatch, value, alone):
+    for name in ("RANK", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if value is not None:
+        monkeypatch.setenv("WORLD_SIZE", value)
+    assert runpy.run_path(ranks.__file__)["STARTED"] == 1
+    refused = pytest.raises(BadInput, match=f"^WORLD_SIZE='{value}', but torchrun did not start")
+    with contextlib.nullcontext() if alone else refused:
+        ranks.start_ranks(torch.device("cpu"))
+    assert (ranks.rank(), ranks.world()) == (0, 1)
+
+
+def test_torchrun_is_known_by_what_it_sets(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert runpy.run_path(ranks.__file__)["STARTED"] == 3
 
 
 def test_a_missing_device_is_named_and_cpu_has_a_reason():

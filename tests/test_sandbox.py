@@ -51,20 +51,26 @@ def world(monkeypatch):
     signal.signal(signal.SIGUSR1, ignored)
 
 
-def processes() -> set[int]:
-    """The sandbox's processes on this machine that this test process started."""
-    mine, found = {os.getpid()}, set()
-    rows = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True).stdout.split("\n")
-    pairs = [tuple(map(int, row.split())) for row in rows if row]
-    while new := {pid for pid, parent in pairs if parent in mine} - mine:
-        mine |= new
-    for pid in mine - {os.getpid()}:
-        try:
-            if b"sandbox/child.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.add(pid)
-        except OSError:
-            pass
-    return found
+@pytest.fixture
+def processes(tmp_path, monkeypatch):
+    """processes() -> the processes of the sandboxes that this test starts, of no other test and no other program.
+    A number alone says little: a busy machine gives it to another process within seconds."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return lambda: processes_of(tmp_path)
+
+
+def processes_of(folder: Path) -> set[int]:
+    """The sandbox's processes, of whichever caller, whose scratch folders go into `folder`."""
+    rows = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,args="], capture_output=True, text=True).stdout.split("\n")
+    return {int(row.split()[0]) for row in rows if "sandbox/child.py" in row and str(folder) in row}
+
+
+def wait_for(condition):
+    """Until it holds: a busy machine may take long, and only what never comes is a fault."""
+    end = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
 
 
 def parents(pid: int) -> int:
@@ -173,6 +179,7 @@ ENDLESS = {
                        "    except (OSError, ValueError): pass\nsignal.pthread_sigmask(0, signal.valid_signals())\n"
                        "while True: signal.pause()",
     "sleeps": "import time\ntime.sleep(100)",
+    "stops itself": "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)",
     "busy threads": "import threading\nfor _ in range(8): threading.Thread(target=lambda: [0 for _ in iter(int, 1)]).start()",
     "regular expression": "import re\nre.match(r'(a+)+$', 'a' * 40 + 'b')",
     "closes its output": "import os\nos.close(1)\nos.close(2)\nwhile True: pass",
@@ -186,7 +193,7 @@ ENDLESS = {
 def test_nothing_outlives_its_time(name, pool):
     start = time.monotonic()
     outcome = pool.run(ENDLESS[name], 0.5)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
     assert outcome.timed_out or outcome.error.startswith("OutputLimit")
     with pytest.raises(subprocess.TimeoutExpired):
         run_plain(ENDLESS[name], 0.6)
@@ -198,12 +205,12 @@ def test_processor_time_is_bounded_besides_the_clock(pool):
             "for _ in range(8): threading.Thread(target=lambda: [hashlib.sha256(b) for _ in range(10**6)]).start()")
     before = time.monotonic()
     outcome = pool.run(code, 1.0)
-    assert outcome.timed_out and time.monotonic() - before < 5
+    assert outcome.timed_out and time.monotonic() - before < 60
 
 
 def test_output_before_the_timeout_is_kept(pool):
-    outcome = pool.run("print('so far')\nwhile True: pass", 0.5)
-    assert outcome.stdout == "so far\n" and outcome.error == "Timeout: stopped after 0.5 seconds"
+    outcome = pool.run("print('so far')\nwhile True: pass", 1.5)
+    assert outcome.stdout == "so far\n" and outcome.error == "Timeout: stopped after 1.5 seconds"
 
 
 @LINUX
@@ -245,16 +252,15 @@ def test_one_run_never_finds_another_ones_code_or_output(full):
 
 
 @LINUX
-def test_the_pool_processes_hold_no_secret_of_the_caller(full, monkeypatch):
+def test_the_pool_processes_hold_no_secret_of_the_caller(full, monkeypatch, processes):
     if os.getuid():
         pytest.skip("reads the memory of other processes")
     monkeypatch.setenv("SLM_TEST_SECRET", SECRET)
-    others = processes()
     with Sandbox() as fresh:
         fresh.run("print('needle' + str('stack'))")
-        fresh.submit("import time; time.sleep(30)", 30)
-        assert len(processes() - others) >= 3
-        for pid in processes() - others:
+        fresh.submit("import time; time.sleep(300)", 300)
+        wait_for(lambda: len(processes()) >= 8)  # supervisor, zygote, the run and two spares, each with a first process
+        for pid in processes():
             assert SECRET.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
             found = {needle: scan(pid, needle) for needle in (SECRET.encode(), b"needlestack")}
             # the supervisor passes outcomes on; the process that runs are copied from never sees one
@@ -341,8 +347,26 @@ CRASHES = {
     "closes everything": ("import os\nos.closerange(0, 1000)\nraise ValueError", None),
     "memory": ("x = []\nwhile True: x.append(bytearray(1 << 25))", "MemoryError (line 2)"),
     "memory, small pieces": ("x = []\nwhile True: x.append([x] * 100000)", "MemoryError (line 2)"),
-    "kills itself": ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\nraise ValueError", None),
-    "kills its group": ("import os, signal\nos.kill(0, signal.SIGKILL)", "PermissionError: [Errno 1] Operation not permitted (line 2)"),
+    "kills itself": ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "Crash: the program died of SIGKILL"),
+    "ends itself": ("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)", "Crash: the program died of SIGTERM"),
+    "raises a signal": ("import signal\nsignal.raise_signal(signal.SIGUSR1)", "Crash: the program died of SIGUSR1"),
+    "ends its thread": ("import signal, threading\nsignal.pthread_kill(threading.get_ident(), signal.SIGTERM)", "Crash: the program died of SIGTERM"),
+    "its alarm": ("import signal, time\nsignal.setitimer(signal.ITIMER_REAL, .01)\ntime.sleep(9)", "Crash: the program died of SIGALRM"),
+    "os.abort": ("import os\nos.abort()", "Crash: the program died of SIGABRT"),
+    "kills its group": ("import os, signal\nos.kill(0, signal.SIGKILL)",
+                        "PermissionError: [Errno 1] Operation not permitted: no other process and no network here (line 2)"),
+    "another process": ("import subprocess\nsubprocess.run('ls')",
+                        "PermissionError: [Errno 1] Operation not permitted: no other process and no network here (line 2)"),
+    "the network": ("import socket\nsocket.socket()",
+                    "PermissionError: [Errno 1] Operation not permitted: no other process and no network here (line 2)"),
+    "smart quotes": ("print(“a”)", "SyntaxError: invalid character '“' (U+201C) (line 1)"),
+    "a Unicode minus": ("x = 5 − 3", "SyntaxError: invalid character '−' (U+2212) (line 1)"),
+    "input": ("n = int(input('n: '))", "EOFError: EOF when reading a line (line 1)"),
+    "exit with words": ("import sys\nsys.exit('no solution')", "SystemExit: no solution (line 2)"),
+    "await": ("async def f(): pass\nawait f()", "SyntaxError: 'await' outside function (line 2)"),
+    "no such library": ("from IPython.display import display", "ModuleNotFoundError: No module named 'IPython' (line 1)"),
+    "a library after pip": ("!pip install scipi\nimport scipi", "ModuleNotFoundError: No module named 'scipi' (line 2)"),
+    "an error beside a command": ("%matplotlib inline\nx = = 1", "SyntaxError: invalid syntax (line 2)"),
     "odd exit": ("raise SystemExit(3)", "SystemExit: 3 (line 1)"),
     "not an Exception": ("raise KeyboardInterrupt('x')", "KeyboardInterrupt: x (line 1)"),
     "a broken error": ("class E(Exception):\n    def __str__(self): raise RuntimeError\nraise E", "E: <exception str() failed> (line 3)"),
@@ -428,16 +452,22 @@ def test_numerical_libraries_use_one_thread(pool):
     assert pool.run(code, 60).stdout == "True\n"
 
 
+def test_a_plot_is_drawn_into_a_file_and_shown_nowhere(full):
+    code = ("import os\nimport matplotlib.pyplot as plt\nfig, ax = plt.subplots()\nax.plot([1, 2], [3, 4], label='$x^2$')\n"
+            "ax.legend()\nplt.savefig('a.png')\nplt.show()\nprint(os.path.getsize('a.png') > 999)")
+    outcome = full.run(code, 60)
+    assert (outcome.stdout, outcome.error) == ("True\n", None)
+
+
 # ---- the pool --------------------------------------------------------------------------------------------
 
-def test_nothing_starts_before_the_first_use():
-    before = processes()
+def test_nothing_starts_before_the_first_use(processes):
     box = Sandbox()
-    assert processes() == before
+    assert not processes()
     box.run("1")
-    assert len(processes() - before) >= 2
+    assert len(processes()) >= 2
     box.close()
-    assert processes() == before
+    wait_for(lambda: not processes())
     heavy = run_plain("import sys, slm.sandbox\nprint({'numpy', 'sympy', 'torch'} & set(sys.modules))", cwd=ROOT)
     assert heavy.stdout == "set()\n"
 
@@ -458,12 +488,13 @@ def test_200_submissions_at_once(pool):
 
 
 def test_workers_run_side_by_side(pool):
-    start = time.monotonic()
     for _ in range(2):
-        pool.submit("import time; time.sleep(1)")
+        pool.submit("import time\nprint(time.monotonic())\ntime.sleep(1)\nprint(time.monotonic())", 60)
+    times = []
     while pool.pending:
-        pool.poll(1)
-    assert time.monotonic() - start < 1.9
+        times += [tuple(map(float, outcome.stdout.split())) for _, outcome in pool.poll(1)]
+    (start, end), (other_start, other_end) = times
+    assert start < other_end and other_start < end
 
 
 def test_large_programs_go_through(pool):
@@ -483,16 +514,14 @@ def test_a_folder_is_measured_though_files_vanish_from_it(tmp_path, monkeypatch)
 
 
 @LINUX
-def test_a_killed_run_is_an_outcome_and_a_killed_pool_is_replaced(full):
-    before = processes()
+def test_a_killed_run_is_an_outcome_and_a_killed_pool_is_replaced(full, processes):
     with Sandbox() as box:
         box.run("1")
         for victim in ("run", "zygote", "supervisor"):
-            tickets = [box.submit(f"import time; time.sleep(0.5); print({i})") for i in range(4)]
-            time.sleep(0.2)
+            tickets = [box.submit(f"import time; time.sleep(0.5); print({i})", 60) for i in range(4)]
             supervisor = box._pool.process.pid
-            zygote = next(p for p in processes() if parents(p) == supervisor)
-            run = next(p for p in sorted(processes()) if parents(p) == zygote)
+            zygote, = (p for p in processes() if parents(p) == supervisor)
+            run = next(p for p in sorted(processes()) if parents(p) == zygote)  # spare or not
             os.kill({"run": run, "zygote": zygote, "supervisor": supervisor}[victim], signal.SIGKILL)
             outcomes = {}
             while box.pending:
@@ -500,16 +529,16 @@ def test_a_killed_run_is_an_outcome_and_a_killed_pool_is_replaced(full):
             assert sorted(outcomes) == tickets
             good = [outcomes[t].stdout == f"{i}\n" for i, t in enumerate(tickets)]
             assert sum(good) >= (3 if victim == "run" else 4), outcomes
-    assert not processes() - before
+    wait_for(lambda: not processes())
 
 
 def test_ctrl_c_in_the_middle_loses_nothing():
     with Sandbox() as box:
-        tickets = [box.submit(f"import time; time.sleep(0.2); print({i})") for i in range(5)]
+        tickets = [box.submit(f"import time; time.sleep(0.2); print({i})", 60) for i in range(5)]
         signal.signal(signal.SIGALRM, signal.default_int_handler)
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
         outcomes = {}
         with pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
             while box.pending:
                 outcomes |= dict(box.poll(1))
         while box.pending:
@@ -519,24 +548,18 @@ def test_ctrl_c_in_the_middle_loses_nothing():
 
 @LINUX
 @pytest.mark.parametrize("end", [pytest.param("exit", marks=pytest.mark.slow), "SIGINT", "SIGKILL"])
-def test_nothing_is_left_however_the_caller_ends(end):
-    script = ("import os, sys, time\nfrom slm.sandbox import Sandbox\nbox = Sandbox()\nbox.run('1')\n"
-              "for _ in range(3): box.submit('import time; time.sleep(60)', 60)\n"
-              "import json; print(json.loads(box._pool.process.args[-1])['base'], flush=True)\n" + ("time.sleep(60)" if end != "exit" else "time.sleep(0.2)"))
-    caller = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              text=True, cwd=ROOT, start_new_session=True)
-    base = caller.stdout.readline().strip()
-    pids = [p for p in processes() if base in Path(f"/proc/{p}/cmdline").read_text()]
-    assert len(pids) >= 3
+def test_nothing_is_left_however_the_caller_ends(end, tmp_path):
+    script = ("import sys\nfrom slm.sandbox import Sandbox\nbox = Sandbox()\nbox.run('1')\n"
+              "for _ in range(3): box.submit('import time; time.sleep(600)', 600)\n"
+              "print('ready', flush=True)\nsys.stdin.readline()")
+    caller = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
+                              stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(tmp_path)}, start_new_session=True)
+    assert caller.stdout.readline() == b"ready\n" and len(processes_of(tmp_path)) >= 3
     if end != "exit":
         os.killpg(caller.pid, getattr(signal, end))  # the whole foreground group, as a terminal does
-    caller.wait(30)
-    deadline = time.monotonic() + 30
-    while any(os.path.exists(f"/proc/{p}") for p in pids) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not [p for p in pids if os.path.exists(f"/proc/{p}")]
-    assert not os.path.exists(base)
-    caller.stdout.close()
+    caller.communicate()  # where it still runs, this ends its readline
+    wait_for(lambda: not processes_of(tmp_path))
+    assert os.listdir(tmp_path) == []
 
 
 @LINUX
@@ -552,16 +575,8 @@ def test_nothing_is_left_when_the_caller_dies_as_it_starts(refused, tmp_path):
         time.sleep(delay)
         caller.kill()
         caller.communicate()
-    deadline = time.monotonic() + 20
-    while (left := processes_of(tmp_path)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert (left, os.listdir(tmp_path)) == (set(), [])
-
-
-def processes_of(folder: Path) -> set[int]:
-    """The sandbox's processes, of whichever caller, whose scratch folders go into `folder`."""
-    rows = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,args="], capture_output=True, text=True).stdout.split("\n")
-    return {int(row.split()[0]) for row in rows if "sandbox/child.py" in row and str(folder) in row}
+    wait_for(lambda: not processes_of(tmp_path))
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_fork_of_the_caller_gets_a_pool_of_its_own(pool):
@@ -636,7 +651,7 @@ HEADERS = {"x86_64": "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "aarch64":
 def test_the_filter_allows_what_is_listed_and_nothing_else(machine):
     layers = layers_for(machine)
     program, allowed = layers.seccomp_filter(7), set(layers._numbers(layers.ALLOWED).values())
-    first, files = layers.seccomp_filter(1), set(layers._numbers(layers.MODES).values())
+    first, files = layers.seccomp_filter(layers.RUN), set(layers._numbers(layers.MODES).values())
     asked = {"ioctl", "fcntl", "kill", "tgkill", "prlimit64", "prctl", "socketpair", "sendto", "clone", "clone3"}
     for number in set(range(1000)) - {layers.NUMBER[name] for name in asked}:
         verdict = decide(program, number, layers.AUDIT_ARCH, [0] * 6)
@@ -670,9 +685,11 @@ def test_system_call_numbers_are_the_kernels(machine):
 
 # ---- long ------------------------------------------------------------------------------------------------
 
-def rss() -> dict[int, int]:
+def rss(box: Sandbox) -> dict[int, int]:
     """Kilobytes of memory of the pool's two lasting processes."""
-    return {p: int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{p}/status").read_text())[1]) for p in sorted(processes())[:2]}
+    supervisor = box._pool.process.pid
+    zygote = int(Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text())
+    return {p: int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{p}/status").read_text())[1]) for p in (supervisor, zygote)}
 
 
 @pytest.mark.slow
@@ -685,9 +702,9 @@ def test_memory_stays_flat_over_10_000_runs(full):
                 while box.pending:
                     assert all(o.error is None for _, o in box.poll(1))
         many(1000)
-        before, mine = rss(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before, mine = rss(box), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         many(9000)
-        after = rss()
+        after = rss(box)
         print(before, after)
         assert all(after[p] - before[p] < 2000 for p in before)
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - mine < 4000

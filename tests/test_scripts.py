@@ -1,6 +1,7 @@
 """What a person meets at the door of every script: help at once, and bad input in one sentence."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -229,6 +230,31 @@ def test_a_full_disk_is_one_sentence(call, tmp_path, script, log):
     (tmp_path / "full" / log).symlink_to("/dev/full")
     words = [*WITH_MODEL[script], "--data", data, "--out", tmp_path / "full"]
     refused(call(script, *words), "No space left", "--out")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_log_that_is_not_utf_8_gets_question_marks(monkeypatch, script):
+    log = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", log)
+    runpy.run_path(str(ROOT / script))["options"]()
+    print("3 − 1 = 2 €", flush=True)
+    assert log.buffer.getvalue() == b"3 ? 1 = 2 ?\n"
+
+
+def test_a_folder_of_any_name_an_ascii_log_and_no_home_are_as_everywhere(call, tmp_path, monkeypatch):
+    folder, log = tmp_path / "größe 考 & mehr", io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    folder.mkdir()
+    turns = [{"role": "user", "content": "Größe − was?"}, {"role": "assistant", "content": "Es ist → 5."}]
+    (folder / "sätze 1.jsonl").write_text(json.dumps({"messages": turns}, ensure_ascii=False), "utf-8")
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("SLM_CACHE")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # KeyError, as for an unknown user
+    monkeypatch.setattr(sys, "stdout", log)
+    code, _, err = call("train_sft.py", "--data", "sätze 1.jsonl", "--out", "lauf ä", "--epochs", 1)
+    log.flush()
+    assert code == 0 and b"Gr??e ? was?" in log.buffer.getvalue(), err
+    assert {"adapter", "metrics.jsonl", "report.html"} <= set(os.listdir("lauf ä"))
 
 
 @pytest.mark.parametrize("given, expected", [

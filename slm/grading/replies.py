@@ -2,26 +2,50 @@ r"""What replies hold beside an answer: code, the answer that it printed, a chec
 
 import re
 from itertools import pairwise
+from textwrap import dedent
 
 from slm.grading.parse import parse
 from slm.grading.values import bounded, real_value
 
+
+OPENING = re.compile(r"""
+    (?: ^ (?P<lead> (?: [ \t>] | [-*+][ \t] | \d{1,9}[.)][ \t] )* )  # indents, quotes, marks of list items
+      | ^ (?: [^`\n] | (?<!`)``?(?!`) )* (?= ```+\w*\s*$ )          # words before it
+      | (?<=```) [^`\n]* (?= ```\w+\s*$ ) )                        # or the end of another one
+    (?P<fence> `{3,99} | ~{3,99} ) (?P<info>[^`\n]*) $ \n?""", re.X | re.M)
+CLOSING = r"""(?xm)
+    ^ [ \t>]{{0,{width}}} (?: (?= {fence}\w ) | {fence} (?= {fence}\w ) | {fence}+ (?![`~'"]) )
+    | (?<=[^\s`~'"]) [ \t]* {fence}+ \s* $"""
+PYTHON = re.compile(r"\W*i?py(thon)?3?\b", re.I)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
 
 def blocks_of(reply) -> list[str]:
-    """The code of every ```python fence in a Reply, or of every bare fence if it has none. The last fence may
-    be left open, unless the reply was cut.
+    """The code of every Python fence in a Reply, or of every fence without a name if it has none. The last
+    fence may be left open, unless the reply was cut.
+
+    A fence is what CommonMark calls one: three or more backticks or tildes, in list items and quotes too; its
+    name is the first word after them. Models write more than that, and it is understood: any indentation,
+    words before an opening fence, code before or words after a closing one, an opening fence that closes the
+    one before. Code is moved to the left as far as all its lines allow.
 
     >>> from slm.episode import Reply
-    >>> blocks_of(Reply("So:\\n```python\\nprint(6 * 7)\\n```\\nDone."))
+    >>> blocks_of(Reply("1. So:\\n   ``` Python\\n   print(6 * 7)\\n   ```\\nDone."))
     ['print(6 * 7)\\n']
     """
-    end = "```" if reply.finish == "length" else r"(?:```|\Z)"
-    fences = re.findall(rf"```(\w*)[^\S\n]*\n(.*?){end}", reply.text, re.S)
-    python = [code for name, code in fences if name.lower() in ("python", "py", "python3")]
-    bare = [code for name, code in fences if not name]
-    return [code for code in python or bare if code.strip()]
+    fences, at = [], 0
+    while start := OPENING.search(reply.text, at):
+        lead = start["lead"] or ""
+        closing = re.compile(CLOSING.format(fence=start["fence"], width=len(lead) + 3))
+        end = closing.search(reply.text, start.end())
+        code, at = reply.text[start.end():end and end.start()], end.end() if end else len(reply.text)
+        margin = r"[ \t>]" if ">" in lead else r"[ \t]"
+        width = min(len(lead), len(re.match(f"{margin}*", code.lstrip("\n"))[0]))
+        code = dedent(re.sub(f"(?m)^{margin}{{0,{width}}}", "", code))
+        if code.strip() and (end or reply.finish != "length"):
+            fences.append((start["info"].strip(), code))
+    python = [code for info, code in fences if PYTHON.match(info)]
+    return python or [code for info, code in fences if not info]
 
 
 def printed(outcome) -> str | None:

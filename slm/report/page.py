@@ -48,7 +48,7 @@ def write(run_dir: str | Path) -> Path:
     for file in sorted(path.glob("*.json")):
         if file.name != "settings.json":
             with contextlib.suppress(ValueError):
-                parts += [f"<h2>{html.escape(file.stem)}</h2>", show(json.loads(file.read_text()))]
+                parts += [f"<h2>{html.escape(file.stem)}</h2>", show(json.loads(file.read_bytes()))]
     for log in LOGS:
         if rows := spread(path / f"{log}.jsonl"):
             parts += [f"<h2>{log}: {len(rows)} to read</h2>", *map(to_read, rows)]

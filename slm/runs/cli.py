@@ -23,7 +23,10 @@ CANNOT_WRITE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQU
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """An argument parser that keeps the description's line breaks and refuses abbreviated options."""
+    """An argument parser that keeps the description's line breaks and refuses abbreviated options. From here
+    on, a character that the terminal or log can't hold is printed as a question mark."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     shape = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=100)
     return argparse.ArgumentParser(description=description, formatter_class=shape, allow_abbrev=False)
 
@@ -76,7 +79,7 @@ def is_small(model: str) -> bool:
         return True
     for name in ("config.json", "adapter_config.json"):
         with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-            config = json.loads((Path(model) / name).read_text())
+            config = json.loads((Path(model) / name).read_bytes())
             base = config.get("base_model_name_or_path", "-")
             return config.get("hidden_size", 1024) <= 256 or is_small(base)
     return False

@@ -9,6 +9,7 @@ import torch
 
 from slm import BadInput
 from slm.runs.cli import is_small
+from slm.runs.ranks import STARTED
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -23,7 +24,7 @@ def pick_device(device: str = "auto", dtype: str = "auto", model: str | None = N
         here = " and ".join(name for name, there in found.items() if there)
         raise BadInput(f"--device {device}: this machine (or this build of PyTorch) has only {here}")
     if device == "cuda":
-        local = int(os.environ.get("LOCAL_RANK") or 0)
+        local = int(os.environ["LOCAL_RANK"]) if STARTED > 1 else 0
         torch.cuda.set_device(local)
         major, minor = torch.cuda.get_device_capability()
         best, why = (torch.bfloat16, "has bf16 units") if major >= 8 else (torch.float32, "has no bf16 units")

@@ -9,13 +9,20 @@ import os
 import torch
 import torch.distributed as dist
 
-STARTED = int(os.environ.get("WORLD_SIZE") or 1)  # processes that torchrun started
+from slm import BadInput
+
+# Processes that torchrun started. Other programs, and a shell's leftovers, set WORLD_SIZE too.
+STARTED = int(os.environ.get("WORLD_SIZE") or 1) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 if STARTED > 1:  # a single process need not wait 0.9 s for this import
     from torch.distributed.fsdp import fully_shard
 
 
 def start_ranks(device: torch.device) -> None:
-    """Join the other processes that torchrun started."""
+    """Join the other processes that torchrun started. BadInput where WORLD_SIZE tells of any others: to wait
+    for them might have no end, and to run alone might be to run many times."""
+    if STARTED == 1 and os.environ.get("WORLD_SIZE") not in (None, "", "1"):
+        raise BadInput(f"WORLD_SIZE={os.environ['WORLD_SIZE']!r}, but torchrun did not start this process; "
+                       "unset WORLD_SIZE to run alone, or start with torchrun")
     if STARTED > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 

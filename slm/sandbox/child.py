@@ -5,7 +5,8 @@
     zygote       has numpy and sympy loaded and forks a run when told to. It never sees code or results, so a
                  run, which is a copy of it, can't find another run's in its memory. With namespaces it is the
                  first process of a pid namespace: when it dies, the kernel ends every run.
-    run          one program of the model, confined before it is given its code.
+    run          one program of the model, confined before it is given its code. With namespaces it is the
+                 second process of its own; the first only sleeps, because no signal from inside ends a first.
 
 The supervisor keeps spare runs waiting, so a program never waits for a fork. Not covered: what two runs can
 tell each other through timing, and holes in the system calls that stay allowed. With seccomp and Landlock
@@ -16,11 +17,14 @@ no file's mode or time can be changed, a program's own included (so shutil.copy 
 import ast
 import atexit
 import collections
+import concurrent.futures
 import contextlib
 import gc
 import json
 import linecache
+import multiprocessing.dummy
 import os
+import re
 import resource
 import secrets
 import select
@@ -44,6 +48,7 @@ CHANNEL = 200                     # a run's descriptor for its code and its erro
 PRINTED_BYTES = 64 * layer.MB     # a program that prints more is stopped
 OUT_BYTES, ERR_BYTES = 10_000, 4000  # what is kept of that
 REPORT_BYTES = 128 * 1024         # what a run may say about its error
+COMMAND = re.compile(r"^([ \t]*)(?:[!%]|pip3? install\b).*")  # a notebook's, not Python
 
 # Run once by the zygote: sympy imports and caches much of what programs need at first use.
 WARM_UP = """
@@ -70,7 +75,7 @@ def be_a_run(plan: dict, scratch: str, channel: int, out: int, err: int) -> None
     sys.stdout = open(1, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
     sys.stderr = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
     sys.argv[:] = sys.orig_argv[:] = [""]
-    os.environ.update(HOME=scratch, TMPDIR=scratch)
+    os.environ.update(HOME=scratch, TMPDIR=scratch, MPLCONFIGDIR=scratch)
     tempfile.tempdir = None
     layer.confine(plan, scratch)
     if "numpy.random" in sys.modules:
@@ -113,13 +118,30 @@ def run_blocks(blocks: list[str], token: bytes, out, write=os.write, leave=os._e
 
 
 def run_cell(source: str, name: str, space: dict) -> None:
-    """Run one block in the namespace `space` and show the value of a last bare expression."""
+    """Run one block in the namespace `space` and show the value of a last bare expression; not the count that
+    a last `write` returns, which would read as an answer."""
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
-    tree, shown = ast.parse(source, name), []
+    tree, shown = parse(source, name), []
     if tree.body and isinstance(tree.body[-1], ast.Expr) and not source.rstrip().endswith(";"):
-        shown = [tree.body.pop()]
+        last = tree.body[-1].value
+        if not (isinstance(last, ast.Call) and getattr(last.func, "attr", "").startswith("write")):
+            shown = [tree.body.pop()]
     exec(compile(tree, name, "exec", dont_inherit=True), space)
     exec(compile(ast.Interactive(shown), name, "single", dont_inherit=True), space)
+
+
+def parse(source: str, name: str) -> ast.Module:
+    """The syntax tree. A notebook's commands (%matplotlib inline, !pip install sympy) are passed over: there
+    is nothing here to plot on or to install from."""
+    lines = source.removeprefix("\ufeff").split("\n")
+    while True:
+        try:
+            return ast.parse("\n".join(lines), name)
+        except SyntaxError as error:
+            at = (error.lineno or 1) - 1
+            if not COMMAND.match("".join(lines[at:at + 1])):
+                raise
+            lines[at] = COMMAND.sub(r"\1pass", lines[at])
 
 
 def describe(error: BaseException, names: list[str], quote=json.encoder.encode_basestring_ascii) -> bytes:
@@ -142,6 +164,8 @@ def describe(error: BaseException, names: list[str], quote=json.encoder.encode_b
                  *zip(getattr(part, "exceptions", None) or (), getattr(exception, "exceptions", ()))]
         todo += [(p, e) for p, e in chain if p is not None]
     said = " ".join(list(whole.format_exception_only())[-1].split())
+    if isinstance(error, PermissionError) and not error.filename:
+        said += ": no other process and no network here"
     line, name = (whole.stack[-1].lineno, whole.stack[-1].filename) if whole.stack else (None, None)
     if isinstance(error, SyntaxError) and error.filename in names:
         line, name = error.lineno, error.filename
@@ -171,51 +195,55 @@ def be_the_zygote(plan: dict, commands: socket.socket, proc: int | None) -> None
         os.close(proc)
     warm_up()
     commands.sendall(pack({}))
-    scratch: dict[int, str | None] = {}
+    beside: dict[int, str | int] = {}  # run -> its folder, or the first process of its namespace
     for request in commands.makefile("rb"):
         verb, *pid = request.split()
         if verb == b"fork":
-            fork_run(plan, commands, home, scratch)
+            fork_run(plan, commands, home, beside)
         elif verb == b"kill":
             kill(int(pid[0]))
         else:
-            code, cpu = reap(int(pid[0]), scratch)
+            code, cpu = reap(int(pid[0]), beside)
             commands.sendall(pack({"reaped": int(pid[0]), "code": code, "cpu": cpu}))
-    for pid in list(scratch):
-        reap(pid, scratch)
+    for pid in list(beside):
+        reap(pid, beside)
     os._exit(0)
 
 
 def warm_up() -> None:
-    """Load what model code imports, with threads' locks for multiprocessing: its own need /dev/shm, and a run
-    has no other process. Then keep the garbage collector off it: its marks would unshare pages."""
+    """Load what model code imports. A run has no other process, so multiprocessing works with threads. Then
+    keep the garbage collector off all this: its marks would unshare pages."""
     for name in "numpy.random", "sympy", "statistics", "datetime", "cmath", "dataclasses", "typing", "copy":
         with contextlib.suppress(ImportError):
             __import__(name)
     with contextlib.suppress(ImportError):
         exec(WARM_UP, {})
-    locks = sys.modules["multiprocessing.synchronize"] = types.ModuleType("multiprocessing.synchronize")
-    locks.SEM_VALUE_MAX = 1 << 30
-    for name in "Lock", "RLock", "Condition", "Semaphore", "BoundedSemaphore", "Event", "Barrier":
-        setattr(locks, name, lambda *args, ctx=None, name=name: getattr(threading, name)(*args))
+    for name in *multiprocessing.dummy.__all__, "Value", "Array":
+        with_threads = getattr(multiprocessing.dummy, name)
+        setattr(multiprocessing, name, with_threads)
+        setattr(multiprocessing.context.BaseContext, name, staticmethod(with_threads))
+    concurrent.futures.ProcessPoolExecutor = concurrent.futures.ThreadPoolExecutor
     libraries = (".zip", "-packages", "lib-dynload", os.path.dirname(os.__file__))
     sys.path[:] = ["", *[p for p in sys.path if p.endswith(libraries)]]
-    layer.seccomp_filter(1)
+    layer.seccomp_filter(layer.RUN)
     gc.collect()
     gc.disable()
     gc.freeze()
 
 
-def fork_run(plan: dict, commands: socket.socket, home: int | None, scratches: dict[int, str | None]) -> None:
-    ours, theirs = socket.socketpair()
-    out, out_end = os.pipe()
-    err, err_end = os.pipe()
+def fork_run(plan: dict, commands: socket.socket, home: int | None, beside: dict[int, str | int]) -> None:
     if home is None:
-        scratch = tempfile.mkdtemp(dir=plan["base"])
+        scratch = first = tempfile.mkdtemp(dir=plan["base"])
     else:  # the next child starts a pid namespace; the kernel allows that once, so go back home first
         layer.call("setns", home, layer.NEWPID)
         layer.call("unshare", layer.NEWPID)
         scratch = layer.scratch_folder(plan["paths"])
+        if (first := os.fork()) == 0:
+            signal.sigwait([])  # never comes
+            os._exit(70)
+    ours, theirs = socket.socketpair()
+    out, out_end = os.pipe()
+    err, err_end = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
@@ -223,7 +251,7 @@ def fork_run(plan: dict, commands: socket.socket, home: int | None, scratches: d
         except BaseException:
             os.write(2, traceback.format_exc().encode())
         os._exit(70)
-    scratches[pid] = scratch if home is None else None  # in memory it goes with its namespace
+    beside[pid] = first
     socket.send_fds(commands, [pack({"pid": pid, "scratch": scratch})], [ours.fileno(), out, err])
     for fd in out, out_end, err, err_end:
         os.close(fd)
@@ -237,17 +265,21 @@ def kill(pid: int) -> None:
             end(pid, signal.SIGKILL)
 
 
-def reap(pid: int, scratches: dict[int, str | None]) -> tuple[int, float]:
+def reap(pid: int, beside: dict[int, str | int]) -> tuple[int, float]:
     """End a run for good. Its exit code or minus the signal that ended it, and its processor seconds."""
     kill(pid)
     _, status, used = os.wait4(pid, 0)
-    if scratch := scratches.pop(pid):
-        shutil.rmtree(scratch, ignore_errors=True)
-        sweep(scratches)
+    first = beside.pop(pid)
+    if isinstance(first, int):  # the rest of the namespace and its folder in memory end with it
+        kill(first)
+        os.waitpid(first, 0)
+    else:
+        shutil.rmtree(first, ignore_errors=True)
+        sweep(beside)
     return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
 
 
-def sweep(known: dict[int, str | None]) -> None:
+def sweep(known: dict[int, str | int]) -> None:
     """Without a pid namespace: end processes that left their run, which the kernel has handed to this one."""
     if sys.platform != "linux":
         return

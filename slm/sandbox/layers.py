@@ -19,6 +19,7 @@ import sys
 MB = 1 << 20
 SCRATCH_BYTES, SCRATCH_FILES, THREADS, FILES = 64 * MB, 4096, 64, 128
 NOBODY = 65534
+RUN = 2  # a run's number in its pid namespace; without one it is never that small
 
 # ---- system calls ----------------------------------------------------------------------------------------
 
@@ -233,7 +234,7 @@ def seccomp_filter(pid: int) -> bytes:
     """The allow-list as a BPF program over struct seccomp_data (number, architecture, instruction pointer,
     six arguments of 64 bits). Everything unnamed is refused with EPERM: new processes, exec, sockets,
     tracing, mounts, keys, io_uring, memory files, changes of owner, mode and time of files (those two are
-    allowed to process 1, which has namespaces)."""
+    allowed to a run that has namespaces)."""
     rules = {
         "ioctl": _allow_if([(ARGUMENT[1], IOCTLS)]),
         "fcntl": _allow_if([(ARGUMENT[1], FCNTLS)]),
@@ -252,7 +253,7 @@ def seccomp_filter(pid: int) -> bytes:
         program += _op(AT_LEAST, 0x40000000, 0, 1) + _op(RETURN, REFUSE)  # the numbers of x32
     for name, rule in rules.items():
         program += _op(EQUAL, NUMBER[name], 0, len(rule) // 8) + rule
-    numbers = set(_numbers(f"{ALLOWED},{MODES}" if pid == 1 else ALLOWED).values())
+    numbers = set(_numbers(f"{ALLOWED},{MODES}" if pid == RUN else ALLOWED).values())
     for number in range(max(numbers) + 2):  # a comparison wherever allowed turns to refused or back
         if (number in numbers) != (number - 1 in numbers):
             program += _op(AT_LEAST, number, 1, 0) + _op(RETURN, REFUSE if number in numbers else ALLOW)
