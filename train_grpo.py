@@ -347,7 +347,7 @@ def micro_batch_loss(policy, records: list[TokenRecord], algorithm: Algorithm, a
     gap, importance = (old - sampled).abs(), (old - sampled).exp()
     sums = {"loss": (loss + args.kl * penalty * weight).detach().sum(), "entropy": entropy.sum(),
             **({"kl": penalty.detach().sum()} if args.kl > 0 else {}), "dlogp": gap.sum(),
-            "clipped": ((slope == 0) & (advantage != 0)).sum(), "importance": importance.sum(),
+            "clipped": ((slope == 0) & (loss != 0)).sum(), "importance": importance.sum(),
             "cut": (trust != (importance if args.importance_cap else 1)).sum(), "tokens": len(logp)}
     top = max(gap.tolist(), default=0.0), max(importance.tolist(), default=0.0)
     return total, {name: float(value) for name, value in sums.items()}, top
