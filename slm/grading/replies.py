@@ -7,7 +7,6 @@ from textwrap import dedent
 from slm.grading.parse import parse
 from slm.grading.values import bounded, real_value
 
-
 OPENING = re.compile(r"""
     (?: ^ (?P<lead> (?: [ \t>] | [-*+][ \t] | \d{1,9}[.)][ \t] )* )  # indents, quotes, marks of list items
       | ^ (?: [^`\n] | (?<!`)``?(?!`) )* (?= ```+\w*\s*$ )          # words before it
