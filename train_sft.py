@@ -10,13 +10,18 @@ trained, with the token that ends it. Rows longer than --max-length are left out
 
 A step trains on --batch rows, packed without padding into micro-batches of --micro-tokens. The loss of each
 is a sum, divided by the number of trained tokens in the batch: micro-batches don't change the gradient.
+
+--validate problems are held out with all their rows. Before the first step and ten times on the way, the run
+measures the loss on them, and how many greedy replies have the answer of the row. The model or adapter of the
+lowest held-out loss is kept in best/, the last one beside it.
 """
 
 from slm.runs import cli
 
 PAPER = {"batch": 128, "epochs": 2, "max_length": 2048, "micro_tokens": 2048, "dropout": 0.05, "warmup": 0.03,
-         "weight_decay": 0.01, "save_every": 20}
-TINY = {"batch": 16, "max_length": 1024, "micro_tokens": 4096, "dropout": 0.0, "save_every": 1000}
+         "weight_decay": 0.01, "save_every": 20, "validate": 100}
+TINY = {"batch": 16, "max_length": 1024, "micro_tokens": 4096, "dropout": 0.0, "save_every": 1000,
+        "validate": 20}
 RATES = {"paper": {"lora": 1e-4, "full": 5e-5}, "tiny": {"lora": 1e-2, "full": 1e-3}}
 
 
@@ -29,6 +34,8 @@ def options():
                    help="JSON lines; for tiny: default the newest run of make_data.py")
     g.add_argument("--limit", type=cli.positive, help="only the first rows")
     g.add_argument("--max-length", type=cli.positive, help=f"tokens a row may have ({both('max_length')})")
+    g.add_argument("--validate", type=lambda text: cli.positive(text, 0), metavar="N",
+                   help=f"problems held out, a tenth of all at most ({both('validate')})")
     g.add_argument("--train-on", choices=("response", "all"), default="response",
                    help="tokens in the loss; `all` is what the report did (default response)")
     g = p.add_argument_group("what is trained")
@@ -43,6 +50,7 @@ def options():
     g.add_argument("--epochs", type=cli.positive, help=f"({both('epochs')})")
     g.add_argument("--weight-decay", type=cli.number(0), help=f"({both('weight_decay')})")
     cli.training_options(p, g, both, "runs/sft-<model>-<lora or full>")
+    p.add_argument("--dry-run", action="store_true", help="measure two steps, predict time and memory, stop")
     return p
 
 
@@ -53,17 +61,22 @@ import math
 import re
 import shlex
 import time
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
 from slm import BadInput, checkpoint, lora, lora_files, losses, problems, training
-from slm.episode import TokenRecord, user
+from slm.episode import Request, Sampling, TokenRecord, seed_of, user
+from slm.grading import extract, grade
 from slm.prompts import SOLVER
 from slm.report import write as write_report
 from slm.runs import files, ranks
 from slm.runs.device import memory, parameter_counts, peak_memory
 from slm.runs.rundir import RunDir
+from slm.sampling import Sampler
 
 
 def main(args):
@@ -72,25 +85,35 @@ def main(args):
     if args.data is None and not cli.is_small(args.model):
         raise BadInput("--data is missing: records of make_data.py, or gsm8k for its worked solutions")
     args.data = args.data or [newest()]
-    conversations = [talk for data in args.data for talk in read(data, args.limit)]
+    train, held_out = split([row for data in args.data for row in read(data, args.limit)], args)
     device, dtype, words = training.settle(args, f"sft-{Path(args.model).name.lower()}-{how}")
     model, tokenizer = checkpoint.load(args.model, device, torch.float32 if args.full else dtype)
     model.recompute = lora.recompute(model) if args.recompute else None
     if not args.full:
         lora.add(model, args.rank, args.alpha, cli.TARGETS[args.targets], args.dropout)
-    rows = fitting(tokenizer, conversations, min(args.max_length, model.config.positions), args.train_on)
+    longest = min(args.max_length, model.config.positions)
+    rows, held_out = fitting(tokenizer, train, longest, args.train_on), fitting(tokenizer, held_out, longest)
     plan = training.batches(len(rows), args.batch, args.epochs, args.seed)
-    data = files.fingerprint([(row.ids, row.mask) for row in rows])
-    rundir = RunDir(args.out, vars(args), data, args.resume, log=ranks.rank() == 0)
+    if not args.dry_run:
+        data = files.fingerprint([(row.ids, row.mask) for row in rows])
+        rundir = RunDir(args.out, vars(args), data, args.resume, log=ranks.rank() == 0)
     if ranks.rank() == 0:
-        introduce(model, tokenizer, rows, plan, words, args)
+        introduce(model, tokenizer, rows, held_out, plan, words, args)
 
     trained, optimizer = training.start(model, args.weight_decay)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.full and dtype == torch.bfloat16)
+    sampler, checks = Sampler(model, tokenizer) if held_out else None, checked_after(len(plan))
     model.train()
+    if args.dry_run:
+        return dry_run(model, sampler, rows, held_out, plan, optimizer, autocast, args)
     for step, lr, bar in training.steps(len(plan), rundir, trained, optimizer, args):
+        if held_out and step == 0 and not any(files.readable_rows(rundir.path / "metrics.jsonl")):
+            rundir.log("metrics", {"step": 0, **validate(model, sampler, held_out, autocast, args)})
         with autocast:
             row = one_step(model, [rows[i] for i in plan[step]], optimizer, lr, args)
+        if held_out and step + 1 in checks:
+            row |= validate(model, sampler, held_out, autocast, args)
+            row["best"] = keep_best(model, tokenizer, row["held_out_loss"], rundir.path, args)
         rundir.log("metrics", {"step": step + 1, **row})
         bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:,} tok/s")
     finish(model, tokenizer, rundir.path, args)
@@ -114,6 +137,56 @@ def one_step(model, batch: list[TokenRecord], optimizer, lr: float, args) -> dic
             "tokens_per_s": round(tokens / seconds)}
 
 
+# ---- the held-out rows -----------------------------------------------------------------------------------
+
+def checked_after(steps: int) -> set[int]:
+    """The steps after which the held-out rows are looked at: every tenth of the run, and the last."""
+    every = max(1, steps // 10)
+    return {*range(every, steps + 1, every), steps}
+
+
+def validate(model, sampler, held_out: list[TokenRecord], autocast, args) -> dict:
+    """Mean loss of the held-out rows' responses, and the share of rows to which a greedy reply (of twice the
+    longest response at most) has the same answer."""
+    starts = [len(row.ids) - row.mask[::-1].index(0) for row in held_out]  # of the last response
+    longest = max(len(row.ids) - start for row, start in zip(held_out, starts))
+    own = list(zip(held_out, starts))[ranks.rank()::ranks.world()]
+    sums = {"loss": 0.0, "tokens": 0, "right": 0}
+    model.eval()
+    with ranks.whole(model):
+        for part in losses.pack([len(row.ids) for row, _ in own], args.micro_tokens):
+            some = [own[i][0] for i in part]
+            with torch.no_grad(), autocast:
+                logp, _ = losses.score(model, [row.ids for row in some], [row.mask for row in some])
+            loss, tokens = losses.sft_loss(logp)
+            sums |= {"loss": sums["loss"] + loss.item(), "tokens": sums["tokens"] + tokens}
+        sampling = Sampling(2 * longest, stop_at_box=True)
+        replies = sampler.generate([Request(ids=row.ids[:start], sampling=sampling) for row, start in own],
+                                   progress=False)
+        sampler.close()
+    model.train()
+    for (row, start), [reply] in zip(own, replies):
+        sums["right"] += same_answer(reply.text, sampler.tokenizer.decode(row.ids[start:]))
+    sums = ranks.summed(sums)
+    return {"held_out_loss": sums["loss"] / sums["tokens"], "held_out_right": sums["right"] / len(held_out)}
+
+
+def same_answer(text: str, response: str) -> bool:
+    """Whether a reply has the answer in the response's box or, if there is no box, its text."""
+    answer = extract(response)
+    return grade(text, answer).correct if answer else text.strip() == response.strip()
+
+
+def keep_best(model, tokenizer, loss: float, out: Path, args) -> bool:
+    """Save the run's state as best/ if no earlier look found so low a held-out loss; tells whether it did."""
+    looks = [row for row in files.readable_rows(out / "metrics.jsonl") if "held_out_loss" in row]
+    best = ranks.rank() == 0 and loss < min(row["held_out_loss"] for row in looks)
+    with ranks.whole(model):
+        if best:
+            save(model, tokenizer, out / "best", args)
+    return best
+
+
 # ---- data ------------------------------------------------------------------------------------------------
 
 def newest() -> str:
@@ -124,8 +197,8 @@ def newest() -> str:
     return str(made[-1]) if made else "tiny"
 
 
-def read(data: str, limit: int | None) -> list[list[dict]]:
-    """The conversations of a file of records, or the worked solutions of a problem set."""
+def read(data: str, limit: int | None) -> list[tuple[str, list[dict]]]:
+    """(question, conversation) of each row of a file of records, or of a problem set's worked solutions."""
     path = Path(data)
     if path.is_file():
         rows = files.read_rows(path)
@@ -137,7 +210,19 @@ def read(data: str, limit: int | None) -> list[list[dict]]:
     solved = [p for p in problems.load(data, "train", limit) if p.solution]
     if not solved:
         raise BadInput(f"--data {data}: problems without solutions; make_data.py gets them from a teacher")
-    return [conversation(p.question, written_out(p)) for p in solved]
+    return [(p.question, conversation(p.question, written_out(p))) for p in solved]
+
+
+def split(rows: list[tuple[str, list[dict]]], args) -> tuple[list, list]:
+    """The conversations to train on, and those about --validate questions (a tenth of all at most), which
+    are drawn from --seed. Questions that differ in case or space only are one."""
+    keys = [" ".join(question.lower().split()) for question, _ in rows]
+    drawn = sorted(set(keys), key=partial(seed_of, args.seed, "held out"))
+    held = set(drawn[:min(args.validate, len(drawn) // 10)])
+    sides = {True: [], False: []}
+    for key, (_, conversation) in zip(keys, rows):
+        sides[key in held].append(conversation)
+    return sides[False], sides[True]
 
 
 def conversation(question: str, response: str) -> list[dict]:
@@ -150,19 +235,20 @@ def written_out(problem) -> str:
     return text if "\\boxed" in text else f"{text}\nThe answer is \\boxed{{{problem.gold}}}."
 
 
-def messages_of(row: dict, where: str) -> list[dict]:
-    """A record as a conversation. BadInput, naming `where` it stands, for any other row."""
+def messages_of(row: dict, where: str) -> tuple[str, list[dict]]:
+    """A record as (question, conversation). BadInput, naming `where` it stands, for any other row."""
     if isinstance(row.get("question"), str) and isinstance(row.get("response"), str):
         if not (row["question"].strip() and row["response"].strip()):
             raise BadInput(f"{where}: the question or the response is empty")
-        return conversation(row["question"], row["response"])
+        return row["question"], conversation(row["question"], row["response"])
     messages = row.get("messages")
     if not isinstance(messages, list):
         raise BadInput(f"{where}: expected question and response, or messages; found {', '.join(row)}")
     kinds = [(type(m.get("role")), type(m.get("content"))) for m in messages if isinstance(m, dict)]
     if kinds != [(str, str)] * len(messages) or not any(m["role"] == "assistant" for m in messages):
         raise BadInput(f"{where}: messages must be a list of role and content, at least one of the assistant")
-    return messages
+    asked = [row.get("question"), *(m["content"] for m in messages if m["role"] == "user"), ""]
+    return next(text for text in asked if isinstance(text, str)), messages
 
 
 def encode(tokenizer, messages: list[dict], train_on: str = "response") -> TokenRecord:
@@ -181,32 +267,33 @@ def encode(tokenizer, messages: list[dict], train_on: str = "response") -> Token
     return TokenRecord(ids, mask if train_on == "response" else [0] + [1] * (len(ids) - 1))
 
 
-def fitting(tokenizer, conversations, longest: int, train_on: str) -> list[TokenRecord]:
+def fitting(tokenizer, conversations, longest: int, train_on: str = "response") -> list[TokenRecord]:
     """Encoded rows of at most `longest` tokens. Prints how many are longer; BadInput when all are."""
     rows = [encode(tokenizer, messages, train_on) for messages in conversations]
     fit = [row for row in rows if len(row.ids) <= longest]
     if len(fit) < len(rows):
         print(f"left out: {len(rows) - len(fit)} of {len(rows)} rows are longer than --max-length "
               f"{longest} (the longest has {max(len(row.ids) for row in rows)} tokens)")
-    if not fit:
+    if rows and not fit:
         raise BadInput(f"--max-length {longest}: all {len(rows)} rows are longer")
     return fit
 
 
 # ---- what a person reads ---------------------------------------------------------------------------------
 
-def introduce(model, tokenizer, rows, plan, device: str, args):
+def introduce(model, tokenizer, rows, held_out, plan, device: str, args):
     """Print what the run will do, before it starts."""
     tokens, trained = sum(len(row.ids) for row in rows), sum(sum(row.mask) for row in rows)
     parameters, updated = parameter_counts(model)
+    largest, held = heaviest(rows, plan, args.micro_tokens)[0], sum(len(row.ids) for row in held_out)
     cli.show(vars(args))
     print(f"device: {device}")
     print(f"model: {args.model}, {parameters:,} parameters, {updated:,} trained "
           f"({'all' if args.full else f'LoRA rank {args.rank} on {args.targets}'})")
     print(f"data: {', '.join(args.data)}: {len(rows):,} rows, {tokens:,} tokens, "
-          f"{trained / tokens:.0%} in the loss")
+          f"{trained / tokens:.0%} in the loss; {len(held_out):,} rows more are held out")
     print(f"work: {args.epochs} epochs, {len(plan)} steps of {args.batch} rows, "
-          f"{args.epochs * tokens:,} tokens; {memory(model, args.micro_tokens)}")
+          f"{args.epochs * tokens:,} tokens; {memory(model, largest, held)}")
     sizes = model.model.embed_tokens.weight.detach().float().norm(dim=1)
     if not args.full and sizes[tokenizer.end_of_turn] < 0.5 * sizes.median():
         print("note: the token that ends an answer has a small embedding, as if this model never met it. "
@@ -214,22 +301,71 @@ def introduce(model, tokenizer, rows, plan, device: str, args):
     print("the first row, trained tokens marked:\n" + training.marked(tokenizer, rows[0].ids, rows[0].mask))
 
 
+def heaviest(rows, plan, micro_tokens: int) -> tuple[int, int]:
+    """(tokens of the largest micro-batch, the step in which it comes)."""
+    found = []
+    for step, batch in enumerate(plan):
+        sizes = [len(rows[i].ids) for i in batch]
+        found += [(sum(sizes[i] for i in part), step) for part in losses.pack(sizes, micro_tokens)]
+    return max(found)
+
+
+def dry_run(model, sampler, rows, held_out, plan, optimizer, autocast, args):
+    """Rehearse the step with the largest micro-batch, and a look at the held-out rows; print what both say of
+    the whole run."""
+    batch = [rows[i] for i in plan[heaviest(rows, plan, args.micro_tokens)[1]]]
+
+    def step():
+        with autocast:
+            one_step(model, batch, optimizer, args.lr, args)
+
+    tokens = args.epochs * sum(len(row.ids) for row in rows)
+    seconds = training.rehearse(step) * tokens / sum(len(row.ids) for row in batch)
+    if held_out:
+        looks = 1 + len(checked_after(len(plan)))
+        seconds += looks * training.rehearse(partial(validate, model, sampler, held_out, autocast, args))
+    if ranks.rank() == 0:
+        print(training.forecast(model, len(plan), tokens, seconds))
+
+
+def save(model, tokenizer, folder: Path, args):
+    if args.full:
+        checkpoint.save(model, tokenizer, folder)
+    else:
+        lora_files.save(model, folder, base=args.model)
+
+
 def finish(model, tokenizer, out, args):
     """Write the result under its final name, and print what to do with it."""
     result = out / ("model" if args.full else "adapter")
     ranks.unshard(model)
     if ranks.rank() == 0:
-        if args.full:
-            checkpoint.save(model, tokenizer, result)
-        else:
-            lora_files.save(model, result, base=args.model)
-        *_, last = files.readable_rows(out / "metrics.jsonl")
-        print(f"loss {last['loss']:.4f} after {last['step']} steps, peak memory "
-              f"{peak_memory(model):.1f} GB; the result is {result}; curves: {write_report(out)}")
+        save(model, tokenizer, result, args)
+        rows = list(files.readable_rows(out / "metrics.jsonl"))
+        print(f"loss {rows[-1]['loss']:.4f} after {rows[-1]['step']} steps, peak memory "
+              f"{peak_memory(model):.2f} GB; the result is {result}; curves: {write_report(out)}")
+        print(verdict(rows, out))
         result = shlex.quote(str(result))
         policy = f"--model {result}" if args.full else f"--model {args.model} --adapter {result}"
         print(f"next: python eval.py --model {result}\n  or: python train_grpo.py {policy}")
     ranks.barrier()
+
+
+def verdict(rows: list[dict], out: Path) -> str:
+    """What a run's metrics say of it: whether anything was learned, and which step was the best."""
+    looks = [row for row in rows if "held_out_loss" in row]
+    if looks:
+        first, best, last = looks[0], min(looks, key=itemgetter("held_out_loss")), looks[-1]
+        words = ", ".join(f"{row['held_out_loss']:.4f} and {row['held_out_right']:.0%} right after step "
+                          f"{row['step']}" for row in (first, best, last))
+        return (f"held-out loss and greedy accuracy: {words}; " +
+                (f"the second of these is {out / 'best'}" if best is not first else
+                 "nothing was learned that helps on held-out rows, so there is no best/"))
+    tenth = max(1, len(rows) // 10)
+    before, after = (fmean(row["loss"] for row in part) for part in (rows[:tenth], rows[-tenth:]))
+    fell = after < before or len(rows) == 1
+    return "no row was held out: --validate N tells how well unseen problems are solved" if fell else (
+        f"nothing was learned: the loss was {before:.4f} in the first steps and is {after:.4f} in the last")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from slm import BadInput
 
-TARGETS = {"qkvo": ("q_proj", "k_proj", "v_proj", "o_proj"), "qv": ("q_proj", "v_proj"),
-           "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")}
+QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS = {"all": (*QKVO, "gate_proj", "up_proj", "down_proj"), "qkvo": QKVO, "qv": ("q_proj", "v_proj")}
 CANNOT_WRITE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EEXIST,
                 errno.ENOTDIR}
 
@@ -176,7 +176,7 @@ def adapter_options(g):
     g.add_argument("--alpha", type=number(0), default=32.0,
                    help="LoRA scale is alpha / rank (default 32)")
     g.add_argument("--targets", choices=TARGETS, default="qkvo",
-                   help="qkvo, qv as in the report's runs, or all linear layers (default qkvo)")
+                   help="qkvo, or qv as in the report's runs (default qkvo)")
 
 
 def training_options(p, g, both, folder: str):
