@@ -11,9 +11,8 @@ trained, with the token that ends it. Rows longer than --max-length are left out
 A step trains on --batch rows, packed without padding into micro-batches of --micro-tokens. The loss of each
 is a sum, divided by the number of trained tokens in the batch: micro-batches don't change the gradient.
 
---validate problems are held out with all their rows. Before the first step and ten times on the way, the run
-measures the loss on them, and how many greedy replies have the answer of the row. The model or adapter of the
-lowest held-out loss is kept in best/, the last one beside it.
+--validate problems are held out. Before the first step and ten times on the way their loss is measured, and
+how many greedy replies have the answer of the row. best/ is the adapter or model of the lowest held-out loss.
 """
 
 from slm.runs import cli
@@ -94,37 +93,45 @@ def main(args):
     longest = min(args.max_length, model.config.positions)
     rows, held_out = fitting(tokenizer, train, longest, args.train_on), fitting(tokenizer, held_out, longest)
     plan = training.batches(len(rows), args.batch, args.epochs, args.seed)
+    largest = [rows[i] for i in max(plan, key=lambda step: size([rows[i] for i in step]))]
     if not args.dry_run:
         data = files.fingerprint([(row.ids, row.mask) for row in rows])
         rundir = RunDir(args.out, vars(args), data, args.resume, log=ranks.rank() == 0)
     if ranks.rank() == 0:
-        introduce(model, tokenizer, rows, held_out, plan, words, args)
+        introduce(model, tokenizer, rows, held_out, plan, largest, words, args)
 
     trained, optimizer = training.start(model, args.weight_decay)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.full and dtype == torch.bfloat16)
-    sampler, checks = Sampler(model, tokenizer) if held_out else None, checked_after(len(plan))
+    save = (partial(checkpoint.save, model, tokenizer) if args.full else
+            partial(lora_files.save, model, base=args.model))
+    look_once = partial(look, model, Sampler(model, tokenizer), held_out, autocast, args)
     model.train()
+    every, tokens = max(1, len(plan) // 10), args.epochs * size(rows)
     if args.dry_run:
-        return dry_run(model, sampler, rows, held_out, plan, optimizer, autocast, args)
+        learn = partial(one_step, model, largest, optimizer, args.lr, autocast, args)
+        seconds = training.rehearse(learn) * tokens / size(largest)
+        if held_out:
+            seconds += training.rehearse(look_once) * (1 + -(-len(plan) // every))
+        return training.forecast(model, len(plan), tokens, seconds)
     for step, lr, bar in training.steps(len(plan), rundir, trained, optimizer, args):
         if held_out and step == 0 and not any(files.readable_rows(rundir.path / "metrics.jsonl")):
-            rundir.log("metrics", {"step": 0, **validate(model, sampler, held_out, autocast, args)})
-        with autocast:
-            row = one_step(model, [rows[i] for i in plan[step]], optimizer, lr, args)
-        if held_out and step + 1 in checks:
-            row |= validate(model, sampler, held_out, autocast, args)
-            row["best"] = keep_best(model, tokenizer, row["held_out_loss"], rundir.path, args)
+            rundir.log("metrics", {"step": 0, **look_once()})
+        row = one_step(model, [rows[i] for i in plan[step]], optimizer, lr, autocast, args)
+        if held_out and ((step + 1) % every == 0 or step + 1 == len(plan)):
+            row |= look_once()
+            row["best"] = keep_best(model, save, row["held_out_loss"], rundir.path)
         rundir.log("metrics", {"step": step + 1, **row})
         bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:,} tok/s")
-    finish(model, tokenizer, rundir.path, args)
+    finish(model, save, rundir.path, args)
 
 
-def one_step(model, batch: list[TokenRecord], optimizer, lr: float, args) -> dict:
+def one_step(model, batch: list[TokenRecord], optimizer, lr: float, autocast, args) -> dict:
     """One optimizer step on the mean loss of the batch's trained tokens; returns what metrics.jsonl tells."""
     began = time.perf_counter()
     count, loss = sum(sum(row.mask) for row in batch), 0.0
     for rows in training.micro_batches(model, batch[ranks.rank()::ranks.world()], args.micro_tokens):
-        logp, _ = losses.score(model, [row.ids for row in rows], [row.mask for row in rows])
+        with autocast:
+            logp, _ = losses.score(model, [row.ids for row in rows], [row.mask for row in rows])
         loss_sum, _ = losses.sft_loss(logp)
         (loss_sum * (1 / count)).backward()
         loss += loss_sum.item() * (1 / count)
@@ -132,58 +139,44 @@ def one_step(model, batch: list[TokenRecord], optimizer, lr: float, args) -> dic
     loss = ranks.summed({"loss": loss})["loss"]
     if not math.isfinite(loss):
         raise BadInput(f"the loss is {loss}: lower --lr {args.lr}, or use --dtype float32")
-    tokens, seconds = sum(len(row.ids) for row in batch), time.perf_counter() - began
+    tokens, seconds = size(batch), time.perf_counter() - began
     return {"loss": loss, "grad_norm": norm, "tokens": tokens, "trained_tokens": count, "lr": lr,
             "tokens_per_s": round(tokens / seconds)}
 
 
 # ---- the held-out rows -----------------------------------------------------------------------------------
 
-def checked_after(steps: int) -> set[int]:
-    """The steps after which the held-out rows are looked at: every tenth of the run, and the last."""
-    every = max(1, steps // 10)
-    return {*range(every, steps + 1, every), steps}
-
-
-def validate(model, sampler, held_out: list[TokenRecord], autocast, args) -> dict:
-    """Mean loss of the held-out rows' responses, and the share of rows to which a greedy reply (of twice the
-    longest response at most) has the same answer."""
-    starts = [len(row.ids) - row.mask[::-1].index(0) for row in held_out]  # of the last response
-    longest = max(len(row.ids) - start for row, start in zip(held_out, starts))
-    own = list(zip(held_out, starts))[ranks.rank()::ranks.world()]
-    sums = {"loss": 0.0, "tokens": 0, "right": 0}
+def look(model, sampler, held_out: list[TokenRecord], autocast, args) -> dict:
+    """Mean loss of the held-out responses' tokens, and the share of rows to which a greedy reply (of at most
+    twice the longest response) has the same answer: what stands in the box, or if there is none, the text."""
+    tails = [row.mask[::-1].index(0) for row in held_out]  # tokens of the last response
+    sampling, sums = Sampling(2 * max(tails), stop_at_box=True), {"loss": 0.0, "tokens": 0, "right": 0}
+    own = list(zip(held_out, tails))[ranks.rank()::ranks.world()]
     model.eval()
     with ranks.whole(model):
-        for part in losses.pack([len(row.ids) for row, _ in own], args.micro_tokens):
-            some = [own[i][0] for i in part]
+        for row, _ in own:
             with torch.no_grad(), autocast:
-                logp, _ = losses.score(model, [row.ids for row in some], [row.mask for row in some])
-            loss, tokens = losses.sft_loss(logp)
-            sums |= {"loss": sums["loss"] + loss.item(), "tokens": sums["tokens"] + tokens}
-        sampling = Sampling(2 * longest, stop_at_box=True)
-        replies = sampler.generate([Request(ids=row.ids[:start], sampling=sampling) for row, start in own],
+                logp, _ = losses.score(model, [row.ids], [row.mask])
+            sums |= {"loss": sums["loss"] - logp.sum().item(), "tokens": sums["tokens"] + len(logp)}
+        replies = sampler.generate([Request(ids=row.ids[:-tail], sampling=sampling) for row, tail in own],
                                    progress=False)
-        sampler.close()
+        sampler.close()  # gives the cache's memory back
     model.train()
-    for (row, start), [reply] in zip(own, replies):
-        sums["right"] += same_answer(reply.text, sampler.tokenizer.decode(row.ids[start:]))
+    for (row, tail), [reply] in zip(own, replies):
+        said = sampler.tokenizer.decode(row.ids[-tail:])
+        answer = extract(said)
+        sums["right"] += grade(reply.text, answer).correct if answer else reply.text.strip() == said.strip()
     sums = ranks.summed(sums)
     return {"held_out_loss": sums["loss"] / sums["tokens"], "held_out_right": sums["right"] / len(held_out)}
 
 
-def same_answer(text: str, response: str) -> bool:
-    """Whether a reply has the answer in the response's box or, if there is no box, its text."""
-    answer = extract(response)
-    return grade(text, answer).correct if answer else text.strip() == response.strip()
-
-
-def keep_best(model, tokenizer, loss: float, out: Path, args) -> bool:
-    """Save the run's state as best/ if no earlier look found so low a held-out loss; tells whether it did."""
-    looks = [row for row in files.readable_rows(out / "metrics.jsonl") if "held_out_loss" in row]
-    best = ranks.rank() == 0 and loss < min(row["held_out_loss"] for row in looks)
+def keep_best(model, save, loss: float, out: Path) -> bool:
+    """Save what the run has so far as best/ if no earlier look found so low a loss; tells whether it did."""
+    earlier = [row.get("held_out_loss", math.inf) for row in files.readable_rows(out / "metrics.jsonl")]
+    best = ranks.rank() == 0 and loss < min(earlier)
     with ranks.whole(model):
         if best:
-            save(model, tokenizer, out / "best", args)
+            save(out / "best")
     return best
 
 
@@ -219,10 +212,8 @@ def split(rows: list[tuple[str, list[dict]]], args) -> tuple[list, list]:
     keys = [" ".join(question.lower().split()) for question, _ in rows]
     drawn = sorted(set(keys), key=partial(seed_of, args.seed, "held out"))
     held = set(drawn[:min(args.validate, len(drawn) // 10)])
-    sides = {True: [], False: []}
-    for key, (_, conversation) in zip(keys, rows):
-        sides[key in held].append(conversation)
-    return sides[False], sides[True]
+    return ([talk for key, (_, talk) in zip(keys, rows) if key not in held],
+            [talk for key, (_, talk) in zip(keys, rows) if key in held])
 
 
 def conversation(question: str, response: str) -> list[dict]:
@@ -267,6 +258,10 @@ def encode(tokenizer, messages: list[dict], train_on: str = "response") -> Token
     return TokenRecord(ids, mask if train_on == "response" else [0] + [1] * (len(ids) - 1))
 
 
+def size(rows: list[TokenRecord]) -> int:
+    return sum(len(row.ids) for row in rows)
+
+
 def fitting(tokenizer, conversations, longest: int, train_on: str = "response") -> list[TokenRecord]:
     """Encoded rows of at most `longest` tokens. Prints how many are longer; BadInput when all are."""
     rows = [encode(tokenizer, messages, train_on) for messages in conversations]
@@ -281,11 +276,10 @@ def fitting(tokenizer, conversations, longest: int, train_on: str = "response") 
 
 # ---- what a person reads ---------------------------------------------------------------------------------
 
-def introduce(model, tokenizer, rows, held_out, plan, device: str, args):
+def introduce(model, tokenizer, rows, held_out, plan, largest, device: str, args):
     """Print what the run will do, before it starts."""
-    tokens, trained = sum(len(row.ids) for row in rows), sum(sum(row.mask) for row in rows)
+    tokens, trained = size(rows), sum(sum(row.mask) for row in rows)
     parameters, updated = parameter_counts(model)
-    largest, held = heaviest(rows, plan, args.micro_tokens)[0], sum(len(row.ids) for row in held_out)
     cli.show(vars(args))
     print(f"device: {device}")
     print(f"model: {args.model}, {parameters:,} parameters, {updated:,} trained "
@@ -293,7 +287,8 @@ def introduce(model, tokenizer, rows, held_out, plan, device: str, args):
     print(f"data: {', '.join(args.data)}: {len(rows):,} rows, {tokens:,} tokens, "
           f"{trained / tokens:.0%} in the loss; {len(held_out):,} rows more are held out")
     print(f"work: {args.epochs} epochs, {len(plan)} steps of {args.batch} rows, "
-          f"{args.epochs * tokens:,} tokens; {memory(model, largest, held)}")
+          f"{args.epochs * tokens:,} tokens; "
+          f"{memory(model, min(size(largest), args.micro_tokens), size(held_out))}")
     sizes = model.model.embed_tokens.weight.detach().float().norm(dim=1)
     if not args.full and sizes[tokenizer.end_of_turn] < 0.5 * sizes.median():
         print("note: the token that ends an answer has a small embedding, as if this model never met it. "
@@ -301,46 +296,12 @@ def introduce(model, tokenizer, rows, held_out, plan, device: str, args):
     print("the first row, trained tokens marked:\n" + training.marked(tokenizer, rows[0].ids, rows[0].mask))
 
 
-def heaviest(rows, plan, micro_tokens: int) -> tuple[int, int]:
-    """(tokens of the largest micro-batch, the step in which it comes)."""
-    found = []
-    for step, batch in enumerate(plan):
-        sizes = [len(rows[i].ids) for i in batch]
-        found += [(sum(sizes[i] for i in part), step) for part in losses.pack(sizes, micro_tokens)]
-    return max(found)
-
-
-def dry_run(model, sampler, rows, held_out, plan, optimizer, autocast, args):
-    """Rehearse the step with the largest micro-batch, and a look at the held-out rows; print what both say of
-    the whole run."""
-    batch = [rows[i] for i in plan[heaviest(rows, plan, args.micro_tokens)[1]]]
-
-    def step():
-        with autocast:
-            one_step(model, batch, optimizer, args.lr, args)
-
-    tokens = args.epochs * sum(len(row.ids) for row in rows)
-    seconds = training.rehearse(step) * tokens / sum(len(row.ids) for row in batch)
-    if held_out:
-        looks = 1 + len(checked_after(len(plan)))
-        seconds += looks * training.rehearse(partial(validate, model, sampler, held_out, autocast, args))
-    if ranks.rank() == 0:
-        print(training.forecast(model, len(plan), tokens, seconds))
-
-
-def save(model, tokenizer, folder: Path, args):
-    if args.full:
-        checkpoint.save(model, tokenizer, folder)
-    else:
-        lora_files.save(model, folder, base=args.model)
-
-
-def finish(model, tokenizer, out, args):
+def finish(model, save, out, args):
     """Write the result under its final name, and print what to do with it."""
     result = out / ("model" if args.full else "adapter")
     ranks.unshard(model)
     if ranks.rank() == 0:
-        save(model, tokenizer, result, args)
+        save(result)
         rows = list(files.readable_rows(out / "metrics.jsonl"))
         print(f"loss {rows[-1]['loss']:.4f} after {rows[-1]['step']} steps, peak memory "
               f"{peak_memory(model):.2f} GB; the result is {result}; curves: {write_report(out)}")
@@ -352,20 +313,18 @@ def finish(model, tokenizer, out, args):
 
 
 def verdict(rows: list[dict], out: Path) -> str:
-    """What a run's metrics say of it: whether anything was learned, and which step was the best."""
+    """What the metrics say of a run: which step was the best, or that nothing was learned."""
     looks = [row for row in rows if "held_out_loss" in row]
     if looks:
-        first, best, last = looks[0], min(looks, key=itemgetter("held_out_loss")), looks[-1]
-        words = ", ".join(f"{row['held_out_loss']:.4f} and {row['held_out_right']:.0%} right after step "
-                          f"{row['step']}" for row in (first, best, last))
-        return (f"held-out loss and greedy accuracy: {words}; " +
-                (f"the second of these is {out / 'best'}" if best is not first else
-                 "nothing was learned that helps on held-out rows, so there is no best/"))
+        best = min(looks, key=itemgetter("held_out_loss"))
+        words = "; ".join(f"held-out loss {row['held_out_loss']:.4f}, {row['held_out_right']:.0%} right "
+                          f"after step {row['step']}" for row in (looks[0], best, looks[-1]))
+        return f"{words}; " + (f"the second is {out / 'best'}" if best["step"] else
+                               "nothing was learned that lowers it, so there is no best/")
     tenth = max(1, len(rows) // 10)
     before, after = (fmean(row["loss"] for row in part) for part in (rows[:tenth], rows[-tenth:]))
-    fell = after < before or len(rows) == 1
-    return "no row was held out: --validate N tells how well unseen problems are solved" if fell else (
-        f"nothing was learned: the loss was {before:.4f} in the first steps and is {after:.4f} in the last")
+    return (f"loss {before:.4f} in the first tenth of the steps, {after:.4f} in the last"
+            + "; nothing was learned" * (after >= before and len(rows) > 1))
 
 
 if __name__ == "__main__":

@@ -158,19 +158,18 @@ def _sharded_like(p: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 # ---- what a person reads ---------------------------------------------------------------------------------
 
 def rehearse(part: Callable[[], object]) -> float:
-    """Seconds that a part of a run takes, for --dry-run. Its first time is not counted: it pays for what a
-    run pays once, such as the optimizer's moments."""
+    """Seconds that a part of a run takes the second time; the first pays for moments, caches and the like."""
     for _ in range(2):
         began = time.perf_counter()
         part()
     return time.perf_counter() - began
 
 
-def forecast(model, steps: int, tokens: int, seconds: float) -> str:
-    """What --dry-run says of the whole run, after its parts were rehearsed."""
-    return (f"dry run: {steps} steps, {tokens:,} tokens; by what was measured here the training takes "
-            f"{timedelta(seconds=round(seconds))} (h:mm:ss) and at most {peak_memory(model):.2f} GB; nothing "
-            "was saved")
+def forecast(model, steps: int, tokens: int, seconds: float) -> None:
+    """Say what --dry-run found, after the parts of the run were rehearsed."""
+    if ranks.rank() == 0:
+        print(f"dry run: {steps} steps, {tokens:,} tokens; by what was measured they take "
+              f"{timedelta(seconds=round(seconds))} (h:mm:ss), peak memory {peak_memory(model):.2f} GB")
 
 
 def marked(tokenizer, ids: list[int], mask: list[int]) -> str:

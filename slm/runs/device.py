@@ -1,12 +1,10 @@
 """Which device and dtype a run uses, and what memory it needs."""
 
-import contextlib
 import os
 import re
 import resource
 import sys
 import timeit
-from pathlib import Path
 
 import torch
 
@@ -74,10 +72,9 @@ def memory(model, tokens: int, cached: int = 0) -> str:
     """Predicted peak memory, in words: of a training step whose largest micro-batch has `tokens` tokens, or
     of sampling with `cached` tokens in the cache, when gradients and activations are gone.
 
-    The backward pass keeps about 7 D + 2 (H + K) E + 4 F numbers for each token and layer, F being the
-    feed-forward width, and twice the inputs that dropout acts on; it works on one layer more. `recompute`
-    keeps D numbers a layer. Measured peaks were within 15 %, but up to 1.7 times as large with `recompute` on
-    a CPU, where freed memory is not all used again. --dry-run measures.
+    The backward pass keeps about 7 D + 2 (H + K) E + 4 F numbers for each token and layer (F: feed-forward
+    width; with `recompute` D), and twice the inputs that dropout acts on; it works on one layer more. On a
+    CPU a measured peak with `recompute` was 1.7 times as large, the others within 15 %. --dry-run measures.
     """
     c, weight, dropped = model.config, next(model.parameters()), {}
     for name in lora.names(model):
@@ -87,19 +84,11 @@ def memory(model, tokens: int, cached: int = 0) -> str:
     layer += sum(dropped.values()) // c.layers
     kept = layer + (c.hidden if model.recompute else layer) * c.layers
     head = 2 * weight.numel() if weight.requires_grad else 0  # its gradient is made twice, then added
-    parts = {"process and weights": 5e7 + 1e9 * memory_in_use(model),  # + libraries that a step loads
+    now = torch.cuda.memory_allocated() if weight.is_cuda else 1e9 * peak_memory(model)
+    parts = {"process and weights": now + 5e7,  # and the libraries that a step loads
              "gradients and moments": parameter_counts(model)[1] * 12,
              "activations": (tokens * kept + head) * weight.element_size(),
              "or cache": 2 * c.layers * c.kv_heads * c.head_size * cached * weight.element_size()}
     peak = sum(parts.values()) - min(parts["activations"], parts["or cache"])
     words = ", ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items() if n)
     return f"predicted peak {peak / 1e9:.2f} GB ({words})"
-
-
-def memory_in_use(model) -> float:
-    """Memory of this process now, in GB, as peak_memory counts it; where no one tells, the peak so far."""
-    if next(model.parameters()).is_cuda:
-        return torch.cuda.memory_allocated() / 1e9
-    with contextlib.suppress(OSError):  # Linux only
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e9
-    return peak_memory(model)
