@@ -93,7 +93,8 @@ def main(args):
     longest = min(args.max_length, model.config.positions)
     rows, held_out = fitting(tokenizer, train, longest, args.train_on), fitting(tokenizer, held_out, longest)
     plan = training.batches(len(rows), args.batch, args.epochs, args.seed)
-    largest = [rows[i] for i in max(plan, key=lambda step: size([rows[i] for i in step]))]
+    heaviest = max(plan, key=lambda step: size([rows[i] for i in step]))
+    largest = [rows[i] for i in heaviest]
     if not args.dry_run:
         data = files.fingerprint([(row.ids, row.mask) for row in rows])
         rundir = RunDir(args.out, vars(args), data, args.resume, log=ranks.rank() == 0)
@@ -150,24 +151,24 @@ def look(model, sampler, held_out: list[TokenRecord], autocast, args) -> dict:
     """Mean loss of the held-out responses' tokens, and the share of rows to which a greedy reply (of at most
     twice the longest response) has the same answer: what stands in the box, or if there is none, the text."""
     tails = [row.mask[::-1].index(0) for row in held_out]  # tokens of the last response
-    sampling, sums = Sampling(2 * max(tails), stop_at_box=True), {"loss": 0.0, "tokens": 0, "right": 0}
     own = list(zip(held_out, tails))[ranks.rank()::ranks.world()]
+    how = Sampling(2 * max(tails), stop_at_box=True)
     model.eval()
     with ranks.whole(model):
-        for row, _ in own:
-            with torch.no_grad(), autocast:
-                logp, _ = losses.score(model, [row.ids], [row.mask])
-            sums |= {"loss": sums["loss"] - logp.sum().item(), "tokens": sums["tokens"] + len(logp)}
-        replies = sampler.generate([Request(ids=row.ids[:-tail], sampling=sampling) for row, tail in own],
-                                   progress=False)
+        with torch.no_grad(), autocast:
+            scores = [losses.score(model, [row.ids], [row.mask])[0] for row, _ in own]
+        replies = sampler.generate([Request(ids=row.ids[:-tail], sampling=how) for row, tail in own], False)
         sampler.close()  # gives the cache's memory back
     model.train()
+    if not all(replies):  # a second Ctrl-C, after which the sampler gives what it has
+        raise KeyboardInterrupt
+    n = {"loss": -sum(float(x.sum()) for x in scores), "tokens": sum(map(len, scores)), "right": 0}
     for (row, tail), [reply] in zip(own, replies):
         said = sampler.tokenizer.decode(row.ids[-tail:])
         answer = extract(said)
-        sums["right"] += grade(reply.text, answer).correct if answer else reply.text.strip() == said.strip()
-    sums = ranks.summed(sums)
-    return {"held_out_loss": sums["loss"] / sums["tokens"], "held_out_right": sums["right"] / len(held_out)}
+        n["right"] += grade(reply.text, answer).correct if answer else reply.text.strip() == said.strip()
+    n = ranks.summed(n)
+    return {"held_out_loss": n["loss"] / n["tokens"], "held_out_right": n["right"] / len(held_out)}
 
 
 def keep_best(model, save, loss: float, out: Path) -> bool:
@@ -322,7 +323,8 @@ def verdict(rows: list[dict], out: Path) -> str:
         return f"{words}; " + (f"the second is {out / 'best'}" if best["step"] else
                                "nothing was learned that lowers it, so there is no best/")
     tenth = max(1, len(rows) // 10)
-    before, after = (fmean(row["loss"] for row in part) for part in (rows[:tenth], rows[-tenth:]))
+    told = [row["loss"] for row in rows]
+    before, after = fmean(told[:tenth]), fmean(told[-tenth:])
     return (f"loss {before:.4f} in the first tenth of the steps, {after:.4f} in the last"
             + "; nothing was learned" * (after >= before and len(rows) > 1))
 

@@ -80,8 +80,8 @@ def memory(model, tokens: int, cached: int = 0) -> str:
     for name in lora.names(model):
         for path, part in lora.layers(model, name).items() if lora.spec(model, name).dropout else ():
             dropped[re.sub("(q|k|v|gate|up)_proj", "", path)] = 2 * part.in_features  # these share inputs
-    layer = 7 * c.hidden + 2 * (c.heads + c.kv_heads) * c.head_size + 4 * c.intermediate
-    layer += sum(dropped.values()) // c.layers
+    layer = (7 * c.hidden + 2 * (c.heads + c.kv_heads) * c.head_size + 4 * c.intermediate
+             + sum(dropped.values()) // c.layers)
     kept = layer + (c.hidden if model.recompute else layer) * c.layers
     head = 2 * weight.numel() if weight.requires_grad else 0  # its gradient is made twice, then added
     now = torch.cuda.memory_allocated() if weight.is_cuda else 1e9 * peak_memory(model)
