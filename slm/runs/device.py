@@ -74,7 +74,8 @@ def memory(model, tokens: int, cached: int = 0) -> str:
 
     The backward pass keeps about 7 D + 2 (H + K) E + 4 F numbers for each token and layer (F: feed-forward
     width; with `recompute` D), and twice the inputs that dropout acts on; it works on one layer more. On a
-    CPU a measured peak with `recompute` was 1.7 times as large, the others within 15 %. --dry-run measures.
+    CPU, measured peaks were within 10 %, but a sixth less under autocast and 1.7 times as much with
+    `recompute` (LOG.md, 2026-11-30). --dry-run measures.
     """
     c, weight, dropped = model.config, next(model.parameters()), {}
     for name in lora.names(model):
