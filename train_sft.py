@@ -105,7 +105,7 @@ def main(args):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.full and dtype == torch.bfloat16)
     save = (partial(checkpoint.save, model, tokenizer) if args.full else
             partial(lora_files.save, model, base=args.model))
-    look_once = partial(look, model, Sampler(model, tokenizer), held_out, autocast, args)
+    look_once = partial(look, model, Sampler(model, tokenizer), held_out, autocast)
     model.train()
     every, tokens = max(1, len(plan) // 10), args.epochs * size(rows)
     if args.dry_run:
@@ -147,7 +147,7 @@ def one_step(model, batch: list[TokenRecord], optimizer, lr: float, autocast, ar
 
 # ---- the held-out rows -----------------------------------------------------------------------------------
 
-def look(model, sampler, held_out: list[TokenRecord], autocast, args) -> dict:
+def look(model, sampler, held_out: list[TokenRecord], autocast) -> dict:
     """Mean loss of the held-out responses' tokens, and the share of rows to which a greedy reply (of at most
     twice the longest response) has the same answer: what stands in the box, or if there is none, the text."""
     tails = [row.mask[::-1].index(0) for row in held_out]  # tokens of the last response

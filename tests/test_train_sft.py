@@ -241,8 +241,7 @@ def test_held_out_loss_and_accuracy_are_those_of_the_model(tiny):
         wanted = tokenizer.decode(row.ids[start:])
         box = re.search(r"boxed\{(\d+)\}", wanted)
         right += f"boxed{{{box[1]}}}" in text if box else text.strip() == wanted
-    args = SimpleNamespace(micro_tokens=200)
-    got = train_sft.look(model, Sampler(model, tokenizer), rows, contextlib.nullcontext(), args)
+    got = train_sft.look(model, Sampler(model, tokenizer), rows, contextlib.nullcontext())
     assert got["held_out_loss"] == pytest.approx(total / count, abs=1e-5)
     assert got["held_out_right"] == right / len(rows) and model.training
 
@@ -292,6 +291,15 @@ def test_best_survives_a_stop_and_a_resume(small, data, tmp_path, monkeypatch):
         assert [[row.get(k) for k in pick] for row in cut] == [[row.get(k) for k in pick] for row in whole]
         a, b = (load_file(folder / "best" / "model.safetensors") for folder in (tmp_path / "whole", out))
         assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_second_ctrl_c_stops_a_look(tiny, monkeypatch):
+    """Sampler.generate then gives back the replies that are finished."""
+    model, tokenizer = tiny
+    rows = [train_sft.encode(tokenizer, train_sft.conversation("What is 1 + 1?", "It is \\boxed{2}."))]
+    monkeypatch.setattr(Sampler, "generate", lambda self, requests, progress: [[] for _ in requests])
+    with pytest.raises(KeyboardInterrupt):
+        train_sft.look(model, Sampler(model, tokenizer), rows, contextlib.nullcontext())
 
 
 @pytest.mark.parametrize("options", [["--validate", "1"], []])
