@@ -11,13 +11,17 @@ ends it. Rows over --max-length are left out, counted.
 
 A step trains on --batch rows, packed without padding into micro-batches of --micro-tokens. The loss of each
 is a sum, divided by the number of trained tokens in the batch: micro-batches don't change the gradient.
+
+--validate problems are held out. Before the first step and ten times on the way their loss is measured, and
+how many greedy replies have the answer of the row. best/ is the adapter or model of the lowest held-out loss.
 """
 
 from slm.runs import cli
 
 PAPER = {"batch": 128, "epochs": 2, "max_length": 2048, "micro_tokens": 2048, "dropout": 0.05, "warmup": 0.03,
-         "weight_decay": 0.01, "save_every": 20}
-TINY = {"batch": 16, "max_length": 1024, "micro_tokens": 4096, "dropout": 0.0, "save_every": 1000}
+         "weight_decay": 0.01, "save_every": 20, "validate": 100}
+TINY = {"batch": 16, "max_length": 1024, "micro_tokens": 4096, "dropout": 0.0, "save_every": 1000,
+        "validate": 20}
 RATES = {"paper": {"lora": 1e-4, "full": 5e-5}, "tiny": {"lora": 1e-2, "full": 1e-3}}
 
 
@@ -30,6 +34,8 @@ def options():
                    help="JSON lines; for tiny: default the newest run of make_data.py")
     g.add_argument("--limit", type=cli.positive, help="only the first rows")
     g.add_argument("--max-length", type=cli.positive, help=f"tokens a row may have ({both('max_length')})")
+    g.add_argument("--validate", type=lambda text: cli.positive(text, 0), metavar="N",
+                   help=f"problems held out, a tenth of all at most ({both('validate')})")
     g.add_argument("--train-on", choices=("response", "all"), default="response",
                    help="tokens in the loss; `all` is what the report did (default response)")
     g = p.add_argument_group("what is trained")
@@ -44,6 +50,7 @@ def options():
     g.add_argument("--epochs", type=cli.positive, help=f"({both('epochs')})")
     g.add_argument("--weight-decay", type=cli.number(0), help=f"({both('weight_decay')})")
     cli.training_options(p, g, both, "runs/sft-<model>-<lora or full>")
+    p.add_argument("--dry-run", action="store_true", help="measure two steps, predict time and memory, stop")
     return p
 
 
@@ -54,18 +61,23 @@ import math
 import re
 import shlex
 import time
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
 from slm import BadInput, checkpoint, lora, lora_files, losses, problems, training
-from slm.episode import TokenRecord, user
+from slm.episode import Request, Sampling, TokenRecord, seed_of, user
+from slm.grading import extract, grade
 from slm.prompts import SOLVER
 from slm.report import write as write_report
 from slm.rows import read as read_row
 from slm.runs import files, ranks
 from slm.runs.device import memory, parameter_counts, peak_memory
 from slm.runs.rundir import RunDir
+from slm.sampling import Sampler
 
 
 def main(args):
@@ -74,36 +86,55 @@ def main(args):
     if args.data is None and not cli.is_small(args.model):
         raise BadInput("--data is missing: records of make_data.py, or gsm8k for its worked solutions")
     args.data = args.data or [newest()]
-    conversations = [talk for data in args.data for talk in read(data, args.limit)]
+    train, held_out = split([row for data in args.data for row in read(data, args.limit)], args)
     device, dtype, words = training.settle(args, f"sft-{Path(args.model).name.lower()}-{how}")
     model, tokenizer = checkpoint.load(args.model, device, torch.float32 if args.full else dtype)
     model.recompute = lora.recompute(model) if args.recompute else None
     if not args.full:
         lora.add(model, args.rank, args.alpha, cli.TARGETS[args.targets], args.dropout)
-    rows = fitting(tokenizer, conversations, min(args.max_length, model.config.positions), args.train_on)
+    longest = min(args.max_length, model.config.positions)
+    rows, held_out = fitting(tokenizer, train, longest, args.train_on), fitting(tokenizer, held_out, longest)
     plan = training.batches(len(rows), args.batch, args.epochs, args.seed)
-    data = files.fingerprint([(row.ids, row.mask) for row in rows])
-    rundir = RunDir(args.out, vars(args), data, args.resume, log=ranks.rank() == 0)
+    heaviest = max(plan, key=lambda step: size([rows[i] for i in step]))
+    largest = [rows[i] for i in heaviest]
+    if not args.dry_run:
+        data = files.fingerprint([(row.ids, row.mask) for row in rows])
+        rundir = RunDir(args.out, vars(args), data, args.resume, log=ranks.rank() == 0)
     if ranks.rank() == 0:
-        introduce(model, tokenizer, rows, plan, words, args)
+        introduce(model, tokenizer, rows, held_out, plan, largest, words, args)
 
     trained, optimizer = training.start(model, args.weight_decay)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.full and dtype == torch.bfloat16)
+    save = (partial(checkpoint.save, model, tokenizer) if args.full else
+            partial(lora_files.save, model, base=args.model))
+    look_once = partial(look, model, Sampler(model, tokenizer), held_out, autocast)
     model.train()
+    every, tokens = max(1, len(plan) // 10), args.epochs * size(rows)
+    if args.dry_run:
+        learn = partial(one_step, model, largest, optimizer, args.lr, autocast, args)
+        seconds = training.rehearse(learn) * tokens / size(largest)
+        if held_out:
+            seconds += training.rehearse(look_once) * (1 + -(-len(plan) // every))
+        return training.forecast(model, len(plan), tokens, seconds)
     for step, lr, bar in training.steps(len(plan), rundir, trained, optimizer, args):
-        with autocast:
-            row = one_step(model, [rows[i] for i in plan[step]], optimizer, lr, args)
+        if held_out and step == 0 and not any(files.readable_rows(rundir.path / "metrics.jsonl")):
+            rundir.log("metrics", {"step": 0, **look_once()})
+        row = one_step(model, [rows[i] for i in plan[step]], optimizer, lr, autocast, args)
+        if held_out and ((step + 1) % every == 0 or step + 1 == len(plan)):
+            row |= look_once()
+            row["best"] = keep_best(model, save, row["held_out_loss"], rundir.path)
         rundir.log("metrics", {"step": step + 1, **row})
         bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_s']:,} tok/s")
-    finish(model, tokenizer, rundir.path, args)
+    finish(model, save, rundir.path, args)
 
 
-def one_step(model, batch: list[TokenRecord], optimizer, lr: float, args) -> dict:
+def one_step(model, batch: list[TokenRecord], optimizer, lr: float, autocast, args) -> dict:
     """One optimizer step on the mean loss of the batch's trained tokens; returns what metrics.jsonl tells."""
     began = time.perf_counter()
     count, loss = sum(sum(row.mask) for row in batch), 0.0
     for rows in training.micro_batches(model, batch[ranks.rank()::ranks.world()], args.micro_tokens):
-        logp, _ = losses.score(model, [row.ids for row in rows], [row.mask for row in rows])
+        with autocast:
+            logp, _ = losses.score(model, [row.ids for row in rows], [row.mask for row in rows])
         loss_sum, _ = losses.sft_loss(logp)
         (loss_sum * (1 / count)).backward()
         loss += loss_sum.item() * (1 / count)
@@ -111,9 +142,45 @@ def one_step(model, batch: list[TokenRecord], optimizer, lr: float, args) -> dic
     loss = ranks.summed({"loss": loss})["loss"]
     if not math.isfinite(loss):
         raise BadInput(f"the loss is {loss}: lower --lr {args.lr}, or use --dtype float32")
-    tokens, seconds = sum(len(row.ids) for row in batch), time.perf_counter() - began
+    tokens, seconds = size(batch), time.perf_counter() - began
     return {"loss": loss, "grad_norm": norm, "tokens": tokens, "trained_tokens": count, "lr": lr,
             "tokens_per_s": round(tokens / seconds)}
+
+
+# ---- the held-out rows -----------------------------------------------------------------------------------
+
+def look(model, sampler, held_out: list[TokenRecord], autocast) -> dict:
+    """Mean loss of the held-out responses' tokens, and the share of rows to which a greedy reply (of at most
+    twice the longest response) has the same answer: what stands in the box, or if there is none, the text."""
+    tails = [row.mask[::-1].index(0) for row in held_out]  # tokens of the last response
+    own = list(zip(held_out, tails))[ranks.rank()::ranks.world()]
+    how = Sampling(2 * max(tails), stop_at_box=True)
+    model.eval()
+    with ranks.whole(model):
+        with torch.no_grad(), autocast:
+            scores = [losses.score(model, [row.ids], [row.mask])[0] for row, _ in own]
+        replies = sampler.generate([Request(ids=row.ids[:-tail], sampling=how) for row, tail in own], False)
+        sampler.close()  # gives the cache's memory back
+    model.train()
+    if not all(replies):  # a second Ctrl-C, after which the sampler gives what it has
+        raise KeyboardInterrupt
+    n = {"loss": -sum(float(x.sum()) for x in scores), "tokens": sum(map(len, scores)), "right": 0}
+    for (row, tail), [reply] in zip(own, replies):
+        said = sampler.tokenizer.decode(row.ids[-tail:])
+        answer = extract(said)
+        n["right"] += grade(reply.text, answer).correct if answer else reply.text.strip() == said.strip()
+    n = ranks.summed(n)
+    return {"held_out_loss": n["loss"] / n["tokens"], "held_out_right": n["right"] / len(held_out)}
+
+
+def keep_best(model, save, loss: float, out: Path) -> bool:
+    """Save what the run has so far as best/ if no earlier look found so low a loss; tells whether it did."""
+    earlier = [row.get("held_out_loss", math.inf) for row in files.readable_rows(out / "metrics.jsonl")]
+    best = ranks.rank() == 0 and loss < min(earlier)
+    with ranks.whole(model):
+        if best:
+            save(out / "best")
+    return best
 
 
 # ---- data ------------------------------------------------------------------------------------------------
@@ -126,8 +193,8 @@ def newest() -> str:
     return str(made[-1]) if made else "tiny"
 
 
-def read(data: str, limit: int | None) -> list[list[dict]]:
-    """The conversations of a file of records, or the worked solutions of a problem set."""
+def read(data: str, limit: int | None) -> list[tuple[str, list[dict]]]:
+    """(question, conversation) of each row of a file of records, or of a problem set's worked solutions."""
     path = Path(data)
     if path.is_file():
         rows = files.read_rows(path)
@@ -139,7 +206,17 @@ def read(data: str, limit: int | None) -> list[list[dict]]:
     solved = [p for p in problems.load(data, "train", limit) if p.solution]
     if not solved:
         raise BadInput(f"--data {data}: problems without solutions; make_data.py gets them from a teacher")
-    return [conversation(p.question, written_out(p)) for p in solved]
+    return [(p.question, conversation(p.question, written_out(p))) for p in solved]
+
+
+def split(rows: list[tuple[str, list[dict]]], args) -> tuple[list, list]:
+    """The conversations to train on, and those about --validate questions (a tenth of all at most), which
+    are drawn from --seed. Questions that differ in case or space only are one."""
+    keys = [" ".join(question.lower().split()) for question, _ in rows]
+    drawn = sorted(set(keys), key=partial(seed_of, args.seed, "held out"))
+    held = set(drawn[:min(args.validate, len(drawn) // 10)])
+    return ([talk for key, (_, talk) in zip(keys, rows) if key not in held],
+            [talk for key, (_, talk) in zip(keys, rows) if key in held])
 
 
 def conversation(question: str, response: str) -> list[dict]:
@@ -152,12 +229,12 @@ def written_out(problem) -> str:
     return text if "\\boxed" in text else f"{text}\nThe answer is \\boxed{{{problem.gold}}}."
 
 
-def messages_of(row: dict, where: str) -> list[dict]:
-    """A record as a conversation. BadInput, naming `where` it stands, for any other row."""
+def messages_of(row: dict, where: str) -> tuple[str, list[dict]]:
+    """A record as (question, conversation). BadInput, naming `where` it stands, for any other row."""
     found = read_row(row)
     messages, response = found.messages, found.response or found.solution
     if not messages and found.question and response:
-        return conversation(found.question, response)
+        return found.question, conversation(found.question, response)
     if not messages:
         there = [str(key) if str(value).strip() else f"{key} (empty)" for key, value in row.items()]
         raise BadInput(f"{where}: expected question and response, or messages; found {', '.join(there)}")
@@ -166,7 +243,8 @@ def messages_of(row: dict, where: str) -> list[dict]:
     if kinds != [(str, str, True)] * len(messages) or not any(map(trained, messages)):
         raise BadInput(f"{where}: messages must be a list of role and content (and weight, 0 or 1), at least "
                        "one of the assistant and not of weight 0")
-    return messages
+    asked = [m["content"] for m in messages if m["role"] == "user"]
+    return found.question or (asked or [""])[0], messages
 
 
 def trained(message: dict) -> bool:
@@ -190,32 +268,37 @@ def encode(tokenizer, messages: list[dict], train_on: str = "response") -> Token
     return TokenRecord(ids, [0] + mask[1:])
 
 
-def fitting(tokenizer, conversations, longest: int, train_on: str) -> list[TokenRecord]:
+def size(rows: list[TokenRecord]) -> int:
+    return sum(len(row.ids) for row in rows)
+
+
+def fitting(tokenizer, conversations, longest: int, train_on: str = "response") -> list[TokenRecord]:
     """Encoded rows of at most `longest` tokens. Prints how many are longer; BadInput when all are."""
     rows = [encode(tokenizer, messages, train_on) for messages in conversations]
     fit = [row for row in rows if len(row.ids) <= longest]
     if len(fit) < len(rows):
         print(f"left out: {len(rows) - len(fit)} of {len(rows)} rows are longer than --max-length "
               f"{longest} (the longest has {max(len(row.ids) for row in rows)} tokens)")
-    if not fit:
+    if rows and not fit:
         raise BadInput(f"--max-length {longest}: all {len(rows)} rows are longer")
     return fit
 
 
 # ---- what a person reads ---------------------------------------------------------------------------------
 
-def introduce(model, tokenizer, rows, plan, device: str, args):
+def introduce(model, tokenizer, rows, held_out, plan, largest, device: str, args):
     """Print what the run will do, before it starts."""
-    tokens, trained = sum(len(row.ids) for row in rows), sum(sum(row.mask) for row in rows)
+    tokens, trained = size(rows), sum(sum(row.mask) for row in rows)
     parameters, updated = parameter_counts(model)
     cli.show(vars(args))
     print(f"device: {device}")
     print(f"model: {args.model}, {parameters:,} parameters, {updated:,} trained "
           f"({'all' if args.full else f'LoRA rank {args.rank} on {args.targets}'})")
     print(f"data: {', '.join(args.data)}: {len(rows):,} rows, {tokens:,} tokens, "
-          f"{trained / tokens:.0%} in the loss")
+          f"{trained / tokens:.0%} in the loss; {len(held_out):,} rows more are held out")
     print(f"work: {args.epochs} epochs, {len(plan)} steps of {args.batch} rows, "
-          f"{args.epochs * tokens:,} tokens; {memory(model, args.micro_tokens)}")
+          f"{args.epochs * tokens:,} tokens; "
+          f"{memory(model, min(size(largest), args.micro_tokens), size(held_out))}")
     sizes = model.model.embed_tokens.weight.detach().float().norm(dim=1)
     if not args.full and sizes[tokenizer.end_of_turn] < 0.5 * sizes.median():
         print("note: the token that ends an answer has a small embedding, as if this model never met it. "
@@ -223,22 +306,36 @@ def introduce(model, tokenizer, rows, plan, device: str, args):
     print("the first row, trained tokens marked:\n" + training.marked(tokenizer, rows[0].ids, rows[0].mask))
 
 
-def finish(model, tokenizer, out, args):
+def finish(model, save, out, args):
     """Write the result under its final name, and print what to do with it."""
     result = out / ("model" if args.full else "adapter")
     ranks.unshard(model)
     if ranks.rank() == 0:
-        if args.full:
-            checkpoint.save(model, tokenizer, result)
-        else:
-            lora_files.save(model, result, base=args.model)
-        *_, last = files.readable_rows(out / "metrics.jsonl")
-        print(f"loss {last['loss']:.4f} after {last['step']} steps, peak memory "
-              f"{peak_memory(model):.1f} GB; the result is {result}; curves: {write_report(out)}")
+        save(result)
+        rows = list(files.readable_rows(out / "metrics.jsonl"))
+        print(f"loss {rows[-1]['loss']:.4f} after {rows[-1]['step']} steps, peak memory "
+              f"{peak_memory(model):.2f} GB; the result is {result}; curves: {write_report(out)}")
+        print(verdict(rows, out))
         result = shlex.quote(str(result))
         policy = f"--model {result}" if args.full else f"--model {args.model} --adapter {result}"
         print(f"next: python eval.py --model {result}\n  or: python train_grpo.py {policy}")
     ranks.barrier()
+
+
+def verdict(rows: list[dict], out: Path) -> str:
+    """What the metrics say of a run: which step was the best, or that nothing was learned."""
+    looks = [row for row in rows if "held_out_loss" in row]
+    if looks:
+        best = min(looks, key=itemgetter("held_out_loss"))
+        words = "; ".join(f"held-out loss {row['held_out_loss']:.4f}, {row['held_out_right']:.0%} right "
+                          f"after step {row['step']}" for row in (looks[0], best, looks[-1]))
+        return f"{words}; " + (f"the second is {out / 'best'}" if best["step"] else
+                               "nothing was learned that lowers it, so there is no best/")
+    tenth = max(1, len(rows) // 10)
+    told = [row["loss"] for row in rows]
+    before, after = fmean(told[:tenth]), fmean(told[-tenth:])
+    return (f"loss {before:.4f} in the first tenth of the steps, {after:.4f} in the last"
+            + "; nothing was learned" * (after >= before and len(rows) > 1))
 
 
 if __name__ == "__main__":

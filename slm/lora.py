@@ -2,12 +2,11 @@
 
 Hu et al. 2021, arXiv:2106.09685, eq. 3. A starts like the weight of nn.Linear and B at zero, so a new adapter
 changes nothing. With rslora s = alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732). A and B are kept in
-float32 and used in the model's dtype. To sample, sampling/fast.py computes the same sum.
+float32 and used in the model's dtype. sampling/fast.py computes the same sum; lora_files.py has PEFT's files.
 
 Several adapters can live on one base model, each under a name. One is active: `add` activates its own. `use`
-and `off` change that inside a with block, and `use` can give every sequence of a batch its own adapter. Only
-`merge` and `unmerge` change base weights. So with its adapter off a model is its base model, bit for bit, and
-policy and reference are one model. lora_files.py reads and writes PEFT's files.
+and `off` change that inside a with block. Only `merge` and `unmerge` change base weights. So with its adapter
+off a model is its base model, bit for bit, and policy and reference are one model.
 """
 
 import contextlib
@@ -23,8 +22,9 @@ from torch import Tensor, nn
 from slm import BadInput
 from slm.attention import Packed
 from slm.model import Qwen2
+from slm.runs.cli import TARGETS
 
-ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL = TARGETS["all"]
 Active = str | dict[str, Tensor] | None  # an adapter for all tokens, {name: indices of its tokens}, or none
 
 
@@ -50,6 +50,7 @@ class Adapters:
     specs: dict[str, Spec] = field(default_factory=dict)
     merged: list[str] = field(default_factory=list)
     active: Active = None
+    dropped: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # last x, dropout(x)
 
 
 class LoRALinear(nn.Linear):
@@ -68,19 +69,21 @@ class LoRALinear(nn.Linear):
         if isinstance(active, str):
             return self.plus(y, x, active)
         for name, tokens in (active or {}).items():
-            y = y.index_copy(0, tokens, self.plus(y[tokens], x[tokens], name))
+            y = y.index_copy(0, tokens, self.plus(y[tokens], x, name, tokens))
         return y
 
-    def plus(self, y: Tensor, x: Tensor, name: str) -> Tensor:
-        """y + s B A x, written into y: nothing else needs W x."""
+    def plus(self, y: Tensor, x: Tensor, name: str, tokens=slice(None)) -> Tensor:
+        """y + s B A x[tokens], written into y: nothing else needs W x. Dropout is drawn once for all layers
+        that read the same x (q, k, v; gate, up)."""
         if name not in self.lora_A:
             return y
         spec, A, B = self.adapters.specs[name], self.lora_A[name].to(x.dtype), self.lora_B[name].to(x.dtype)
-        x = F.dropout(x, spec.dropout, self.training)
-        return y.addmm_(F.linear(x, A), B.t(), alpha=spec.scale)
+        if self.training and spec.dropout:
+            if self.adapters.dropped.get(name, (None,))[0] is not x:
+                self.adapters.dropped[name] = x, F.dropout(x, spec.dropout)
+            x = self.adapters.dropped[name][1]
+        return y.addmm_(F.linear(x[tokens], A), B.t(), alpha=spec.scale)
 
-
-# ---- adapters on a model -----------------------------------------------------------------------------------
 
 def add(model: Qwen2, r: int = 16, alpha: float = 32, targets: list[str] | str = ALL, dropout: float = 0.0,
         name: str = "default", rslora: bool = False) -> None:
@@ -98,12 +101,10 @@ def add(model: Qwen2, r: int = 16, alpha: float = 32, targets: list[str] | str =
     for path in spec.modules:
         layer = model.get_submodule(path)
         if not isinstance(layer, LoRALinear):
-            parent, _, leaf = path.rpartition(".")
             layer = LoRALinear(layer, adapters).train(layer.training)
-            model.get_submodule(parent).add_module(leaf, layer)
-        device = layer.weight.device
-        layer.lora_A[name] = nn.Parameter(torch.empty(r, layer.in_features, device=device))
-        layer.lora_B[name] = nn.Parameter(torch.zeros(layer.out_features, r, device=device))
+            model.set_submodule(path, layer)
+        layer.lora_A[name] = nn.Parameter(layer.weight.new_empty(r, layer.in_features, dtype=torch.float32))
+        layer.lora_B[name] = nn.Parameter(layer.weight.new_zeros(layer.out_features, r, dtype=torch.float32))
         nn.init.kaiming_uniform_(layer.lora_A[name], a=math.sqrt(5))
     adapters.specs[name], adapters.active = spec, name
 
@@ -203,8 +204,7 @@ def unmerge(model: Qwen2, name: str = "default") -> None:
         raise ValueError(f"adapter {name!r} is not the last one merged: {adapters.merged}")
     for layer in layers(model, name).values():
         layer.weight.copy_(layer.before_merge.pop(name))
-    adapters.merged.pop()
-    adapters.active = name
+    adapters.active = adapters.merged.pop()
 
 
 def remove(model: Qwen2, name: str = "default") -> None:

@@ -14,14 +14,16 @@ A trainer settles where and on what it runs, makes a plan (which rows in which s
 --resume: the continued run ends on the same bits as an unbroken one. All this holds for one process and for
 several under torchrun: losses are sums, so neither micro-batches nor ranks change the gradient.
 
-Not covered: mixed precision with a loss scale, evaluation in the middle of a run.
+Not covered: mixed precision with a loss scale.
 """
 
 import itertools
 import math
 import random
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 import torch
 from tqdm import tqdm
@@ -31,7 +33,7 @@ from slm.episode import TokenRecord
 from slm.losses import pack
 from slm.runs import ranks
 from slm.runs.cli import Interrupt
-from slm.runs.device import pick_device
+from slm.runs.device import peak_memory, pick_device
 from slm.runs.files import read_json
 from slm.runs.rundir import RunDir, new_path
 
@@ -154,6 +156,21 @@ def _sharded_like(p: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 
 
 # ---- what a person reads ---------------------------------------------------------------------------------
+
+def rehearse(part: Callable[[], object]) -> float:
+    """Seconds that a part of a run takes the second time; the first pays for moments, caches and the like."""
+    for _ in range(2):
+        began = time.perf_counter()
+        part()
+    return time.perf_counter() - began
+
+
+def forecast(model, steps: int, tokens: int, seconds: float) -> None:
+    """Say what --dry-run found, after the parts of the run were rehearsed."""
+    if ranks.rank() == 0:
+        print(f"dry run: {steps} steps, {tokens:,} tokens; by what was measured they take "
+              f"{timedelta(seconds=round(seconds))} (h:mm:ss), peak memory {peak_memory(model):.2f} GB")
+
 
 def marked(tokenizer, ids: list[int], mask: list[int]) -> str:
     """The text of a sequence with its trained tokens in green; where the output shows no colours, between

@@ -136,6 +136,52 @@ def test_recomputing_layers_uses_the_adapter_of_the_forward_pass(random_model):
     assert all(torch.equal(a, b) for a, b in zip(*gradients)) and gradients[0][0].any()
 
 
+@pytest.mark.parametrize("rows", ["default", [("default", 15), (None, 5), ("other", 20)]])
+def test_layers_that_read_one_input_share_one_draw_of_dropout(random_model, rows):
+    """With A and B parts of the identity, what an adapter adds is its input after dropout, times s = 1."""
+    model, added = random_model().train(), {}
+    for name in ("default", "other"):
+        lora.add(model, r=32, alpha=32, dropout=0.5, name=name)
+        for layer in lora.layers(model, name).values():
+            layer.lora_A[name].data.copy_(torch.eye(*layer.lora_A[name].shape))
+            layer.lora_B[name].data.copy_(torch.eye(*layer.lora_B[name].shape))
+
+    def keep(leaf):
+        def hook(layer, inputs, output):
+            base = torch.nn.functional.linear(inputs[0], layer.weight, layer.bias)
+            added[leaf] = (output - base)[:, :16], inputs[0][:, :16]
+        return hook
+
+    for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        getattr(model.model.layers[0].self_attn, leaf).register_forward_hook(keep(leaf))
+    for leaf in ("gate_proj", "up_proj"):
+        getattr(model.model.layers[0].mlp, leaf).register_forward_hook(keep(leaf))
+    with lora.use(model, rows):
+        logits(model, IDS)
+    kept = {leaf: change.abs() > 1e-3 for leaf, (change, _) in added.items()}
+    assert torch.equal(kept["q_proj"], kept["k_proj"]) and torch.equal(kept["q_proj"], kept["v_proj"])
+    assert torch.equal(kept["gate_proj"], kept["up_proj"])
+    assert not torch.equal(kept["q_proj"], kept["o_proj"])
+    assert not torch.equal(kept["q_proj"], kept["gate_proj"])
+    change, x = added["v_proj"]
+    assert torch.allclose(change[kept["v_proj"]], 2 * x[kept["v_proj"]], atol=1e-5)
+    before = kept["q_proj"]
+    logits(model, IDS)
+    assert not torch.equal(before, added["q_proj"][0].abs() > 1e-3)  # each pass draws anew
+
+
+def test_recomputing_layers_draws_the_same_dropout(random_model):
+    model, gradients = trained(random_model(), dropout=0.5).train(), []
+    for recompute in (None, lora.recompute(model)):
+        model.recompute = recompute
+        torch.manual_seed(5)
+        attend = Packed([len(IDS)])
+        model(IDS, attend.positions, attend).square().mean().backward()
+        gradients.append([p.grad.clone() for p in lora.parameters(model)])
+        model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients)) and gradients[0][0].any()
+
+
 def test_an_adapter_gets_gradients_from_its_own_rows_only(random_model):
     model = trained(trained(random_model(), "a"), "b", seed=2)
     attend = Packed([8, 8])

@@ -3,21 +3,25 @@
 `make test-parity` prints the largest error of each check.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slm import checkpoint, lora, lora_files
+import train_sft
+from slm import checkpoint, lora, lora_files, problems, training
 from slm.attention import Packed
 from slm.checkpoint import TINY
 from slm.episode import Reply, Request, Sampling
+from slm.runs.cli import TARGETS
 from slm.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -249,6 +253,54 @@ def test_what_peft_can_and_we_cannot_is_refused_by_name(tmp_path, change):
     peer.save_pretrained(tmp_path / "adapter")
     with pytest.raises(checkpoint.BadInput, match=next(iter(change))):
         lora_files.load(model, tmp_path / "adapter")
+
+
+# ---- supervised fine-tuning --------------------------------------------------------------------------------
+
+def losses_of_peer(peer, batches, rates, clip: float, decay: float) -> list[float]:
+    """The usual loop around transformers: each row alone, labels of -100 where nothing is trained."""
+    trained = [p for p in peer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1.0, weight_decay=decay)
+    told = []
+    for batch, rate in zip(batches, rates):
+        count, total = sum(sum(row.mask) for row in batch), 0.0
+        for row in batch:
+            ids, mask = torch.tensor([row.ids]), torch.tensor([row.mask])
+            loss = peer(ids, labels=ids.masked_fill(mask == 0, -100)).loss * (sum(row.mask) / count)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(trained, clip)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        told.append(total)
+    return told
+
+
+@pytest.mark.parametrize("how, rate", [("qkvo", 3e-3), ("all", 3e-3), ("full", 3e-4)])
+@pytest.mark.parametrize("name", ["tiny", pytest.param(SMOL, marks=pytest.mark.slow)])
+def test_twenty_steps_of_sft_have_the_losses_of_transformers_and_peft(request, tmp_path, name, how, rate):
+    directory = TINY if name == "tiny" else request.getfixturevalue("real_model")(name)
+    model, tok = checkpoint.load(directory)
+    peer = load_peer(directory).train()  # in float32, as ours
+    if how != "full":
+        torch.manual_seed(0)
+        lora.add(model, 16, 32, TARGETS[how])
+        lora_files.save(model, tmp_path / "start", base=directory)
+        peer = peft.PeftModel.from_pretrained(peer, tmp_path / "start", is_trainable=True)
+    talks = [train_sft.conversation(p.question, p.solution) for p in problems.load("tiny", "train", 32)]
+    rows = [train_sft.encode(tok, talk) for talk in talks]
+    plan = training.batches(len(rows), 2, 2, seed=0)[:20]
+    batches = [[rows[i] for i in step] for step in plan]
+    rates = [rate * training.cosine(step, 20, 0.1) for step in range(20)]
+    args = SimpleNamespace(micro_tokens=300, clip=1.0, lr=rate)
+    _, optimizer = training.start(model.train(), 0.01)
+    got = [train_sft.one_step(model, batch, optimizer, lr, contextlib.nullcontext(), args)["loss"]
+           for batch, lr in zip(batches, rates)]
+    expected = losses_of_peer(peer, batches, rates, 1.0, 0.01)
+    assert got[-1] < 0.8 * got[0]
+    within(f"{name}, {how}: 20 losses", max(abs(a - b) for a, b in zip(got, expected, strict=True)), 1e-4)
 
 
 # ---- tokenizer and chat ------------------------------------------------------------------------------------

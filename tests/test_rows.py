@@ -50,7 +50,7 @@ def test_every_shape_is_a_problem_and_a_record(tmp_path, shape):
     row, conversation = SHAPES[shape]
     path = tmp_path / "mine.jsonl"
     path.write_bytes("\ufeff".encode() + f"{json.dumps(row)}\r\n\r\n{json.dumps(row)}\r\n".encode())
-    found = train_sft.read(str(path), None)
+    found = [talk for _, talk in train_sft.read(str(path), None)]
     assert [[(m["role"], m["content"]) for m in talk] for talk in found] == 2 * [
         [(m["role"], m["content"]) for m in conversation]]
     assert [(p.question, p.gold, p.solution) for p in problems.load(str(path))] == 2 * [(SHOWN, "2", SAID)]
@@ -65,7 +65,7 @@ def test_of_a_prompt_with_turns_only_the_completion_is_trained(tmp_path):
     earlier = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}, ASKED]
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps({"prompt": earlier, "completion": [ANSWERED]}))
-    (talk,) = train_sft.read(str(path), None)
+    (talk,) = [talk for _, talk in train_sft.read(str(path), None)]
     tokenizer = Tokenizer.load(checkpoint.TINY)
     row = train_sft.encode(tokenizer, talk)
     trained = tokenizer.decode([i for i, m in zip(row.ids, row.mask) if m], skip_special=False)
@@ -83,7 +83,7 @@ def test_a_conversation_of_several_questions_is_trained_and_is_no_problem(tmp_pa
     long = {"conversations": share(("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", SAID))}
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(SHAPES["ShareGPT"][0]) + "\n" + json.dumps(long) + "\n")
-    assert [len(talk) for talk in train_sft.read(str(path), None)] == [3, 4]
+    assert [len(talk) for talk in [talk for _, talk in train_sft.read(str(path), None)]] == [3, 4]
     assert len(problems.load(str(path))) == 1
     assert "left out 1 of 2 rows, without a gold answer or with several" in capsys.readouterr().err
 
@@ -100,6 +100,6 @@ def test_a_broken_conversation_is_one_sentence(tmp_path, row):
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(row))
     with pytest.raises(train_sft.BadInput, match="line 1: messages must be a list of role and content"):
-        train_sft.read(str(path), None)
+        [talk for _, talk in train_sft.read(str(path), None)]
     with pytest.raises(problems.BadInput, match="line 1"):
         problems.load(str(path))

@@ -1,18 +1,24 @@
 """Supervised fine-tuning by its promises, on a random model of two layers."""
 
+import contextlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from small import write_small
 
 import train_sft
 from slm import BadInput, checkpoint, lora, training
+from slm.attention import Packed
 from slm.runs import rundir
+from slm.sampling import Sampler
 from slm.tokenizer import Tokenizer
 
 
@@ -31,7 +37,7 @@ def data(tmp_path):
 
 def train(small, data, out, *options):
     words = ["--model", small, "--data", str(data), "--out", str(out), "--batch", "4", "--epochs", "2",
-             "--lr", "0.01", "--device", "cpu", *options]
+             "--lr", "0.01", "--device", "cpu", "--validate", "0", *options]
     args = train_sft.options().parse_args(words)
     train_sft.main(args)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -66,7 +72,7 @@ def test_a_message_of_weight_0_is_not_trained(tmp_path, weight, words):
     talk = [{"role": role, "content": content} for role, content in said]
     talk[1]["weight"] = weight
     (tmp_path / "x.jsonl").write_text(json.dumps({"messages": talk}))
-    (read,), tokenizer = train_sft.read(str(tmp_path / "x.jsonl"), None), Tokenizer.load(checkpoint.TINY)
+    ((_, read),), tokenizer = train_sft.read(str(tmp_path / "x.jsonl"), None), Tokenizer.load(checkpoint.TINY)
     row, everything = train_sft.encode(tokenizer, read), train_sft.encode(tokenizer, read, "all")
     marked = lambda row: tokenizer.decode([i for i, m in zip(row.ids, row.mask) if m], skip_special=False)
     assert marked(row) == words and row.ids == everything.ids
@@ -99,7 +105,8 @@ def test_an_empty_file_is_named(tmp_path):
 def test_worked_solutions_of_a_problem_set_will_do(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({"question": "q", "answer": "1+1=<<1+1=2>>2\n#### 2"}) + "\n")
-    (messages,) = train_sft.read(str(path), None)
+    ((question, messages),) = train_sft.read(str(path), None)
+    assert question == "q"
     assert messages[1]["content"] == "1+1=2\nThe answer is \\boxed{2}."
 
 
@@ -156,13 +163,17 @@ def test_a_run_stopped_anywhere_and_resumed_ends_on_the_same_bits(small, data, t
 def test_two_ranks_take_the_same_steps_as_one_process(small, data, tmp_path, batch):
     root = Path(train_sft.__file__).parent
     words = [str(root / "train_sft.py"), "--model", small, "--data", str(data), "--batch", batch,
-             "--lr", "0.01", "--device", "cpu", "--dropout", "0", "--micro-tokens", "60"]
-    for how, out in (("--lora", "adapter/adapter_model.safetensors"), ("--full", "model/model.safetensors")):
+             "--lr", "0.01", "--device", "cpu", "--dropout", "0", "--micro-tokens", "60", "--validate", "1"]
+    for how, out in (("--lora", "adapter_model.safetensors"), ("--full", "model.safetensors")):
         for ranks in ("1", "2"):
             launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks]
             subprocess.run([*launch, *words, how, "--out", str(tmp_path / ranks / how)], check=True, cwd=root)
-        a, b = (load_file(tmp_path / ranks / how / out) for ranks in ("1", "2"))
-        assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+        for folder in ("best", "model" if how == "--full" else "adapter"):
+            a, b = (load_file(tmp_path / ranks / how / folder / out) for ranks in ("1", "2"))
+            assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+        a, b = ((tmp_path / ranks / how / "metrics.jsonl").read_text().splitlines() for ranks in ("1", "2"))
+        for row, other in zip(map(json.loads, a), map(json.loads, b), strict=True):
+            assert row.get("held_out_loss") == pytest.approx(other.get("held_out_loss"), abs=1e-5)
 
 
 def test_long_rows_are_left_out_and_counted(small, data, tmp_path, capsys):
@@ -179,3 +190,152 @@ def test_the_cut_into_micro_batches_does_not_change_the_run(small, data, tmp_pat
     for rows in runs[1:]:
         assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in runs[0]], rel=1e-5)
         assert [r["grad_norm"] for r in rows] == pytest.approx([r["grad_norm"] for r in runs[0]], rel=1e-4)
+
+
+# ---- held-out rows ---------------------------------------------------------------------------------------
+
+def without_speed(rows):
+    left_out = ("tokens_per_s", "held_out_loss", "held_out_right", "best")
+    return [{k: v for k, v in row.items() if k not in left_out} for row in rows if row["step"]]
+
+
+@pytest.mark.parametrize("how", [["--lora", "--dropout", "0.1"], ["--full"]])
+def test_looking_at_held_out_rows_changes_no_bit_of_the_training(small, data, tmp_path, how):
+    looked = train(small, data, tmp_path / "looked", *how, "--validate", "1")
+    kept = train_sft.split(train_sft.read(str(data), None), SimpleNamespace(validate=1, seed=0))[0]
+    rest = tmp_path / "rest.jsonl"
+    rest.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in kept))
+    alone = train(small, rest, tmp_path / "alone", *how)
+    assert without_speed(looked) == without_speed(alone) and len(kept) == 11
+    looks = [row["step"] for row in looked if "held_out_loss" in row]
+    assert looks == list(range(7)) and "held_out_loss" not in str(alone)
+
+
+def test_problems_are_held_out_with_all_their_rows_and_a_tenth_at_most():
+    rows = [(f"Question {n}?", [n, way]) for n in range(40) for way in range(3)]
+    rows += [(f" QUESTION  {n}?", [n, "shouted"]) for n in range(40)]
+    for wanted, got in ((0, 0), (3, 3), (100, 4)):
+        train_rows, held_out = train_sft.split(rows, SimpleNamespace(validate=wanted, seed=0))
+        numbers = {n for n, _ in held_out}
+        assert len(numbers) == got and len(held_out) == 4 * got and len(train_rows) == 160 - 4 * got
+        assert numbers.isdisjoint(n for n, _ in train_rows)
+    other = train_sft.split(rows, SimpleNamespace(validate=3, seed=1))[1]
+    again = train_sft.split(rows, SimpleNamespace(validate=3, seed=0))[1]
+    assert {n for n, _ in other} != {n for n, _ in again}
+
+
+def test_records_about_one_question_are_one_problem(tmp_path):
+    path = tmp_path / "x.jsonl"
+    talk = [{"role": "user", "content": "Is 4 right?"}, {"role": "assistant", "content": "CORRECT"}]
+    path.write_text(json.dumps({"question": "2 + 2?", "messages": talk}) + "\n"
+                    + json.dumps({"messages": talk}) + "\n")
+    assert [question for question, _ in train_sft.read(str(path), None)] == ["2 + 2?", "Is 4 right?"]
+
+
+def test_held_out_loss_and_accuracy_are_those_of_the_model(tiny):
+    """Against cross-entropy of each row alone, and a plain loop of argmax."""
+    model, tokenizer = tiny
+    talks = [train_sft.conversation(f"What is {a} + {b}?", f"{a} + {b} = {a + b}: \\boxed{{{a + b}}}.")
+             for a, b in ((3, 4), (20, 5), (7, 8))]
+    rows = [train_sft.encode(tokenizer, talk) for talk in talks]
+    rows.append(train_sft.encode(tokenizer, [{"role": "user", "content": "Say yes."},
+                                             {"role": "assistant", "content": "yes"}]))
+    total, count, right = 0.0, 0, 0
+    limit = 2 * max(sum(row.mask) for row in rows)
+    for row in rows:
+        ids, attend = torch.tensor(row.ids), Packed([len(row.ids)])
+        with torch.no_grad():
+            logits = model.logits(model(ids, attend.positions, attend))
+        start = row.mask.index(1)
+        total += F.cross_entropy(logits[start - 1:-1], ids[start:], reduction="sum").item()
+        count += len(ids) - start
+        said = ids[:start]
+        while len(said) < start + limit:
+            attend = Packed([len(said)])
+            with torch.no_grad():
+                said = torch.cat([said, model.logits(model(said, attend.positions, attend)[-1:]).argmax(-1)])
+            text = tokenizer.decode(said[start:].tolist())
+            if int(said[-1]) in tokenizer.stop_ids or re.search(r"boxed\{[^}]*\}.*\n", text):
+                break
+        wanted = tokenizer.decode(row.ids[start:])
+        box = re.search(r"boxed\{(\d+)\}", wanted)
+        right += f"boxed{{{box[1]}}}" in text if box else text.strip() == wanted
+    got = train_sft.look(model, Sampler(model, tokenizer), rows, contextlib.nullcontext())
+    assert got["held_out_loss"] == pytest.approx(total / count, abs=1e-5)
+    assert got["held_out_right"] == right / len(rows) and model.training
+
+
+def test_best_is_the_step_of_the_lowest_held_out_loss_and_the_last_stands_beside_it(small, data, tmp_path,
+                                                                                     monkeypatch, capsys):
+    told = iter([3.0, 2.0, 1.0, 2.5, 1.0, 1.5, 2.0])
+    monkeypatch.setattr(train_sft, "look", lambda *_: {"held_out_loss": next(told), "held_out_right": 0.5})
+    rows = train(small, data, tmp_path / "run", "--validate", "1")
+    assert [row.get("best") for row in rows] == [None, True, True, False, False, False, False]
+    assert f"held-out loss 1.0000, 50% right after step 2; held-out loss 2.0000, 50% right after step 6; " \
+        f"the second is {tmp_path / 'run' / 'best'}" in capsys.readouterr().out
+    monkeypatch.undo()
+    stopped = rundir.RunDir.log
+
+    def dies(self, name, *rows):
+        stopped(self, name, *rows)
+        if rows[0]["step"] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(rundir.RunDir, "log", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(small, data, tmp_path / "cut", "--validate", "1", "--save-every", "1")
+    best, last, second = (load_file(tmp_path / folder / "adapter_model.safetensors")
+                          for folder in ("run/best", "run/adapter", "cut/best"))
+    assert all(torch.equal(best[k], second[k]) for k in best)
+    assert not all(torch.equal(best[k], last[k]) for k in best)
+
+
+def test_best_survives_a_stop_and_a_resume(small, data, tmp_path, monkeypatch):
+    options = ["--validate", "1", "--full", "--save-every", "2"]
+    whole = train(small, data, tmp_path / "whole", *options)
+    save = rundir.RunDir.save
+    for at in (0, 4):
+        def dies(self, state, at=at):
+            if state["step"] > at:
+                raise KeyboardInterrupt
+            save(self, state)
+
+        out = tmp_path / f"cut{at}"
+        monkeypatch.setattr(rundir.RunDir, "save", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train(small, data, out, *options)
+        monkeypatch.setattr(rundir.RunDir, "save", save)
+        cut = train(small, data, out, *options, "--resume")
+        pick = ("step", "loss", "held_out_loss", "best")
+        assert [[row.get(k) for k in pick] for row in cut] == [[row.get(k) for k in pick] for row in whole]
+        a, b = (load_file(folder / "best" / "model.safetensors") for folder in (tmp_path / "whole", out))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_second_ctrl_c_stops_a_look(tiny, monkeypatch):
+    """Sampler.generate then gives back the replies that are finished."""
+    model, tokenizer = tiny
+    rows = [train_sft.encode(tokenizer, train_sft.conversation("What is 1 + 1?", "It is \\boxed{2}."))]
+    monkeypatch.setattr(Sampler, "generate", lambda self, requests, progress: [[] for _ in requests])
+    with pytest.raises(KeyboardInterrupt):
+        train_sft.look(model, Sampler(model, tokenizer), rows, contextlib.nullcontext())
+
+
+@pytest.mark.parametrize("options", [["--validate", "1"], []])
+def test_a_run_in_which_nothing_was_learned_says_so(small, data, tmp_path, capsys, options):
+    train(small, data, tmp_path / "run", "--batch", "12", "--lr", "0", *options)
+    assert "nothing was learned" in capsys.readouterr().out and not (tmp_path / "run" / "best").exists()
+    train(small, data, tmp_path / "more", "--epochs", "6", *options)
+    assert "nothing was learned" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [["--validate", "1"], ["--full"]])
+def test_a_dry_run_says_what_the_run_would_do_and_leaves_nothing(small, data, tmp_path, capsys, options):
+    args = train_sft.options().parse_args(["--model", small, "--data", str(data), "--batch", "4", "--dry-run",
+                                           "--device", "cpu", "--out", str(tmp_path / "run"), *options])
+    train_sft.main(args)
+    said = capsys.readouterr().out
+    tokens = re.search(r"rows, ([\d,]+) tokens", said)[1].replace(",", "")
+    promise = rf"dry run: 6 steps, {2 * int(tokens):,} tokens; .* 0:00:\d\d .* memory \d\.\d\d GB"
+    assert re.search(promise, said)
+    assert not (tmp_path / "run").exists()

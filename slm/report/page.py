@@ -19,8 +19,10 @@ from slm.runs.files import read_json, readable_rows, write_whole
 HEADLINES = {
     "reward": "reward", "solved": "solved (share)", "kl": "KL to the reference", "entropy": "entropy (nats)",
     "mean_tokens": "tokens a reply", "truncated": "truncated (share)", "no_answer": "no answer (share)",
-    "zero_spread": "groups without a signal (share)", "loss": "loss", "grad_norm": "gradient norm",
-    "dlogp": "gap of log-probs to the sampler", "lr": "learning rate", "tokens_per_s": "tokens a second"}
+    "zero_spread": "groups without a signal (share)", "loss": "loss",
+    "held_out_loss": "loss on held-out rows", "held_out_right": "held-out rows right (share)",
+    "grad_norm": "gradient norm", "dlogp": "gap of log-probs to the sampler", "lr": "learning rate",
+    "tokens_per_s": "tokens a second"}
 LOGS = ("answers", "episodes", "records", "rejected")
 SHOWN = 8  # rows of a log
 STYLE = """

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from slm import BadInput
 
-TARGETS = {"qkvo": ("q_proj", "k_proj", "v_proj", "o_proj"), "qv": ("q_proj", "v_proj")}
+QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+TARGETS = {"all": (*QKVO, "gate_proj", "up_proj", "down_proj"), "qkvo": QKVO, "qv": ("q_proj", "v_proj")}
 CANNOT_WRITE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EEXIST,
                 errno.ENOTDIR}
 
