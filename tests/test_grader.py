@@ -111,8 +111,8 @@ BOX_CASES = [  # text, contents of its boxes, where a reply ends
     ("<think> is it \\boxed{1}?\n", ["1"], None),
     ("\\boxed 5, \\boxed x\n", ["5,"], None),
     ("\\boxed{a\\\\} b\n", [r"a\\"], r"\boxed{a\\} b"),
-    (r"\boxed{" + 1998 * "x" + "}\n", [1998 * "x"], r"\boxed{" + 1998 * "x" + "}"),
-    (r"\boxed{" + 1999 * "x" + "}\n", [], None)]
+    (r"\boxed{" + 7998 * "x" + "}\n", [7998 * "x"], r"\boxed{" + 7998 * "x" + "}"),
+    (r"\boxed{" + 7999 * "x" + "}\n", [], None)]
 
 
 @pytest.mark.parametrize("text, contents, reply", BOX_CASES)
@@ -186,7 +186,7 @@ def test_gsm8k_solutions_as_responses_are_all_right(name):
 
 
 # These solutions box each of several answers; the data set keeps the last box as its gold: half an answer.
-SEVERAL_BOXES = """train/algebra/152 train/algebra/1771 train/intermediate_algebra/396
+SEVERAL_BOXES = """train/intermediate_algebra/1113 train/algebra/152 train/algebra/1771 train/intermediate_algebra/396
 train/intermediate_algebra/1486 train/intermediate_algebra/1964 train/number_theory/796 train/precalculus/860
 train/precalculus/1040 train/precalculus/1089 train/precalculus/1149 test/algebra/1878
 test/intermediate_algebra/25 test/intermediate_algebra/225 test/intermediate_algebra/702

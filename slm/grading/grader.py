@@ -16,7 +16,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 from slm.grading.boxes import MAX_BOX, boxes
-from slm.grading.parse import FIRST_CHILD, MAX_CHARS, Node, Unreadable, children, parse
+from slm.grading.parse import FIRST_CHILD, MAX_CHARS, Node, Unreadable, children, leaves, parse
 from slm.grading.values import bounded, equal_values, letters, names, proportional, real_value
 
 
@@ -29,20 +29,23 @@ class Grade:
 
 
 def grade(response: str, gold: str, strict: bool = False) -> Grade:
-    """Is the response's answer equal to the gold one? strict: an answer counts only in a box."""
+    """Is the response's answer equal to the gold one? strict: an answer counts only in a box. `3,75` counts for
+    the gold 3.75, but 3.75 not for `3,75`, which may be a list."""
     gold = gold_answer(gold)
     answer = extract(response, strict, plain_gold=bool(PLAIN_NUMBER.fullmatch(gold.strip("$ "))))
     if answer is None:
         return Grade(False, None, "no boxed answer" if strict else "no answer found", gold)
-    correct = equal(answer, gold)
+    comma = None if "," in gold else COMMA.fullmatch(answer)
+    correct = equal(answer, gold) or bool(comma and equal(f"{comma[1]}.{comma[2]}", gold))
     return Grade(correct, answer, "same value" if correct else why_not(answer, gold), gold)
 
 
 @bounded()
 def equal(a: str, b: str) -> bool:
     """Do two written answers have the same value? Symmetric, never raises; a majority vote counts with it."""
-    if not a.strip() or not b.strip() or a.strip() == b.strip():
-        return a.strip() == b.strip()
+    a, b = (x.replace(",", "") if LONG.fullmatch(x) else x for x in (a.strip(), b.strip()))
+    if not a or not b or a == b:
+        return a == b
     try:
         x, y = parse(a), parse(b)
         if same(x, y):
@@ -56,47 +59,58 @@ def equal(a: str, b: str) -> bool:
 
 # ---- what the answer is ------------------------------------------------------------------------------------
 
-WORD = r"(?:\\(?:text|mbox|textrm)\{\s*)?(?:and|or)?(?: maybe| possibly| perhaps)?(?:\s*\})?"
-GLUE = re.compile(rf"[\s$,;.&]*{WORD}[\s$,;.&]*(?:\\(?:quad|qquad|,|;|\\)\s*)*{WORD}[\s$]*"
-                  r"(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?\$?", re.I)
+LAYOUT = re.compile(r"\\(?:text|mbox|textrm)\b|\\q?quad|\\[()\[\],;:! \\]|[\s${}&]+")
+GLUE = re.compile(r"[ ,;.]*(?:(?:[\w()'-]+ +){0,4}(?:and|or)(?: maybe| possibly| perhaps)?\b"  # girls and
+                  r"|[\w'-]+(?: [\w'-]+)?,)?[ ,;]*(?:[a-z][\w() ]{0,9}= *)?", re.I)
+TURN = re.compile(r"<\|(?:im_start|im_end|eot_id|endoftext|end_of_text|start_header_id|user|end)\|>|</s>")
 MARKER = re.compile(r"(?:answer|correct (?:option|choice))\**\s*(?:is(?: then| therefore| thus| simply)?|:|=)"
                     r"\s*:?\**:?|####|答案[是为]?[:：]?", re.I)
 SENTENCE_END = re.compile(r"\n|。|\.(?:\s|$)(?!(?:no|wait|actually|or|but|hmm)\b)"
                           r"|,? (?:because|since|which|so|as) ", re.I)
 DISPLAY = re.compile(r"[*\s]*(?:\$\$(.+?)\$\$|\\\[(.+?)\\\])", re.S)
 FIRST_FORMULA = re.compile(r"\$[^$]+\$(?!\s*(?:,|or|and\b(?! not)))(?=[^$]*$)")
-NUMBER = re.compile(r"(?:(?<![\w.)}\]])-)?(?<![\w.])\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?%?"
-                    r"(?![a-zA-Z]*\d)")
+NUMBER = re.compile(r"(?:(?<![\w.)}\]])-)?(?<![\w.])\$?(?:\d{1,3}(?:\.\d{3})+,\d+|\d[\d,]*(?:\.\d+)?|\.\d+)"
+                    r"(?:/\d+)?%?(?![a-zA-Z]*\d|[a-zA-Z]{20})")
+ENDING = re.compile(r"\d\W*(?:[a-zA-Z]{1,20}\W*){0,3}$")  # a number with its unit
+COMMA = re.compile(r"(?!\W*[1-9]\d{0,2},\d{3}\W*$)([-+$\s]*\d+),(\d+)\W*")  # 3,75, but 1,234 is a thousand
 PLAIN_NUMBER = re.compile(r"[-+$\s\\]*\d[\d,]*(?:\.\d*)?(?:/\d+)?\s*\\?%?")
-ONE_FORMULA = re.compile(r"(?:(?!.*(?:\b(?:or|not|maybe)\b|n't))(?:.{0,200}?\b(?:is|are|get|have|find)|"
-                         r"(?:so|thus|hence|therefore|finally|then)\b[^$.]{0,40})\s*)?"
-                         r"(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\])[a-z\s]{0,30}[.\s]*", re.I | re.S)
+LAST_FORMULA = re.compile(r"(?:\A|:|\b(?:is|are|get|have|find|that|by|be|equals|answer|so|thus|hence|therefore"
+                          r"|finally|then)\b(?:(?!\b(?:or|and|not|maybe)\b)[^$.\n]){0,40})\s*(?:\$\$?([^$]+)\$\$?"
+                          r"|\\\((.+?)\\\)|\\\[(.+?)\\\])[a-z\s]{0,30}[.\s]*\Z", re.I | re.S)
+DOUBT = re.compile(r"\b(?:or|not?|never|maybe|perhaps|than|at least|at most|between|about|approximately|times"
+                   r"|plus|minus|half|without)\b|n't", re.I)
 FORMULA_START = re.compile(r"[a-zA-Z]\w?\s*(?:=|<|>|\\[lg]e)|[-+−\d.\\({\[$|√π±]|[\w()]+[.\s]*$")
 MAX_TAIL = 20_000
+LONG = re.compile(r"-?\d[\d,]{1000,}")  # an integer too long to compute with, compared as written
 
 
 def extract(response: str, strict: bool = False, plain_gold: bool = True) -> str | None:
     """The answer a response stands by, or None. plain_gold: the last number may stand in for a marker."""
+    response = next(filter(str.strip, TURN.split(response)), "")  # what follows is another turn
     answer = boxed(response)
     if answer is not None or strict:
         return answer
-    return after_marker(response) or bare(response) or (last_number(response) if plain_gold else None)
+    said = after_marker(response)
+    if said and plain_gold and parse(said)[0] in ("text", "raw") and not DOUBT.search(said):
+        numbers = NUMBER.findall(said)  # "... is that she sold 12 tickets"
+        said = numbers[0] if len(numbers) == 1 and ENDING.search(said) else said
+    return said or bare(response) or (last_number(response) if plain_gold else None)
 
 
 def gold_answer(gold: str) -> str:
-    """A gold answer may come plain, in a box, or at the end of a GSM8K rationale."""
+    """A gold answer may come plain, in boxes, at the end of a GSM8K rationale, or at the end of a solution."""
     gold = str(gold).rsplit("####", 1)[-1]
-    return boxed(gold) or gold.strip()
+    return boxed(gold) or (len(gold) > 200 and after_marker(gold)) or gold.strip()
 
 
 def boxed(text: str) -> str | None:
-    """The last box, joined by commas with those directly before it unless they say the same."""
+    """The last box, joined by commas with those before it, unless they say the same. Between two that belong
+    together stand a separator, a label, or a few words that end in "and" or "or"."""
     found = boxes(text)
     if not found:
         return None
     group = [found.pop()]
-    while found and group[0].start - found[-1].stop <= 40 and GLUE.fullmatch(
-            text, found[-1].stop, group[0].start):
+    while found and GLUE.fullmatch(LAYOUT.sub(" ", text[found[-1].stop : group[0].start][:80])):
         group.insert(0, found.pop())
     *others, last = (box.content.strip() for box in group)
     return last if all(equal(last, o) for o in others) else ", ".join(dict.fromkeys([*others, last]))
@@ -117,19 +131,20 @@ def after_marker(text: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    last = max(text.rfind(d) for d in "0123456789")
-    found = NUMBER.findall(text[max(0, last - 1000) : last + 2]) if last >= 0 else None
+    last = max(text.rfind(d, -1000) for d in "0123456789")
+    found = NUMBER.findall(text[max(0, last - 1000) : last + 22]) if last >= 0 else None
     return found[-1].rstrip(",") if found else None
 
 
 def bare(text: str) -> str | None:
-    """A response that is nothing but one formula, at most behind a "so" or "thus": the formula."""
+    """A response that is nothing but one formula, or whose last sentence ends in one without a doubt."""
     text = text.strip()
-    if not 0 < len(text) <= 300 or "boxed" in text:
+    if "boxed" in text:
         return None
-    if m := ONE_FORMULA.fullmatch(text):
+    tail = text[-600:]
+    if (m := LAST_FORMULA.search(tail)) and not DOUBT.search(re.split(r"[.\n] ", tail[: m.end()].strip(". "))[-1]):
         return next(filter(None, m.groups()))
-    if not FORMULA_START.match(text):
+    if len(text) > 300 or not FORMULA_START.match(text):
         return None
     return text if len(text.split()) == 1 or parse(text)[0] not in ("raw", "text") else None
 
@@ -148,7 +163,9 @@ def same(a: Node, b: Node) -> bool:
         return same_choice(a, b)
     if "unit" in kinds:
         return same_units(a, b)
-    if "time" in kinds:
+    if "ratio" in kinds or "rel" in kinds:  # 7:32 looks like a time
+        a, b = (clock_ratio(x) if x[0] == "time" and not x[2] else x for x in (a, b))
+    elif "time" in kinds:
         return same_time(a, b)
     if "text" in kinds:
         return words_of(a) == words_of(b) != ""
@@ -163,7 +180,23 @@ def same(a: Node, b: Node) -> bool:
     if kinds == {"ratio"}:
         return len(a) == len(b) and all(same(("/", x, a[1]), ("/", y, b[1])) for x, y in zip(a[2:], b[2:]))
     a, b = (("/", *x[1:]) if x[0] == "ratio" and len(x) == 3 else x for x in (a, b))
-    return "inf" not in kinds and equal_values(a, b)
+    return "inf" not in kinds and (equal_values(a, b) or printed_digits(a, b) or printed_digits(b, a))
+
+
+def printed_digits(decimal: Node, exact: Node) -> bool:
+    """A decimal of 15 digits or more, as a program prints it, counts for the fraction that it rounds or cuts off,
+    if no decimal is equal to that. It does not count for an irrational number."""
+    x = decimal[1] if decimal[0] == "n" else -decimal[1][1] if decimal[0] == "-" and decimal[1][0] == "n" else 0
+    if x == 0 or not (places := decimals(x)) or abs(x) * 10**places < 10**14:
+        return False
+    value = real_value(exact)
+    return value is not None and value.denominator.bit_length() < 400 and bool(
+        pow(10, 400, value.denominator)) and abs(x - value) < Fraction(1, 10**places)
+
+
+def decimals(x: Fraction) -> int | None:
+    """The places of a decimal, at most 60; None if it has more, or if no decimal is equal to x."""
+    return next((k for k in range(61) if 10**k % x.denominator == 0), None)
 
 
 def plain(node: Node) -> Node:
@@ -179,6 +212,8 @@ def plain(node: Node) -> Node:
         assigned = [assignment(i) for i in items]
         if len(items) > 1 and all(assigned) and len({name for name, _ in assigned}) == 1:
             items = [value for _, value in assigned]  # x = 1 or x = 2
+        elif len(items) > 1 and all(assigned):
+            items = points(assigned) or items
         if items and items[0][0] == "rel" and items[0][2] == ("!=",):  # x != 1, 2
             items = [i if i[0] == "rel" else ("rel", (items[0][1][0], i), ("!=",)) for i in items]
         node = (node[0], *items)
@@ -189,9 +224,21 @@ def plain(node: Node) -> Node:
     return plain(node[3]) if node[:3] == ("tuple", "[", "]") and len(node) == 4 else node
 
 
+def points(assigned: list[tuple[str, Node]]) -> list[Node]:
+    """`a = 3, b = 4; a = 5, b = 4` as (3,4), (5,4): the values in the alphabetical order of their names. Empty
+    if the names do not come round."""
+    size = len({name for name, _ in assigned})
+    rounds = [sorted(assigned[i : i + size], key=operator.itemgetter(0)) for i in range(0, len(assigned), size)]
+    order = [name for name, _ in rounds[0]]
+    if len(rounds) < 2 or len(set(order)) < size or any([name for name, _ in r] != order for r in rounds):
+        return []
+    return [("tuple", "(", ")", *(value for _, value in r)) for r in rounds]
+
+
 def plain_relation(node: Node) -> Node:
-    """`x in S` is S, `a = b = c` its consistent result, `2/3 ~ 0.67` the exact side, `a => b` the last
-    step."""
+    """`x in S` is S, `2/3 ~ 0.67` the exact side, `a => b` the last step, `a = b = c` its consistent result. A
+    chain of numbers that is false (`5 = 6 = 7`) or says nothing (`7 = 7`) is no answer; with a label it gives
+    its last member, for `x = 2+4 = 7 = 8` is one answer, if by a wrong way."""
     nodes, ops = list(node[1]), list(node[2])
     while "=>" in ops:
         at = ops.index("=>") + 1
@@ -205,9 +252,13 @@ def plain_relation(node: Node) -> Node:
     labelled = bool(letters(nodes[0])) or nodes[0][0] in ("tuple", "text")
     if set(ops) == {"="} and (len(ops) > 1 or not (labelled or letters(nodes[1]))):
         values = nodes[1:] if labelled else nodes
-        if all(equal_or_rounded(values[0], v) for v in values[1:]):
-            value = values[-1] if all(same(values[0], v) for v in values[1:]) else values[0]
-            return ("rel", (nodes[0], value), ("=",)) if labelled else plain(value)
+        exact = all(same(values[0], v) for v in values[1:])
+        true = exact or all(equal_or_rounded(values[0], v) for v in values[1:])
+        value = values[0] if true and not exact else values[-1]
+        if labelled and (true or not any(map(letters, values))):
+            return ("rel", (nodes[0], value), ("=",))
+        if true and not labelled and values[0] != values[-1]:
+            return plain(value)
     return ("rel", tuple(nodes), tuple(ops))
 
 
@@ -216,10 +267,8 @@ def equal_or_rounded(exact: Node, other: Node) -> bool:
     if same(exact, other):
         return True
     x, y = (real_value(n[1] if n[0] == "unit" else n) for n in (exact, other))
-    if x is None or y is None or 10**18 % y.denominator:
-        return False
-    places = next(k for k in range(19) if 10**k % y.denominator == 0)
-    return places > 0 and abs(x - y) <= Fraction(1, 10**places)
+    places = None if x is None or y is None else decimals(y)
+    return bool(places) and abs(x - y) <= Fraction(1, 10**places)
 
 
 def with_sign(node: Node, sign: int) -> Node:
@@ -251,6 +300,10 @@ def same_units(a: Node, b: Node) -> bool:
             a, b = (("unit", ("*", ("n", f), x[1])) for f, x in ((factor_a, a), (factor_b, b)))
         return dims_a == dims_b and same(a[1], b[1])
     return same(*(x[1] if x[0] == "unit" else x for x in (a, b)))
+
+
+def clock_ratio(time: Node) -> Node:
+    return ("ratio", *(("n", Fraction(n)) for n in (time[1] // 3600, time[1] // 60 % 60)))
 
 
 def same_time(a: Node, b: Node) -> bool:
@@ -309,6 +362,9 @@ def region(node: Node, ends: list[Node], subjects: set[Node]) -> Node:
         return ("list", *(("tuple", "[", "]", x, x) for x in node[1:]))
     if kind == "rel":
         left, *right = node[1]
+        if len(right) == 2 and right[0][:2] == ("f", "abs"):  # 1 < |x| < 2
+            sides = [("rel", (right[0], left), (FLIP.get(node[2][0]),)), ("rel", tuple(right), node[2][1:])]
+            return region(("meet", *sides), ends, subjects)
         if left[:2] == ("f", "abs") and left[2][0] == "s" and len(right) == 1:  # |x| < 2, |x| > 2
             sides = [("rel", (left[2], right[0]), node[2]), ("rel", (("-", right[0]), left[2]), node[2])]
             return region(("list" if node[2][0] in (">", ">=") else "meet", *sides), ends, subjects)
@@ -400,7 +456,8 @@ def bindings(node: Node) -> dict[str, Node] | None:
 
 
 def same_relations(a: Node, b: Node) -> bool:
-    """At least one is a relation. `x = 5` and `a + b = 5` stand for 5 too, but `2x = 10` not for 10."""
+    """At least one is a relation. `x = 5` and `a + b = 5` stand for 5 too, but `2x = 10` not for 10, and `x + 5y =
+    5` not for 5."""
     one, two = assignment(a), assignment(b)
     named_a, named_b = bindings(a), bindings(b)
     if named_a or named_b:
@@ -416,8 +473,9 @@ def same_relations(a: Node, b: Node) -> bool:
     if a[2] != ("=",) or b[0] in ("list", "set"):
         return False
     left, right = a[1]
-    linear = left[0] == "*" and left[1][0] == "n" and left[2][0] == "s"
-    label = letters(left) and not linear and right != ("n", Fraction(0)) and (
+    factor = left[0] == "*" and left[1][0] == "n" and left[2][0] == "s"
+    equation = factor or (left[0] == "+" and any(x[0] == "n" for x in leaves(left)))
+    label = letters(left) and not equation and right != ("n", Fraction(0)) and (
         not letters(right) or left[0] in ("f", "/", "^", "*"))
     return bool(label or left[0] == "tuple") and same(right, b)
 
@@ -451,7 +509,8 @@ def in_order(a: tuple, b: tuple) -> bool:
 
 
 def same_collections(a: Node, b: Node) -> bool:
-    """Lists and sets in any order, lists with multiplicity; tuples, vectors and named values in theirs."""
+    """Lists and sets in any order, lists with multiplicity unless they are of points; tuples, vectors and named
+    values in theirs."""
     kinds = {a[0], b[0]}
     named_a, named_b = bindings(a), bindings(b)
     if named_a and named_b:
@@ -471,7 +530,8 @@ def same_collections(a: Node, b: Node) -> bool:
         return False
     if "tuple" in kinds or any(("s", "ldots") in x for x in (a, b)):
         return "set" not in kinds and in_order(members(a), members(b))
-    left, right = (distinct(x[1:]) if "set" in kinds else list(x[1:]) for x in (a, b))
+    unique = "set" in kinds or all(x[0] == "tuple" for x in a[1:] + b[1:])
+    left, right = (distinct(x[1:]) if unique else list(x[1:]) for x in (a, b))
     if all(x[0] == "unit" and not x[2] for x in left + right):  # 3 red, 4 blue
         left, right = (list(map(counted, items)) for items in (left, right))
     return len(left) == len(right) and matched(left, right)

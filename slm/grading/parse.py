@@ -10,6 +10,7 @@ Nodes: ("n", Fraction) ("s", name) ("+" "*" "/" "^", a, b) ("-" "!" "%" "deg" "�
 letter, node) ("time", seconds, "a" | "p" | "") ("raw", text). A function f that we do not know is named "?f".
 """
 
+import operator
 import re
 import unicodedata
 from fractions import Fraction
@@ -39,6 +40,11 @@ def children(node: Node) -> Node:
     return node[FIRST_CHILD.get(kind, 1) :]
 
 
+def leaves(node: Node) -> tuple[Node, ...]:
+    below = children(node)
+    return sum(map(leaves, below), ()) if below else (node,)
+
+
 # ---- cleaning ----------------------------------------------------------------------------------------------
 
 def table(text: str) -> dict[str, str]:
@@ -60,13 +66,15 @@ FRACTIONS = zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357",
 SIGNS |= {c: rf"\frac{{{top}}}{{{low}}}" for c, top, low in FRACTIONS}
 SIGNS |= dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")
 
-THOUSANDS = re.compile(r"(?<=\d)(?:,\s?(?:\\!)+\s*|\{,\}\s*|\\[,!;: ]\s*|(?<=\d)(?<!_\d)[ ~])(?=\d{3}(?!\d))")
+EUROPEAN = re.compile(r"([-+$\s]*(?:[1-9]\d{0,2}(?:\.\d{3})+|0(?=,\d{3}\D*$))),(\d+[\s$.]*)")  # 1.234,5 and 0,125
+THOUSANDS = re.compile(r"(?<=\d)(?:,\s?(?:\\!)+\s*|\s?\{,\s?\}\s*|\\[,!;: ]\s*|(?<=\d)(?<!_\d)[ ~])(?=\d{3}(?!\d))")
 REWRITES = [(re.compile(old), new) for old, new in (
     # the base of a numeral: \text{A5}_{11}, (12)_3, 12 (base 3)
     (r"\\text\s*\{\s*([0-9A-Z]+)\s*\}\s*_|\(([0-9A-Z.]+)\)_(?=[{\d])", r"\1\2_"),
     (r"\b([0-9][0-9A-Z]*)\s*\(?(?:\\text\{)?\s*\(?(?:in )?base[ -]?\}?\s*(\d+)\)?\}?\)?", r"\1_{\2}"),
     (r"\\left\s*\\\{\s*(?=\\begin)", ""),  # the brace before a system of equations
-    (r"\^\{?(?:\\text\{)?(?:st|nd|rd|th)\}{0,2}(?![a-z])|(?<=\d)(?:st|nd|rd|th)\b", ""),  # 5th
+    (r"\^\{?\s*(?:\\(?:text|mathrm|textrm|rm)\s*\{?)?\s*(?:st|nd|rd|th)\}{0,2}(?![a-z])|(?<=\d)(?:st|nd|rd|th)\b"
+     r"|(?<=\d)\s*\\(?:text|mathrm|textrm)\s*\{\s*(?:st|nd|rd|th)\s*\}", ""),  # 5th
     (r"&\s*(?==|<|>|\\[lg]e)", ""),  # the alignment of a relation
     (r"\\frac\s*\{\\(?:text|mathrm)\{([^{}]*)\}\}\s*\{\\(?:text|mathrm)\{([^{}]*)\}(\^\d)?\}",
      r"\\text{\1/\2}\3"),
@@ -95,6 +103,8 @@ def clean(text: str) -> str:
         text = "".join(SIGNS.get(c, str(unicodedata.decimal(c, c))) for c in text).replace("}^{", "")
     if r"\\" in text and r"\begin" not in text:  # a response that escaped its backslashes
         text = re.sub(r"\\\\(?=[a-zA-Z!,;$%{}])", r"\\", text)
+    if european := EUROPEAN.fullmatch(text):
+        text = f"{european[1].replace('.', '')}.{european[2]}"
     while text != (text := THOUSANDS.sub("", text)):
         pass
     for pattern, new in REWRITES:
@@ -250,7 +260,7 @@ def tokenize(text: str, prose: bool = False, merge: bool = True, unit: bool = Fa
             kind, tok = "begin", text[start : pos - 1].strip("{ *")
         elif kind == "word":
             if tok.lower() in ("or", "and"):
-                out.append(("op", ","))
+                out.append(("op", "," if tok.lower() == "and" else "or"))
             elif tok.lower() == "pi":
                 out.append(("cmd", "pi"))
             elif prose and tok == "A" and re.match(r" (?!and|or|is)[a-z]", text[pos:]):
@@ -318,11 +328,12 @@ class Parser:
     """Recursive descent: each method reads one level of the grammar and returns a node.
 
     bars: how many | are open, or True if a | or : would start the condition of a set. money: the currency of
-    the measure that is being read."""
+    the measure that is being read. bound: the letters of the sums around."""
 
     def __init__(self, tokens: list[tuple[str, str]]):
         self.tokens = tokens + 5 * [("end", "")]  # as far as anybody looks ahead
         self.pos, self.depth, self.bars, self.money = 0, 0, 0, None
+        self.bound: list[Node] = []
 
     def peek(self, ahead: int = 0) -> tuple[str, str]:
         return self.tokens[self.pos + ahead]
@@ -354,12 +365,19 @@ class Parser:
         return node
 
     def items(self, closers: tuple) -> Node:
+        """Members between separators. "or" counts as one among words, for they may be claims; numbers are the
+        same answers with either."""
         out: list[tuple] = []
+        either = False
         while self.peek()[0] != "end" and self.peek()[1] not in closers:
-            if not self.take(",", ";", "&"):
+            if self.take("or"):
+                either = True
+            elif not self.take(",", ";", "&"):
                 out.append(self.item())
             if len(out) > MAX_ITEMS:
                 raise Unreadable("too many items")
+        if either and any(x[0] == "text" for x in out):
+            out.append(("text", "or"))
         return out[0] if len(out) == 1 else ("list", *out)
 
     def item(self) -> Node:
@@ -389,13 +407,13 @@ class Parser:
     def words(self) -> Node:
         """Words up to the next separator: a label, dropped, before `=`, `:` or "is"; else the answer."""
         start = self.pos
-        while self.peek()[0] != "end" and self.peek()[1] not in (*",;=:~)]}", r"\}"):
+        while self.peek()[0] != "end" and self.peek()[1] not in (*",;=:~)]}", r"\}", "or"):
             self.pos += 1
         if self.take("=", ":", "~"):
             return self.item()
         words = [tok for _, tok in self.tokens[start : self.pos]]
         label = next((i for i, w in enumerate(words) if w in ("is", "are", "equals")), None)
-        if words[0] in ("about", "approximately", "USD", "exactly") and self.tokens[self.pos - 1][0] == "num":
+        if words[0] in ("about", "approximately", "USD", "exactly", "the") and self.tokens[start + 1][0] == "num":
             label = label or 0
         if label is not None:
             self.pos = start + label + 1
@@ -444,7 +462,7 @@ class Parser:
                 words.append((self.take("-") or "") + self.peek()[1])
                 self.pos += 1
                 self.need("}")
-            if len(words) > 12 or t[1].lower() in OPERATOR_WORDS or words == ["squared"]:
+            if len(words) > 12 or len(t[1]) > 20 or t[1].lower() in OPERATOR_WORDS or words == ["squared"]:
                 raise Unreadable("prose")
         return words
 
@@ -459,13 +477,13 @@ class Parser:
             right = self.term()
             op = "setminus" if op == "-" and right[0] == "set" else op
             sets = op in SET_OPERATIONS
-            node = (SET_OPERATIONS[op], node, right) if sets else ("+", node, self.signed(op, right))
+            node = (SET_OPERATIONS[op], node, right) if sets else total(node, self.signed(op, right))
         self.depth -= 1
         return node
 
     @staticmethod
     def signed(sign: str, node: Node) -> Node:
-        if sign == "-" and node[0] == "matrix":
+        if sign == "-" and (node[0] == "matrix" or node[:3] == ("tuple", "(", ")")):
             return product(("n", Fraction(-1)), node)
         return {"+": node, "-": ("-", node), "pm": ("±", node), "mp": ("-", ("±", node))}[sign]
 
@@ -546,7 +564,8 @@ class Parser:
         return ("^", base, self.signed(sign, exponent))
 
     def argument(self, whole: bool = False) -> Node:
-        r"""What a command takes: `{...}` or one token; \frac takes one digit, a power the whole number."""
+        r"""What a command takes: `{...}` or one token; a power takes the whole number. So does what is under a
+        fraction: models write \frac919 for 9/19."""
         kind, tok = self.peek()
         if self.take("{"):
             node = self.items(("}",))
@@ -582,6 +601,8 @@ class Parser:
         """A variable with its subscript; `f(x)` is a call, `P(1, 2)` a labelled point."""
         if self.take("_"):
             sub = self.argument(whole=True)
+            if any(x in self.bound for x in leaves(sub)):
+                return ("f", f"?{name}_", sub)
             name += f"_{sub[1]}" if sub[0] in ("n", "s") else f"_{sub!r}"
         if self.peek() == ("op", "("):
             start = self.pos
@@ -619,7 +640,7 @@ class Parser:
 
     def command(self, name: str) -> Node:
         if name in ("frac", "binom"):
-            top, low = self.argument(), self.argument()
+            top, low = self.argument(), self.argument(whole=name == "frac")
             return ("/", top, low) if name == "frac" else ("f", "binom", top, low)
         if name == "sqrt":
             index = self.bracket() if self.peek() == ("op", "[") else ("n", Fraction(2))
@@ -628,6 +649,8 @@ class Parser:
             node = self.sum()
             self.need("r" + name[1:])
             return ("f", name[1:], node)
+        if name in ("sum", "prod"):
+            return self.series(name)
         if name in FUNCTIONS:
             return self.function(FOLD.get(name, name))
         if name == "langle":
@@ -641,6 +664,18 @@ class Parser:
         if name in ("pi", "ldots", "top", "perp", "infty", "emptyset"):
             return {"infty": ("inf",), "emptyset": ("set",)}.get(name, ("s", name))
         raise Unreadable(f"unknown command {name}")
+
+    def series(self, name: str) -> Node:
+        r"""`\sum_{k=1}^{n} a_k`: ("f", "sum", k, 1, n, the term), where a_k is a function of k. Finite ones only."""
+        self.need("_")
+        start = self.argument(whole=True)
+        self.need("^")
+        stop = self.argument(whole=True)
+        if start[0] != "rel" or start[2] != ("=",) or start[1][0][0] != "s" or stop == ("inf",):
+            raise Unreadable("not a finite sum")
+        self.bound.append(start[1][0])
+        term = self.term()
+        return ("f", name, self.bound.pop(), start[1][1], stop, term)
 
     def function(self, name: str) -> Node:
         r"""`\sin^2 3x`, `\log_2 8`, `sin(x)`: a bare argument runs to the next sign, operator or function."""
@@ -683,7 +718,7 @@ class Parser:
         while self.peek() != ("cmd", "end") and self.peek()[0] != "end":
             if self.take(";"):
                 rows, row = [*rows, row], []
-            elif not self.take("&", ","):
+            elif not self.take("&", ",", "or"):
                 row = [*row, self.item()]
             if len(rows) + len(row) > MAX_ITEMS:
                 raise Unreadable("too many items")
@@ -706,10 +741,31 @@ class Parser:
             self.pos += 1
 
 
+def total(a: Node, b: Node) -> Node:
+    """a plus b; vectors and matrices entry by entry."""
+    if a[0] == b[0] == "matrix" and len(a) == len(b) and len(a[1]) == len(b[1]):
+        return ("matrix", *(tuple(map(total, *rows)) for rows in zip(a[1:], b[1:])))
+    vectors = a[:3] == b[:3] == ("tuple", "(", ")") and len(a) == len(b)
+    return (*a[:3], *map(total, a[3:], b[3:])) if vectors else ("+", a, b)
+
+
+def rational(node: Node) -> Fraction | None:
+    """The value of 2, -2 and 2/3."""
+    if node[0] in ("-", "/"):
+        x, y = rational(node[1]), rational(node[-1])
+        return None if None in (x, y) or not y else x / y if node[0] == "/" else -x
+    return node[1] if node[0] == "n" else None
+
+
 def product(a: Node, b: Node) -> Node:
-    """a times b; a scalar goes into a vector or matrix."""
+    """a times b; a scalar goes into a vector or matrix. Two matrices are multiplied if they are rational."""
     def times(row: tuple) -> tuple:
+        if a[0] == "matrix":
+            return tuple(("n", sum(map(operator.mul, row, column))) for column in zip(*right))
         return tuple(product(a, x) for x in row)
+    if a[0] == b[0] == "matrix" and len(a[1]) == len(b) - 1:
+        left, right = ([list(map(rational, row)) for row in m[1:]] for m in (a, b))
+        return ("*", a, b) if None in sum(left + right, []) else ("matrix", *map(times, left))
     if b[0] == "tuple":
         return (*b[:3], *times(b[3:]))
     return ("matrix", *map(times, b[1:])) if b[0] == "matrix" else ("*", a, b)
