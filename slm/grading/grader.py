@@ -16,7 +16,7 @@ from fractions import Fraction
 from itertools import pairwise
 
 from slm.grading.boxes import MAX_BOX, boxes
-from slm.grading.parse import FIRST_CHILD, MAX_CHARS, Node, Unreadable, children, leaves, parse
+from slm.grading.parse import FIRST_CHILD, MAX_CHARS, Node, Unreadable, children, leaves, parse, rational
 from slm.grading.values import bounded, equal_values, letters, names, proportional, real_value
 
 
@@ -29,8 +29,8 @@ class Grade:
 
 
 def grade(response: str, gold: str, strict: bool = False) -> Grade:
-    """Is the response's answer equal to the gold one? strict: an answer counts only in a box. `3,75` counts for
-    the gold 3.75, but 3.75 not for `3,75`, which may be a list."""
+    """Is the response's answer equal to the gold one? strict: an answer counts only in a box. `3,75` is right
+    if the gold is 3.75; 3.75 is not if the gold is `3,75`, since that may be a list."""
     gold = gold_answer(gold)
     answer = extract(response, strict, plain_gold=bool(PLAIN_NUMBER.fullmatch(gold.strip("$ "))))
     if answer is None:
@@ -61,7 +61,7 @@ def equal(a: str, b: str) -> bool:
 
 LAYOUT = re.compile(r"\\(?:text|mbox|textrm)\b|\\q?quad|\\[()\[\],;:! \\]|[\s${}&]+")
 GLUE = re.compile(r"[ ,;.]*(?:(?:[\w()'-]+ +){0,4}(?:and|or)(?: maybe| possibly| perhaps)?\b"  # girls and
-                  r"|[\w'-]+(?: [\w'-]+)?,)?[ ,;]*(?:[a-z][\w() ]{0,9}= *)?", re.I)
+                  r"|(?!so|thus|hence|then|therefore|now)[\w'-]+(?: [\w'-]+)?,)?[ ,;]*(?:[a-z][\w() ]{0,9}= *)?", re.I)
 TURN = re.compile(r"<\|(?:im_start|im_end|eot_id|endoftext|end_of_text|start_header_id|user|end)\|>|</s>")
 MARKER = re.compile(r"(?:answer|correct (?:option|choice))\**\s*(?:is(?: then| therefore| thus| simply)?|:|=)"
                     r"\s*:?\**:?|####|答案[是为]?[:：]?", re.I)
@@ -72,7 +72,7 @@ FIRST_FORMULA = re.compile(r"\$[^$]+\$(?!\s*(?:,|or|and\b(?! not)))(?=[^$]*$)")
 NUMBER = re.compile(r"(?:(?<![\w.)}\]])-)?(?<![\w.])\$?(?:\d{1,3}(?:\.\d{3})+,\d+|\d[\d,]*(?:\.\d+)?|\.\d+)"
                     r"(?:/\d+)?%?(?![a-zA-Z]*\d|[a-zA-Z]{20})")
 ENDING = re.compile(r"\d\W*(?:[a-zA-Z]{1,20}\W*){0,3}$")  # a number with its unit
-COMMA = re.compile(r"(?!\W*[1-9]\d{0,2},\d{3}\W*$)([-+$\s]*\d+),(\d+)\W*")  # 3,75, but 1,234 is a thousand
+COMMA = re.compile(r"(?!.*\b[1-9]\d{0,2},\d{3}\b)([^([{,]*\d),(\d[^,]*)")  # 3,75 cm; 1,234 is a thousand
 PLAIN_NUMBER = re.compile(r"[-+$\s\\]*\d[\d,]*(?:\.\d*)?(?:/\d+)?\s*\\?%?")
 LAST_FORMULA = re.compile(r"(?:\A|:|\b(?:is|are|get|have|find|that|by|be|equals|answer|so|thus|hence|therefore"
                           r"|finally|then)\b(?:(?!\b(?:or|and|not|maybe)\b)[^$.\n]){0,40})\s*(?:\$\$?([^$]+)\$\$?"
@@ -98,7 +98,7 @@ def extract(response: str, strict: bool = False, plain_gold: bool = True) -> str
 
 
 def gold_answer(gold: str) -> str:
-    """A gold answer may come plain, in boxes, at the end of a GSM8K rationale, or at the end of a solution."""
+    """A gold answer may come plain, in boxes, or at the end of a solution, GSM8K's or another."""
     gold = str(gold).rsplit("####", 1)[-1]
     return boxed(gold) or (len(gold) > 200 and after_marker(gold)) or gold.strip()
 
@@ -110,7 +110,8 @@ def boxed(text: str) -> str | None:
     if not found:
         return None
     group = [found.pop()]
-    while found and GLUE.fullmatch(LAYOUT.sub(" ", text[found[-1].stop : group[0].start][:80])):
+    while found and group[0].start - found[-1].stop <= 80 and GLUE.fullmatch(
+            LAYOUT.sub(" ", text[found[-1].stop : group[0].start])):
         group.insert(0, found.pop())
     *others, last = (box.content.strip() for box in group)
     return last if all(equal(last, o) for o in others) else ", ".join(dict.fromkeys([*others, last]))
@@ -142,7 +143,8 @@ def bare(text: str) -> str | None:
     if "boxed" in text:
         return None
     tail = text[-600:]
-    if (m := LAST_FORMULA.search(tail)) and not DOUBT.search(re.split(r"[.\n] ", tail[: m.end()].strip(". "))[-1]):
+    m = LAST_FORMULA.search(tail)
+    if m and not DOUBT.search(re.split(r"[.\n] ", tail.strip(". "))[-1]):
         return next(filter(None, m.groups()))
     if len(text) > 300 or not FORMULA_START.match(text):
         return None
@@ -163,12 +165,11 @@ def same(a: Node, b: Node) -> bool:
         return same_choice(a, b)
     if "unit" in kinds:
         return same_units(a, b)
-    if "ratio" in kinds or "rel" in kinds:  # 7:32 looks like a time
-        a, b = (clock_ratio(x) if x[0] == "time" and not x[2] else x for x in (a, b))
-    elif "time" in kinds:
+    if kinds == {"time"} or ("time" in kinds and {a[-1], b[-1]} & {"a", "p"}):
         return same_time(a, b)
+    a, b = (("ratio", *x[3:]) if x[0] == "time" else x for x in (a, b))  # 7:32 may be one
     if "text" in kinds:
-        return words_of(a) == words_of(b) != ""
+        return kinds <= {"text", "s"} and a[1].lower() == b[1].lower()
     if kinds & {"union", "meet", "minus", "rel", "tuple"} or inequalities(a) or inequalities(b):
         alike = same_regions(a, b)
         if alike is not None:
@@ -180,23 +181,10 @@ def same(a: Node, b: Node) -> bool:
     if kinds == {"ratio"}:
         return len(a) == len(b) and all(same(("/", x, a[1]), ("/", y, b[1])) for x, y in zip(a[2:], b[2:]))
     a, b = (("/", *x[1:]) if x[0] == "ratio" and len(x) == 3 else x for x in (a, b))
-    return "inf" not in kinds and (equal_values(a, b) or printed_digits(a, b) or printed_digits(b, a))
-
-
-def printed_digits(decimal: Node, exact: Node) -> bool:
-    """A decimal of 15 digits or more, as a program prints it, counts for the fraction that it rounds or cuts off,
-    if no decimal is equal to that. It does not count for an irrational number."""
-    x = decimal[1] if decimal[0] == "n" else -decimal[1][1] if decimal[0] == "-" and decimal[1][0] == "n" else 0
-    if x == 0 or not (places := decimals(x)) or abs(x) * 10**places < 10**14:
-        return False
-    value = real_value(exact)
-    return value is not None and value.denominator.bit_length() < 400 and bool(
-        pow(10, 400, value.denominator)) and abs(x - value) < Fraction(1, 10**places)
-
-
-def decimals(x: Fraction) -> int | None:
-    """The places of a decimal, at most 60; None if it has more, or if no decimal is equal to x."""
-    return next((k for k in range(61) if 10**k % x.denominator == 0), None)
+    x, y = rational(a), rational(b)
+    if x is not None and y is not None:
+        return x == y or rounds(x, y, 15) or rounds(y, x, 15)
+    return "inf" not in kinds and equal_values(a, b)
 
 
 def plain(node: Node) -> Node:
@@ -225,20 +213,17 @@ def plain(node: Node) -> Node:
 
 
 def points(assigned: list[tuple[str, Node]]) -> list[Node]:
-    """`a = 3, b = 4; a = 5, b = 4` as (3,4), (5,4): the values in the alphabetical order of their names. Empty
-    if the names do not come round."""
-    size = len({name for name, _ in assigned})
-    rounds = [sorted(assigned[i : i + size], key=operator.itemgetter(0)) for i in range(0, len(assigned), size)]
-    order = [name for name, _ in rounds[0]]
-    if len(rounds) < 2 or len(set(order)) < size or any([name for name, _ in r] != order for r in rounds):
-        return []
-    return [("tuple", "(", ")", *(value for _, value in r)) for r in rounds]
+    """`a = 3, b = 4; a = 5, b = 4` as (3,4), (5,4), by the alphabet; empty if the names do not come round."""
+    size = len(dict(assigned))
+    rounds = [dict(assigned[i : i + size]) for i in range(0, len(assigned), size)]
+    around = len(rounds) > 1 and all(r.keys() == rounds[0].keys() for r in rounds)
+    return [("tuple", "(", ")", *map(r.get, sorted(r))) for r in rounds] if around else []
 
 
 def plain_relation(node: Node) -> Node:
-    """`x in S` is S, `2/3 ~ 0.67` the exact side, `a => b` the last step, `a = b = c` its consistent result. A
-    chain of numbers that is false (`5 = 6 = 7`) or says nothing (`7 = 7`) is no answer; with a label it gives
-    its last member, for `x = 2+4 = 7 = 8` is one answer, if by a wrong way."""
+    """`x in S` is S, `2/3 ~ 0.67` the exact side, `a => b` the last step, `2 + 3 = 5` its result. A chain that is
+    false (`5 = 6 = 7`) or says nothing (`7 = 7`) is no answer. After a label, a false one gives its last member:
+    `x = 2+4 = 7 = 8` is one answer, found in a wrong way."""
     nodes, ops = list(node[1]), list(node[2])
     while "=>" in ops:
         at = ops.index("=>") + 1
@@ -267,8 +252,15 @@ def equal_or_rounded(exact: Node, other: Node) -> bool:
     if same(exact, other):
         return True
     x, y = (real_value(n[1] if n[0] == "unit" else n) for n in (exact, other))
-    places = None if x is None or y is None else decimals(y)
-    return bool(places) and abs(x - y) <= Fraction(1, 10**places)
+    return x is not None and y is not None and rounds(x, y)
+
+
+def rounds(exact: Fraction, decimal: Fraction, digits: int = 1) -> bool:
+    """Is the second a decimal to which the first rounds or is cut off? One of 15 digits, as a program prints it,
+    counts for a fraction, though not for an irrational number."""
+    places = next((k for k in range(61) if 10**k % decimal.denominator == 0), 0)
+    unit = Fraction(1, 10**places)
+    return places > 0 and abs(decimal) >= 10 ** (digits - 1) * unit and abs(decimal - exact) < unit
 
 
 def with_sign(node: Node, sign: int) -> Node:
@@ -278,10 +270,6 @@ def with_sign(node: Node, sign: int) -> Node:
     below = children(node)
     at = FIRST_CHILD.get(node[0], 1)
     return (*node[:at], *(with_sign(c, sign) for c in below), *node[at + len(below) :]) if below else node
-
-
-def words_of(node: Node) -> str:
-    return node[1].lower() if node[0] in ("text", "s") else ""
 
 
 def same_choice(a: Node, b: Node) -> bool:
@@ -302,14 +290,10 @@ def same_units(a: Node, b: Node) -> bool:
     return same(*(x[1] if x[0] == "unit" else x for x in (a, b)))
 
 
-def clock_ratio(time: Node) -> Node:
-    return ("ratio", *(("n", Fraction(n)) for n in (time[1] // 3600, time[1] // 60 % 60)))
-
-
 def same_time(a: Node, b: Node) -> bool:
     if a[0] != b[0]:
         a, b = (a, b) if a[0] == "time" else (b, a)
-        return bool(a[2]) and b == ("n", Fraction(a[1], 3600))  # 9 a.m. and 9
+        return b == a[3]  # 9 a.m. and 9
     if a[2] and b[2]:
         return a[1:] == b[1:]
     return a[1] == b[1] or ("p" in (a[2], b[2]) and abs(a[1] - b[1]) == 12 * 3600)
@@ -456,8 +440,8 @@ def bindings(node: Node) -> dict[str, Node] | None:
 
 
 def same_relations(a: Node, b: Node) -> bool:
-    """At least one is a relation. `x = 5` and `a + b = 5` stand for 5 too, but `2x = 10` not for 10, and `x + 5y =
-    5` not for 5."""
+    """At least one is a relation. `x = 5` and `a + b = 5` stand for 5 too, but `2x = 5` and `x + 5y = 5` do
+    not."""
     one, two = assignment(a), assignment(b)
     named_a, named_b = bindings(a), bindings(b)
     if named_a or named_b:
@@ -509,8 +493,8 @@ def in_order(a: tuple, b: tuple) -> bool:
 
 
 def same_collections(a: Node, b: Node) -> bool:
-    """Lists and sets in any order, lists with multiplicity unless they are of points; tuples, vectors and named
-    values in theirs."""
+    """Lists and sets in any order, lists with multiplicity unless of points; tuples, vectors and named values in
+    theirs."""
     kinds = {a[0], b[0]}
     named_a, named_b = bindings(a), bindings(b)
     if named_a and named_b:

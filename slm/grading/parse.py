@@ -7,9 +7,10 @@ equals only itself.
 Nodes: ("n", Fraction) ("s", name) ("+" "*" "/" "^", a, b) ("-" "!" "%" "deg" "±", a) ("f", name, *args)
 ("inf",) ("text", words) ("list" "set", *items) ("tuple", opener, closer, *items) ("matrix", *rows)
 ("rel", nodes, operators) ("union" "meet" "minus", a, b) ("ratio", *parts) ("unit", node, unit) ("choice",
-letter, node) ("time", seconds, "a" | "p" | "") ("raw", text). A function f that we do not know is named "?f".
+letter, node) ("time", seconds, "a" | "p" | "", hours, minutes) ("raw", text). A function f that we do not know is named "?f".
 """
 
+import itertools
 import operator
 import re
 import unicodedata
@@ -66,15 +67,15 @@ FRACTIONS = zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357",
 SIGNS |= {c: rf"\frac{{{top}}}{{{low}}}" for c, top, low in FRACTIONS}
 SIGNS |= dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")
 
-EUROPEAN = re.compile(r"([-+$\s]*(?:[1-9]\d{0,2}(?:\.\d{3})+|0(?=,\d{3}\D*$))),(\d+[\s$.]*)")  # 1.234,5 and 0,125
+EUROPEAN = re.compile(r"^([^([,]*(?<![\d.]))([1-9]\d{0,2}(?:\.\d{3})+|0(?=,\d{3}\D*$)),(?=\d+(?![\d.,]))")
 THOUSANDS = re.compile(r"(?<=\d)(?:,\s?(?:\\!)+\s*|\s?\{,\s?\}\s*|\\[,!;: ]\s*|(?<=\d)(?<!_\d)[ ~])(?=\d{3}(?!\d))")
 REWRITES = [(re.compile(old), new) for old, new in (
     # the base of a numeral: \text{A5}_{11}, (12)_3, 12 (base 3)
     (r"\\text\s*\{\s*([0-9A-Z]+)\s*\}\s*_|\(([0-9A-Z.]+)\)_(?=[{\d])", r"\1\2_"),
     (r"\b([0-9][0-9A-Z]*)\s*\(?(?:\\text\{)?\s*\(?(?:in )?base[ -]?\}?\s*(\d+)\)?\}?\)?", r"\1_{\2}"),
     (r"\\left\s*\\\{\s*(?=\\begin)", ""),  # the brace before a system of equations
-    (r"\^\{?\s*(?:\\(?:text|mathrm|textrm|rm)\s*\{?)?\s*(?:st|nd|rd|th)\}{0,2}(?![a-z])|(?<=\d)(?:st|nd|rd|th)\b"
-     r"|(?<=\d)\s*\\(?:text|mathrm|textrm)\s*\{\s*(?:st|nd|rd|th)\s*\}", ""),  # 5th
+    (r"\^\{?\s*(?:\\(?:text|mathrm|textrm|rm)\s*\{?)?\s*(?:st|nd|rd|th)\}{0,2}(?![a-z])"  # 5th
+     r"|(?<=\d)(?:(?:st|nd|rd|th)\b|\s*\\(?:text|mathrm|textrm)\s*\{\s*(?:st|nd|rd|th)\s*\})", ""),
     (r"&\s*(?==|<|>|\\[lg]e)", ""),  # the alignment of a relation
     (r"\\frac\s*\{\\(?:text|mathrm)\{([^{}]*)\}\}\s*\{\\(?:text|mathrm)\{([^{}]*)\}(\^\d)?\}",
      r"\\text{\1/\2}\3"),
@@ -103,8 +104,7 @@ def clean(text: str) -> str:
         text = "".join(SIGNS.get(c, str(unicodedata.decimal(c, c))) for c in text).replace("}^{", "")
     if r"\\" in text and r"\begin" not in text:  # a response that escaped its backslashes
         text = re.sub(r"\\\\(?=[a-zA-Z!,;$%{}])", r"\\", text)
-    if european := EUROPEAN.fullmatch(text):
-        text = f"{european[1].replace('.', '')}.{european[2]}"
+    text = EUROPEAN.sub(lambda m: m[1] + m[2].replace(".", "") + ".", text)  # 1.234,5 and 0,125
     while text != (text := THOUSANDS.sub("", text)):
         pass
     for pattern, new in REWRITES:
@@ -321,7 +321,7 @@ FOLD = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "lg": "log10"}
 RATIOS = {"tan": ("sin", "cos"), "cot": ("cos", "sin"), "sec": (None, "cos"), "csc": (None, "sin"),
           "tanh": ("sinh", "cosh"), "coth": ("cosh", "sinh"), "sech": (None, "cosh"), "csch": (None, "sinh")}
 CO = {"arccot": "atan", "arcsec": "acos", "arccsc": "asin"}  # of the inverse
-ONE, LINE = ("n", Fraction(1)), ("tuple", "(", ")", ("-", ("inf",)), ("inf",))
+ONE, EITHER, LINE = ("n", Fraction(1)), ("text", "or"), ("tuple", "(", ")", ("-", ("inf",)), ("inf",))
 
 
 class Parser:
@@ -365,19 +365,15 @@ class Parser:
         return node
 
     def items(self, closers: tuple) -> Node:
-        """Members between separators. "or" counts as one among words, for they may be claims; numbers are the
-        same answers with either."""
+        """Members between separators. Numbers are the same answers with "or" as with "and", words are not."""
         out: list[tuple] = []
-        either = False
         while self.peek()[0] != "end" and self.peek()[1] not in closers:
             if self.take("or"):
-                either = True
+                out += [EITHER] * (EITHER not in out and any(x[0] == "text" for x in out))
             elif not self.take(",", ";", "&"):
                 out.append(self.item())
             if len(out) > MAX_ITEMS:
                 raise Unreadable("too many items")
-        if either and any(x[0] == "text" for x in out):
-            out.append(("text", "or"))
         return out[0] if len(out) == 1 else ("list", *out)
 
     def item(self) -> Node:
@@ -564,8 +560,8 @@ class Parser:
         return ("^", base, self.signed(sign, exponent))
 
     def argument(self, whole: bool = False) -> Node:
-        r"""What a command takes: `{...}` or one token; a power takes the whole number. So does what is under a
-        fraction: models write \frac919 for 9/19."""
+        r"""What a command takes: `{...}` or one token; a power takes the whole number, and so does the lower part of
+        \frac: models write \frac919 for 9/19."""
         kind, tok = self.peek()
         if self.take("{"):
             node = self.items(("}",))
@@ -578,7 +574,7 @@ class Parser:
 
     def atom(self) -> Node:
         kind, tok = self.peek()
-        if kind == "op" and tok in ENDS:
+        if kind in ("op", "cmd") and tok in ENDS:
             return self.bracket()
         self.pos += 1
         if kind in ("num", "based", "repeat"):
@@ -653,9 +649,6 @@ class Parser:
             return self.series(name)
         if name in FUNCTIONS:
             return self.function(FOLD.get(name, name))
-        if name == "langle":
-            self.pos -= 1
-            return self.bracket()
         if name in WRAPPERS:
             node = self.argument(whole=True)
             return LINE if name == "mathbb" and node == ("s", "R") else node
@@ -666,7 +659,7 @@ class Parser:
         raise Unreadable(f"unknown command {name}")
 
     def series(self, name: str) -> Node:
-        r"""`\sum_{k=1}^{n} a_k`: ("f", "sum", k, 1, n, the term), where a_k is a function of k. Finite ones only."""
+        r"""`\sum_{k=1}^{n} a_k`: ("f", "sum", k, 1, n, a_k), a_k as a function of k. Finite sums only."""
         self.need("_")
         start = self.argument(whole=True)
         self.need("^")
@@ -760,12 +753,13 @@ def rational(node: Node) -> Fraction | None:
 def product(a: Node, b: Node) -> Node:
     """a times b; a scalar goes into a vector or matrix. Two matrices are multiplied if they are rational."""
     def times(row: tuple) -> tuple:
-        if a[0] == "matrix":
-            return tuple(("n", sum(map(operator.mul, row, column))) for column in zip(*right))
         return tuple(product(a, x) for x in row)
     if a[0] == b[0] == "matrix" and len(a[1]) == len(b) - 1:
-        left, right = ([list(map(rational, row)) for row in m[1:]] for m in (a, b))
-        return ("*", a, b) if None in sum(left + right, []) else ("matrix", *map(times, left))
+        rows, columns = ([list(map(rational, v)) for v in vectors] for vectors in (a[1:], zip(*b[1:])))
+        if any(None in v for v in rows + columns):
+            return ("*", a, b)
+        entries = (("n", sum(map(operator.mul, r, c))) for r, c in itertools.product(rows, columns))
+        return ("matrix", *zip(*[entries] * len(columns)))
     if b[0] == "tuple":
         return (*b[:3], *times(b[3:]))
     return ("matrix", *map(times, b[1:])) if b[0] == "matrix" else ("*", a, b)
@@ -789,7 +783,9 @@ def clock(text: str) -> tuple | None:
     m = CLOCK.fullmatch(re.sub(r"\\(?:text|mbox|textrm|mathrm)\s*\{([^{}]*)\}", r"\1", text).strip())
     if not m or not (m[2] or m[4]):
         return None
-    return ("time", int(m[1]) * 3600 + int(m[2] or 0) * 60 + int(m[3] or 0), m[4][0].lower() if m[4] else "")
+    hours, minutes, seconds = (Fraction(part or 0) for part in m.groups()[:3])
+    half = m[4][0].lower() if m[4] else ""
+    return ("time", hours * 3600 + minutes * 60 + seconds, half, ("n", hours), ("n", minutes))
 
 
 OPERATOR = re.compile(r"\\(?:sum|prod|i+nt|lim|partial|det|text|operatorname)(?![a-z])")  # its value counts

@@ -168,14 +168,10 @@ class Evaluator:
     def letter(self, name: str) -> Value:
         if name in self.point:
             return self.point[name]
-        if name == "i":
-            return self.mp.j
-        if name == "pi":
-            return +self.mp.pi
-        if name == "e":
-            self.transcendental()
-            return +self.mp.e
-        raise Unreadable(f"no value for {name}")
+        if name not in ("i", "pi", "e"):
+            raise Unreadable(f"no value for {name}")
+        self.transcendental()
+        return +getattr(self.mp, "j" if name == "i" else name)
 
     def power(self, base: Value, exponent: Value) -> Value:
         if isinstance(exponent, Fraction):
