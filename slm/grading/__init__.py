@@ -28,18 +28,8 @@ from slm.grading.boxes import answered, boxes
 from slm.grading.grader import Grade, equal, extract, grade
 from slm.grading.replies import blocks_of, printed, verdict
 
-__all__ = [
-    "Grade",
-    "answered",
-    "blocks_of",
-    "boxes",
-    "equal",
-    "extract",
-    "grade",
-    "printed",
-    "verdict",
-    "version",
-]
+__all__ = ["Grade", "answered", "blocks_of", "boxes", "equal", "extract", "grade", "printed", "verdict",
+           "version"]
 
 
 def version() -> str:

@@ -60,8 +60,8 @@ def equal(a: str, b: str) -> bool:
 # ---- what the answer is ------------------------------------------------------------------------------------
 
 LAYOUT = re.compile(r"\\(?:text|mbox|textrm)\b|\\q?quad|\\[()\[\],;:! \\]|[\s${}&]+")
-GLUE = re.compile(r"[ ,;.]*(?:(?:[\w()'-]+ +){0,4}(?:and|or)(?: maybe| possibly| perhaps)?\b"  # girls and
-                  r"|(?!so|thus|hence|then|therefore|now)[\w'-]+(?: [\w'-]+)?,)?[ ,;]*(?:[a-z][\w() ]{0,9}= *)?", re.I)
+GLUE = re.compile(r"[ ,;.]*(?:(?:[\w()'-]+ +){0,4}(?:and|or)(?: maybe| possibly| perhaps)?\b|"  # girls and
+                  r"(?!so|thus|hence|th|now)[\w'-]+(?: [\w'-]+)?,)?[ ,;]*(?:[a-z][\w() ]{0,9}= *)?", re.I)
 TURN = re.compile(r"<\|(?:im_start|im_end|eot_id|endoftext|end_of_text|start_header_id|user|end)\|>|</s>")
 MARKER = re.compile(r"(?:answer|correct (?:option|choice))\**\s*(?:is(?: then| therefore| thus| simply)?|:|=)"
                     r"\s*:?\**:?|####|答案[是为]?[:：]?", re.I)
@@ -74,9 +74,9 @@ NUMBER = re.compile(r"(?:(?<![\w.)}\]])-)?(?<![\w.])\$?(?:\d{1,3}(?:\.\d{3})+,\d
 ENDING = re.compile(r"\d\W*(?:[a-zA-Z]{1,20}\W*){0,3}$")  # a number with its unit
 COMMA = re.compile(r"(?!.*\b[1-9]\d{0,2},\d{3}\b)([^([{,]*\d),(\d[^,]*)")  # 3,75 cm; 1,234 is a thousand
 PLAIN_NUMBER = re.compile(r"[-+$\s\\]*\d[\d,]*(?:\.\d*)?(?:/\d+)?\s*\\?%?")
+FORMULA = r"\s*(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\])[a-z\s]{0,30}[.\s]*\Z"
 LAST_FORMULA = re.compile(r"(?:\A|:|\b(?:is|are|get|have|find|that|by|be|equals|answer|so|thus|hence|therefore"
-                          r"|finally|then)\b(?:(?!\b(?:or|and|not|maybe)\b)[^$.\n]){0,40})\s*(?:\$\$?([^$]+)\$\$?"
-                          r"|\\\((.+?)\\\)|\\\[(.+?)\\\])[a-z\s]{0,30}[.\s]*\Z", re.I | re.S)
+                          r"|then)\b(?:(?!\band\b)[^$.\n]){0,40})" + FORMULA, re.I | re.S)
 DOUBT = re.compile(r"\b(?:or|not?|never|maybe|perhaps|than|at least|at most|between|about|approximately|times"
                    r"|plus|minus|half|without)\b|n't", re.I)
 FORMULA_START = re.compile(r"[a-zA-Z]\w?\s*(?:=|<|>|\\[lg]e)|[-+−\d.\\({\[$|√π±]|[\w()]+[.\s]*$")
@@ -221,9 +221,9 @@ def points(assigned: list[tuple[str, Node]]) -> list[Node]:
 
 
 def plain_relation(node: Node) -> Node:
-    """`x in S` is S, `2/3 ~ 0.67` the exact side, `a => b` the last step, `2 + 3 = 5` its result. A chain that is
-    false (`5 = 6 = 7`) or says nothing (`7 = 7`) is no answer. After a label, a false one gives its last member:
-    `x = 2+4 = 7 = 8` is one answer, found in a wrong way."""
+    """`x in S` is S, `2/3 ~ 0.67` the exact side, `a => b` the last step, `2 + 3 = 5` its result. A chain that
+    is false (`5 = 6 = 7`) or says nothing (`7 = 7`) is no answer. After a label, a false one gives its last
+    member: `x = 2+4 = 7 = 8` is one answer, found in a wrong way."""
     nodes, ops = list(node[1]), list(node[2])
     while "=>" in ops:
         at = ops.index("=>") + 1
@@ -256,8 +256,8 @@ def equal_or_rounded(exact: Node, other: Node) -> bool:
 
 
 def rounds(exact: Fraction, decimal: Fraction, digits: int = 1) -> bool:
-    """Is the second a decimal to which the first rounds or is cut off? One of 15 digits, as a program prints it,
-    counts for a fraction, though not for an irrational number."""
+    """Is the second a decimal to which the first rounds or is cut off? One of 15 digits, as a program prints
+    it, counts for a fraction, but not for an irrational number."""
     places = next((k for k in range(61) if 10**k % decimal.denominator == 0), 0)
     unit = Fraction(1, 10**places)
     return places > 0 and abs(decimal) >= 10 ** (digits - 1) * unit and abs(decimal - exact) < unit
@@ -365,15 +365,11 @@ def region(node: Node, ends: list[Node], subjects: set[Node]) -> Node:
     return ("tuple", "[", "]", node, node)
 
 
-def place(node: Node) -> float | None:
+def place(node: Node) -> Fraction | float | None:
     """Where an end lies on the line; None if it has letters."""
     if node in (INFINITY, ("-", INFINITY)):
         return math.inf if node == INFINITY else -math.inf
-    value = real_value(node[1] if node[0] == "unit" else node)
-    try:
-        return None if value is None else float(value)
-    except OverflowError:
-        return None
+    return real_value(node[1] if node[0] == "unit" else node)
 
 
 def positions(ends: list[Node]) -> dict[Node, float]:
@@ -385,8 +381,7 @@ def positions(ends: list[Node]) -> dict[Node, float]:
     last = None
     for x in sorted(places, key=places.get):
         step = 0 if last is None else at[last] + 2 * (not same(last, x))
-        at[x] = places[x] if math.isinf(places[x]) else step
-        last = last if math.isinf(places[x]) else x
+        at[x], last = (places[x], last) if places[x] in (math.inf, -math.inf) else (step, x)
     return at
 
 
@@ -493,8 +488,7 @@ def in_order(a: tuple, b: tuple) -> bool:
 
 
 def same_collections(a: Node, b: Node) -> bool:
-    """Lists and sets in any order, lists with multiplicity unless of points; tuples, vectors and named values in
-    theirs."""
+    """Lists and sets in any order, lists with multiplicity unless of points; what is else in its order."""
     kinds = {a[0], b[0]}
     named_a, named_b = bindings(a), bindings(b)
     if named_a and named_b:
@@ -583,4 +577,4 @@ def why_not(answer: str, gold: str) -> str:
         return "rounded"
     if x and x == -y:
         return "opposite sign"
-    return "off by a factor of 100" if x and y and round(x / y, 12) in (100, 0.01) else "different value"
+    return "off by a factor of 100" if x and y and x / y in (100, Fraction(1, 100)) else "different value"

@@ -7,7 +7,8 @@ equals only itself.
 Nodes: ("n", Fraction) ("s", name) ("+" "*" "/" "^", a, b) ("-" "!" "%" "deg" "±", a) ("f", name, *args)
 ("inf",) ("text", words) ("list" "set", *items) ("tuple", opener, closer, *items) ("matrix", *rows)
 ("rel", nodes, operators) ("union" "meet" "minus", a, b) ("ratio", *parts) ("unit", node, unit) ("choice",
-letter, node) ("time", seconds, "a" | "p" | "", hours, minutes) ("raw", text). A function f that we do not know is named "?f".
+letter, node) ("time", seconds, "a" | "p" | "", hours, minutes) ("raw", text). An unknown function f
+is named "?f".
 """
 
 import itertools
@@ -67,7 +68,7 @@ FRACTIONS = zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357",
 SIGNS |= {c: rf"\frac{{{top}}}{{{low}}}" for c, top, low in FRACTIONS}
 SIGNS |= dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")
 
-EUROPEAN = re.compile(r"^([^([,]*(?<![\d.]))([1-9]\d{0,2}(?:\.\d{3})+|0(?=,\d{3}\D*$)),(?=\d+(?![\d.,]))")
+EUROPEAN = re.compile(r"^([^([,]*(?<![\d.]))([1-9]\d?\d?(?:\.\d{3})+|0(?=,\d{3}\D*$)),(?=\d+(?![\d.,]))")
 THOUSANDS = re.compile(r"(?<=\d)(?:,\s?(?:\\!)+\s*|\s?\{,\s?\}\s*|\\[,!;: ]\s*|(?<=\d)(?<!_\d)[ ~])(?=\d{3}(?!\d))")
 REWRITES = [(re.compile(old), new) for old, new in (
     # the base of a numeral: \text{A5}_{11}, (12)_3, 12 (base 3)
@@ -76,6 +77,7 @@ REWRITES = [(re.compile(old), new) for old, new in (
     (r"\\left\s*\\\{\s*(?=\\begin)", ""),  # the brace before a system of equations
     (r"\^\{?\s*(?:\\(?:text|mathrm|textrm|rm)\s*\{?)?\s*(?:st|nd|rd|th)\}{0,2}(?![a-z])"  # 5th
      r"|(?<=\d)(?:(?:st|nd|rd|th)\b|\s*\\(?:text|mathrm|textrm)\s*\{\s*(?:st|nd|rd|th)\s*\})", ""),
+    (r"\^\s*(?:\\(?:circ|degree)|\{\s*\\(?:circ|degree)\s*\})(?![a-z])", r"\\circ "),
     (r"&\s*(?==|<|>|\\[lg]e)", ""),  # the alignment of a relation
     (r"\\frac\s*\{\\(?:text|mathrm)\{([^{}]*)\}\}\s*\{\\(?:text|mathrm)\{([^{}]*)\}(\^\d)?\}",
      r"\\text{\1/\2}\3"),
@@ -200,6 +202,7 @@ TOKEN = re.compile(
     r"|[A-Z][0-9A-Z]*[0-9][0-9A-Z]*_\{\d\d\})"
     r"|(?P<repeat>\d*\.\d*\\(?:overline|bar|dot)\s*\{?\d+\}?)"
     r"|(?P<num>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
+    r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|\s]*\})?|(?P<close>\\end\s*\{[a-zA-Z]+\*?\})"
     r"|\\(?P<cmd>[a-zA-Z]+|.)|(?P<word>[a-zA-Z]+)|(?P<op><=|>=|!=|==|=>|->|\*\*|\S)")
 UNIT = re.compile(r"\s*(?:\d[\d.]*\s+)?(?![ie]\s*$)(?:[a-zA-Z]{1,3}(?![a-zA-Z])[\s/^{}\d-]*)+")  # m, m s^{-2}
 AFTER = [("op", ")")], [("op", "}")]  # where a unit may stand
@@ -255,9 +258,6 @@ def tokenize(text: str, prose: bool = False, merge: bool = True, unit: bool = Fa
             unit = bool(measured and UNIT.fullmatch(inside))
             out += tokenize(inside, prose=unit or not letter, merge=merge, unit=unit)
             continue
-        elif kind == "cmd" and tok == "begin":
-            start, pos = pos, text.find("}", pos) + 1 or len(text)
-            kind, tok = "begin", text[start : pos - 1].strip("{ *")
         elif kind == "word":
             if tok.lower() in ("or", "and"):
                 out.append(("op", "," if tok.lower() == "and" else "or"))
@@ -281,8 +281,6 @@ def tokenize(text: str, prose: bool = False, merge: bool = True, unit: bool = Fa
 
 
 def decimal(text: str) -> Node:
-    if text.isdigit():
-        return ("n", Fraction(int(text)))
     if len(text.lower().partition("e")[2]) > 4:
         raise Unreadable("number too long")
     return ("n", Fraction(text.replace(",", "").removesuffix(".")))
@@ -365,7 +363,7 @@ class Parser:
         return node
 
     def items(self, closers: tuple) -> Node:
-        """Members between separators. Numbers are the same answers with "or" as with "and", words are not."""
+        """Members between separators. "or" is as good as "and" between numbers, but not between words."""
         out: list[tuple] = []
         while self.peek()[0] != "end" and self.peek()[1] not in closers:
             if self.take("or"):
@@ -548,11 +546,6 @@ class Parser:
                 return node
 
     def power(self, base: Node) -> Node:
-        if self.peek() == ("cmd", "circ"):
-            return base
-        if [self.peek(i)[1] for i in range(3)] == ["{", "circ", "}"]:
-            self.tokens[self.pos : self.pos + 3] = [("cmd", "circ")]
-            return base
         sign = self.take("-", "+") or "+"
         exponent = self.argument(whole=True)
         if exponent in (("s", "T"), ("s", "top")) and base[0] in ("matrix", "tuple"):
@@ -560,8 +553,8 @@ class Parser:
         return ("^", base, self.signed(sign, exponent))
 
     def argument(self, whole: bool = False) -> Node:
-        r"""What a command takes: `{...}` or one token; a power takes the whole number, and so does the lower part of
-        \frac: models write \frac919 for 9/19."""
+        r"""What a command takes: `{...}` or one token. A power takes the whole number, and so does the lower
+        part of \frac: models write \frac919 for 9/19."""
         kind, tok = self.peek()
         if self.take("{"):
             node = self.items(("}",))
@@ -705,10 +698,8 @@ class Parser:
 
     def environment(self, name: str) -> Node:
         """Matrices by rows; cases, aligned and the like as a list."""
-        if name == "array" and self.take("{"):
-            self.skip_to("}")
         rows, row = [], []
-        while self.peek() != ("cmd", "end") and self.peek()[0] != "end":
+        while self.peek()[0] not in ("close", "end"):
             if self.take(";"):
                 rows, row = [*rows, row], []
             elif not self.take("&", ",", "or"):
@@ -716,9 +707,7 @@ class Parser:
             if len(rows) + len(row) > MAX_ITEMS:
                 raise Unreadable("too many items")
         rows = [r for r in [*rows, row] if r]
-        self.need("end")
-        self.need("{")
-        self.skip_to("}")
+        self.pos += self.peek()[0] == "close"
         if "matrix" in name or (name == "array" and any(len(r) > 1 for r in rows)):
             if len({len(r) for r in rows}) > 1:
                 raise Unreadable("ragged matrix")
@@ -726,12 +715,6 @@ class Parser:
             return ("f", "?det", node) if name == "vmatrix" else node
         flat = [x for r in rows for x in r]
         return flat[0] if len(flat) == 1 else ("list", *flat)
-
-    def skip_to(self, end: str) -> None:
-        while not self.take(end):
-            if self.peek()[0] == "end":
-                raise Unreadable(f"expected {end}")
-            self.pos += 1
 
 
 def total(a: Node, b: Node) -> Node:
@@ -752,17 +735,15 @@ def rational(node: Node) -> Fraction | None:
 
 def product(a: Node, b: Node) -> Node:
     """a times b; a scalar goes into a vector or matrix. Two matrices are multiplied if they are rational."""
-    def times(row: tuple) -> tuple:
-        return tuple(product(a, x) for x in row)
     if a[0] == b[0] == "matrix" and len(a[1]) == len(b) - 1:
         rows, columns = ([list(map(rational, v)) for v in vectors] for vectors in (a[1:], zip(*b[1:])))
         if any(None in v for v in rows + columns):
             return ("*", a, b)
         entries = (("n", sum(map(operator.mul, r, c))) for r, c in itertools.product(rows, columns))
         return ("matrix", *zip(*[entries] * len(columns)))
-    if b[0] == "tuple":
-        return (*b[:3], *times(b[3:]))
-    return ("matrix", *map(times, b[1:])) if b[0] == "matrix" else ("*", a, b)
+    if b[0] == "matrix":
+        return ("matrix", *(tuple(map(product, itertools.repeat(a), row)) for row in b[1:]))
+    return (*b[:3], *map(product, itertools.repeat(a), b[3:])) if b[0] == "tuple" else ("*", a, b)
 
 
 def text_node(text: str) -> Node:
