@@ -189,8 +189,9 @@ def test_gsm8k_solutions_as_responses_are_all_right(name):
 SEVERAL_BOXES = """train/intermediate_algebra/1113 train/algebra/152 train/algebra/1771
 train/intermediate_algebra/396 train/intermediate_algebra/1486 train/intermediate_algebra/1964
 train/number_theory/796 train/precalculus/860 train/precalculus/1040 train/precalculus/1089
-train/precalculus/1149 test/algebra/1878 test/intermediate_algebra/25 test/intermediate_algebra/225
-test/intermediate_algebra/702 test/intermediate_algebra/1855 test/precalculus/679 test/precalculus/1227""".split()
+train/precalculus/1149 test/algebra/1878 test/intermediate_algebra/25
+test/intermediate_algebra/225 test/intermediate_algebra/702 test/intermediate_algebra/1855
+test/precalculus/679 test/precalculus/1227""".split()
 
 
 @needs_data

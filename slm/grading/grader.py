@@ -11,6 +11,7 @@ expressions: lists, tuples, intervals, equations, units, choices.
 import math
 import operator
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -46,14 +47,12 @@ def equal(a: str, b: str) -> bool:
     a, b = (x.replace(",", "") if LONG.fullmatch(x) else x for x in (a.strip(), b.strip()))
     if not a or not b or a == b:
         return a == b
-    try:
+    with suppress(RecursionError):  # the caller's stack was nearly full: an answer all the same
         x, y = parse(a), parse(b)
         if same(x, y):
             return True
         if "list" in (x[0], y[0]) and re.search(r"\d,\d{3}", a[:MAX_CHARS] + " " + b[:MAX_CHARS]):
             return same(parse(a, merge=x[0] == "list"), parse(b, merge=y[0] == "list"))
-    except RecursionError:  # the caller's stack was nearly full: an answer all the same
-        pass
     return False
 
 
@@ -75,7 +74,7 @@ ENDING = re.compile(r"\d\W*(?:[a-zA-Z]{1,20}\W*){0,3}$")  # a number with its un
 COMMA = re.compile(r"(?!.*\b[1-9]\d{0,2},\d{3}\b)([^([{,]*\d),(\d[^,]*)")  # 3,75 cm; 1,234 is a thousand
 PLAIN_NUMBER = re.compile(r"[-+$\s\\]*\d[\d,]*(?:\.\d*)?(?:/\d+)?\s*\\?%?")
 FORMULA = r"\s*(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\])[a-z\s]{0,30}[.\s]*\Z"
-LAST_FORMULA = re.compile(r"(?:\A|:|\b(?:is|are|get|have|find|that|by|be|equals|answer|so|thus|hence|therefore"
+LAST_FORMULA = re.compile(r"(?:\A|:|\b(?:is|are|get|have|find|that|by|be|answer|so|thus|hence|therefore"
                           r"|then)\b(?:(?!\band\b)[^$.\n]){0,40})" + FORMULA, re.I | re.S)
 DOUBT = re.compile(r"\b(?:or|not?|never|maybe|perhaps|than|at least|at most|between|about|approximately|times"
                    r"|plus|minus|half|without)\b|n't", re.I)
@@ -165,9 +164,10 @@ def same(a: Node, b: Node) -> bool:
         return same_choice(a, b)
     if "unit" in kinds:
         return same_units(a, b)
-    if kinds == {"time"} or ("time" in kinds and {a[-1], b[-1]} & {"a", "p"}):
-        return same_time(a, b)
-    a, b = (("ratio", *x[3:]) if x[0] == "time" else x for x in (a, b))  # 7:32 may be one
+    if "time" in kinds:
+        if kinds == {"time"} or (a if a[0] == "time" else b)[2]:
+            return same_time(a, b)
+        a, b = (("ratio", *x[3:]) if x[0] == "time" else x for x in (a, b))  # 7:32
     if "text" in kinds:
         return kinds <= {"text", "s"} and a[1].lower() == b[1].lower()
     if kinds & {"union", "meet", "minus", "rel", "tuple"} or inequalities(a) or inequalities(b):
@@ -198,10 +198,8 @@ def plain(node: Node) -> Node:
         for item in map(plain, node[1:]):
             items += item[1:] if item[0] == "list" else [item]
         assigned = [assignment(i) for i in items]
-        if len(items) > 1 and all(assigned) and len({name for name, _ in assigned}) == 1:
-            items = [value for _, value in assigned]  # x = 1 or x = 2
-        elif len(items) > 1 and all(assigned):
-            items = points(assigned) or items
+        if items and all(assigned):
+            items = without_names(assigned) or items
         if items and items[0][0] == "rel" and items[0][2] == ("!=",):  # x != 1, 2
             items = [i if i[0] == "rel" else ("rel", (items[0][1][0], i), ("!=",)) for i in items]
         node = (node[0], *items)
@@ -212,17 +210,19 @@ def plain(node: Node) -> Node:
     return plain(node[3]) if node[:3] == ("tuple", "[", "]") and len(node) == 4 else node
 
 
-def points(assigned: list[tuple[str, Node]]) -> list[Node]:
-    """`a = 3, b = 4; a = 5, b = 4` as (3,4), (5,4), by the alphabet; empty if the names do not come round."""
+def without_names(assigned: list[tuple[str, Node]]) -> list[Node]:
+    """`x = 1, x = 2` as 1, 2, and `a = 3, b = 4; a = 5, b = 4` as (3,4), (5,4), by the alphabet. Empty if the
+    names do not come round."""
     size = len(dict(assigned))
     rounds = [dict(assigned[i : i + size]) for i in range(0, len(assigned), size)]
-    around = len(rounds) > 1 and all(r.keys() == rounds[0].keys() for r in rounds)
-    return [("tuple", "(", ")", *map(r.get, sorted(r))) for r in rounds] if around else []
+    if len(rounds) < 2 or any(r.keys() != rounds[0].keys() for r in rounds):
+        return []
+    return [r.popitem()[1] if size == 1 else ("tuple", "(", ")", *map(r.get, sorted(r))) for r in rounds]
 
 
 def plain_relation(node: Node) -> Node:
-    """`x in S` is S, `2/3 ~ 0.67` the exact side, `a => b` the last step, `2 + 3 = 5` its result. A chain that
-    is false (`5 = 6 = 7`) or says nothing (`7 = 7`) is no answer. After a label, a false one gives its last
+    """`x in S` is S, `2/3 ~ 0.67` the exact side, `a => b` the last step, `2 + 3 = 5` its result. A chain
+    that is false (`5 = 6 = 7`) or says nothing (`7 = 7`) is no answer. After a label, a false one gives its last
     member: `x = 2+4 = 7 = 8` is one answer, found in a wrong way."""
     nodes, ops = list(node[1]), list(node[2])
     while "=>" in ops:
@@ -258,7 +258,8 @@ def equal_or_rounded(exact: Node, other: Node) -> bool:
 def rounds(exact: Fraction, decimal: Fraction, digits: int = 1) -> bool:
     """Is the second a decimal to which the first rounds or is cut off? One of 15 digits, as a program prints
     it, counts for a fraction, but not for an irrational number."""
-    places = next((k for k in range(61) if 10**k % decimal.denominator == 0), 0)
+    d = decimal.denominator
+    places = 0 if pow(10, 60, d) else next(k for k in range(61) if 10**k % d == 0)
     unit = Fraction(1, 10**places)
     return places > 0 and abs(decimal) >= 10 ** (digits - 1) * unit and abs(decimal - exact) < unit
 
@@ -292,8 +293,7 @@ def same_units(a: Node, b: Node) -> bool:
 
 def same_time(a: Node, b: Node) -> bool:
     if a[0] != b[0]:
-        a, b = (a, b) if a[0] == "time" else (b, a)
-        return b == a[3]  # 9 a.m. and 9
+        return b == a[3] if a[0] == "time" else a == b[3]  # 9 a.m. and 9
     if a[2] and b[2]:
         return a[1:] == b[1:]
     return a[1] == b[1] or ("p" in (a[2], b[2]) and abs(a[1] - b[1]) == 12 * 3600)
@@ -438,8 +438,7 @@ def same_relations(a: Node, b: Node) -> bool:
     """At least one is a relation. `x = 5` and `a + b = 5` stand for 5 too, but `2x = 5` and `x + 5y = 5` do
     not."""
     one, two = assignment(a), assignment(b)
-    named_a, named_b = bindings(a), bindings(b)
-    if named_a or named_b:
+    if bindings(a) or bindings(b):
         return same_collections(a, b)
     if a[0] == b[0]:
         if one and two and (one[0] == two[0] or len(one[0]) > 1 or len(two[0]) > 1):
@@ -460,8 +459,7 @@ def same_relations(a: Node, b: Node) -> bool:
 
 
 def same_chain(a: Node, b: Node) -> bool:
-    """Equations up to a factor, inequalities up to a positive one, longer chains by member, in either
-    direction."""
+    """Equations up to a factor, inequalities up to a positive one, chains by member, in either direction."""
     (nodes_a, ops_a), (nodes_b, ops_b) = a[1:], b[1:]
     if len(nodes_a) != len(nodes_b):
         return False
@@ -552,10 +550,9 @@ NUMERIC = {"n", "s", "f", "unit", "deg", "+", "-", "*", "/", "^", "!", "%"}
 @bounded()
 def why_not(answer: str, gold: str) -> str:
     """One phrase on how a wrong answer differs, for the reader of a run's transcripts."""
-    try:
+    a = b = ("raw", "")
+    with suppress(RecursionError):
         a, b = plain(parse(answer)), plain(parse(gold))
-    except RecursionError:
-        return "too large or not understood"
     if "raw" in (a[0], b[0]):
         return "too large or not understood"
     if a[0] in COLLECTIONS or b[0] in COLLECTIONS:

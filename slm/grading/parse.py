@@ -69,7 +69,8 @@ SIGNS |= {c: rf"\frac{{{top}}}{{{low}}}" for c, top, low in FRACTIONS}
 SIGNS |= dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")
 
 EUROPEAN = re.compile(r"^([^([,]*(?<![\d.]))([1-9]\d?\d?(?:\.\d{3})+|0(?=,\d{3}\D*$)),(?=\d+(?![\d.,]))")
-THOUSANDS = re.compile(r"(?<=\d)(?:,\s?(?:\\!)+\s*|\s?\{,\s?\}\s*|\\[,!;: ]\s*|(?<=\d)(?<!_\d)[ ~])(?=\d{3}(?!\d))")
+THOUSANDS = re.compile(
+    r"(?<=\d)(?:,\s?(?:\\!)+\s*|\s?\{,\s?\}\s*|\\[,!;: ]\s*|(?<=\d)(?<!_\d)[ ~])(?=\d{3}(?!\d))")
 REWRITES = [(re.compile(old), new) for old, new in (
     # the base of a numeral: \text{A5}_{11}, (12)_3, 12 (base 3)
     (r"\\text\s*\{\s*([0-9A-Z]+)\s*\}\s*_|\(([0-9A-Z.]+)\)_(?=[{\d])", r"\1\2_"),
@@ -77,7 +78,7 @@ REWRITES = [(re.compile(old), new) for old, new in (
     (r"\\left\s*\\\{\s*(?=\\begin)", ""),  # the brace before a system of equations
     (r"\^\{?\s*(?:\\(?:text|mathrm|textrm|rm)\s*\{?)?\s*(?:st|nd|rd|th)\}{0,2}(?![a-z])"  # 5th
      r"|(?<=\d)(?:(?:st|nd|rd|th)\b|\s*\\(?:text|mathrm|textrm)\s*\{\s*(?:st|nd|rd|th)\s*\})", ""),
-    (r"\^\s*(?:\\(?:circ|degree)|\{\s*\\(?:circ|degree)\s*\})(?![a-z])", r"\\circ "),
+    (r"\^\s*(\\circ|\\degree|\{\s*\\(?:circ|degree)\s*\})(?![a-z])", r"\\circ "),
     (r"&\s*(?==|<|>|\\[lg]e)", ""),  # the alignment of a relation
     (r"\\frac\s*\{\\(?:text|mathrm)\{([^{}]*)\}\}\s*\{\\(?:text|mathrm)\{([^{}]*)\}(\^\d)?\}",
      r"\\text{\1/\2}\3"),
@@ -209,8 +210,7 @@ AFTER = [("op", ")")], [("op", "}")]  # where a unit may stand
 
 
 def run_of_letters(run: str, after_number: bool) -> list[tuple[str, str]]:
-    r"""Letters outside \text: a function, a constant, a name in capitals, a word, or a product of
-    variables."""
+    r"""Letters outside \text: a function, a constant, a name in capitals, a word, a product of variables."""
     commands = FUNCTIONS | GREEK | {"pi", "infinity", "inf", "oo", "infty", "cup", "pm"}
     if run in commands and not (after_number and run == "min"):
         return [("cmd", ALIAS.get(run, run))]
@@ -234,8 +234,8 @@ def text_word(word: str, wordy: bool, unit: bool) -> tuple[str, str]:
 
 
 def tokenize(text: str, prose: bool = False, merge: bool = True, unit: bool = False) -> list[tuple[str, str]]:
-    r"""Tokens (kind, text) of a cleaned answer; prose is the inside of \text. Directly inside brackets, or
-    with merge off, `1,000` is two numbers."""
+    r"""Tokens (kind, text) of a cleaned answer; prose: the inside of \text. Directly inside brackets, or with
+    merge off, `1,000` is two numbers."""
     out: list[tuple[str, str]] = []
     brackets: list[str] = []
     wordy = bool(re.search("[a-zA-Z]{2}", text))
@@ -407,7 +407,8 @@ class Parser:
             return self.item()
         words = [tok for _, tok in self.tokens[start : self.pos]]
         label = next((i for i, w in enumerate(words) if w in ("is", "are", "equals")), None)
-        if words[0] in ("about", "approximately", "USD", "exactly", "the") and self.tokens[start + 1][0] == "num":
+        leading = words[0] in ("about", "approximately", "USD", "exactly", "the")
+        if leading and self.tokens[start + 1][0] == "num":
             label = label or 0
         if label is not None:
             self.pos = start + label + 1
@@ -415,8 +416,7 @@ class Parser:
         return text_node(" ".join(words))
 
     def measured(self) -> Node:
-        """An expression with its unit: `5 cm^2`, `$5`, `3 eggs per day`, `2 hours 30 minutes`, `5
-        million`."""
+        """An expression with its unit: `5 cm^2`, `$5`, `3 eggs per day`, `2 hours 30 minutes`, `5 dozen`."""
         self.money = None
         kind, tok = self.peek()
         if kind == "word" and tok.lower() in NUMBER_WORDS and not self.depth:
@@ -456,7 +456,7 @@ class Parser:
                 words.append((self.take("-") or "") + self.peek()[1])
                 self.pos += 1
                 self.need("}")
-            if len(words) > 12 or len(t[1]) > 20 or t[1].lower() in OPERATOR_WORDS or words == ["squared"]:
+            if len(words) > 8 or len(t[1]) > 20 or t[1].lower() in OPERATOR_WORDS or words == ["squared"]:
                 raise Unreadable("prose")
         return words
 
@@ -482,8 +482,7 @@ class Parser:
         return {"+": node, "-": ("-", node), "pm": ("±", node), "mp": ("-", ("±", node))}[sign]
 
     def term(self) -> Node:
-        r"""Factors, multiplied or divided, with or without a sign; `2\frac{1}{3}` and `2 1/3` are mixed
-        numbers."""
+        r"""Factors, multiplied or divided, with or without a sign. Mixed numbers: `2\frac{1}{3}`, `2 1/3`."""
         node = self.factor()
         while True:
             after_number = self.tokens[self.pos - 1][0] == "num"
@@ -653,10 +652,7 @@ class Parser:
 
     def series(self, name: str) -> Node:
         r"""`\sum_{k=1}^{n} a_k`: ("f", "sum", k, 1, n, a_k), a_k as a function of k. Finite sums only."""
-        self.need("_")
-        start = self.argument(whole=True)
-        self.need("^")
-        stop = self.argument(whole=True)
+        start, stop = (self.need(mark) and self.argument(whole=True) for mark in "_^")
         if start[0] != "rel" or start[2] != ("=",) or start[1][0][0] != "s" or stop == ("inf",):
             raise Unreadable("not a finite sum")
         self.bound.append(start[1][0])
@@ -773,8 +769,7 @@ OPERATOR = re.compile(r"\\(?:sum|prod|i+nt|lim|partial|det|text|operatorname)(?!
 
 
 def parse(text: str, merge: bool = True) -> Node:
-    """The tree of a written answer; ("raw", text) if it cannot be read. merge: `1,000` may be one
-    number."""
+    """The tree of a written answer; ("raw", text) if nobody can read it. merge: `1,000` may be a number."""
     cleaned = clean(text[: MAX_CHARS + 1])
     if max(len(text), len(cleaned)) > MAX_CHARS:
         return ("raw", text)
