@@ -132,7 +132,7 @@ def after_marker(text: str) -> str | None:
 
 def last_number(text: str) -> str | None:
     last = max(text.rfind(d, -1000) for d in "0123456789")
-    found = NUMBER.findall(text[max(0, last - 1000) : last + 22]) if last >= 0 else None
+    found = NUMBER.findall(text, max(0, last - 1000), last + 22) if last >= 0 else None
     return found[-1].rstrip(",") if found else None
 
 
@@ -222,8 +222,8 @@ def without_names(assigned: list[tuple[str, Node]]) -> list[Node]:
 
 def plain_relation(node: Node) -> Node:
     """`x in S` is S, `2/3 ~ 0.67` the exact side, `a => b` the last step, `2 + 3 = 5` its result. A chain
-    that is false (`5 = 6 = 7`) or says nothing (`7 = 7`) is no answer. After a label, a false one gives its last
-    member: `x = 2+4 = 7 = 8` is one answer, found in a wrong way."""
+    that is false (`5 = 6 = 7`) or says nothing (`7 = 7`) is no answer. After a label, a false one gives its
+    last member: `x = 2+4 = 7 = 8` is one answer, found in a wrong way."""
     nodes, ops = list(node[1]), list(node[2])
     while "=>" in ops:
         at = ops.index("=>") + 1

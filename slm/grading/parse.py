@@ -732,7 +732,7 @@ def rational(node: Node) -> Fraction | None:
 def product(a: Node, b: Node) -> Node:
     """a times b; a scalar goes into a vector or matrix. Two matrices are multiplied if they are rational."""
     if a[0] == b[0] == "matrix" and len(a[1]) == len(b) - 1:
-        rows, columns = ([list(map(rational, v)) for v in vectors] for vectors in (a[1:], zip(*b[1:])))
+        rows, columns = [list(map(rational, r)) for r in a[1:]], [list(map(rational, c)) for c in zip(*b[1:])]
         if any(None in v for v in rows + columns):
             return ("*", a, b)
         entries = (("n", sum(map(operator.mul, r, c))) for r, c in itertools.product(rows, columns))

@@ -162,6 +162,8 @@ class Evaluator:
         for k in range(natural(self(low), MAX_STEPS), natural(self(high), MAX_STEPS) + 1):
             self.point = outside | {letter[1]: Fraction(k)}
             result = self.arithmetic(kind, result, self(term))
+            if isinstance(result, Fraction) and bits_of(result) > MAX_BITS:
+                raise Unreadable("too large")
         self.point = outside
         return result
 
