@@ -1,6 +1,6 @@
 r"""The grader beside math-verify: right answers, false positives, hangs, crashes and time per case.
 
-    python bench/grader.py                         # the table of tests/grader_cases.jsonl, then the data sets
+    python bench/grader.py                         # the tables of tests/, then the data sets
     python bench/grader.py --limit 300             # the same on fewer golds
     python bench/grader.py --audit runs/x/answers.jsonl     # answers that graders judge differently, to read
     python bench/grader.py --math-verify ../Math-Verify     # the peer's public tests too, which are not here
@@ -11,8 +11,8 @@ math-verify runs with its default time limits and sees --peer-limit golds, since
 times of this process, so that a busy machine does not change them. A shuffled gold that is the response's own
 by chance is left out.
 
---math-verify takes a checkout or a source archive's folder of Math-Verify (Apache 2.0; `pip download
---no-binary :all: --no-deps math-verify` fetches one). The cases are read from its tests as literals; nothing
+--math-verify takes a checkout or an unpacked source archive of Math-Verify (`pip download --no-binary :all:
+--no-deps math-verify` fetches one). The cases are read from its tests as literals; nothing
 there is run. Both graders get the gold as it stands. Some of its verdicts are debatable; LOG.md names those
 that this grader does not share.
 """
@@ -67,8 +67,8 @@ def peer_as_tested(response: str, gold: str) -> bool:
 
 # ---- cases: (response, gold, right) ------------------------------------------------------------------------
 
-def table() -> list[tuple[str, str, bool]]:
-    rows = map(json.loads, (ROOT / "tests" / "grader_cases.jsonl").read_text().splitlines())
+def table(name: str) -> list[tuple[str, str, bool]]:
+    rows = map(json.loads, (ROOT / "tests" / f"{name}.jsonl").read_text().splitlines())
     return [(r["response"] if "response" in r else rf"\boxed{{{r['answer']}}}", r["gold"], r["right"])
             for r in rows]
 
@@ -88,23 +88,27 @@ def load(limit: int | None) -> dict[str, list[dict]]:
 
 
 def public_tests(folder: Path) -> list[tuple[str, str, bool]]:
-    """The rows (gold, pred, expected, ...) of every `parametrize` in the folder's tests that are literals."""
+    """The rows (gold, pred, expected, ...) of every `parametrize` in the folder's tests, without those that
+    are no literals or that test an option which is off by default."""
+    usual = {"strict": True, "precision": 6, "allow_set_relation_comp": False}
     found = []
     for path in sorted((folder / "tests").glob("test_*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not (isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "parametrize"):
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        for call in calls:
+            if getattr(call.func, "attr", "") != "parametrize":
                 continue
-            names = [name.strip() for name in ast.literal_eval(node.args[0]).split(",")]
-            if not {"gold", "pred"} <= set(names):
-                continue
-            for row in node.args[1].elts:
+            names = [name.strip() for name in ast.literal_eval(call.args[0]).split(",")]
+            for row in call.args[1].elts if {"gold", "pred"} <= set(names) else []:
                 try:
-                    case = dict(zip(names, ast.literal_eval(row)))
+                    case = usual | dict(zip(names, ast.literal_eval(row)))
                 except ValueError:
                     print(f"{path.name}:{row.lineno}: not a literal, left out")
                     continue
-                right = case.get("expected", case.get("result"))
-                found.append((case["pred"], case["gold"], bool(right)))
+                if any(case[option] != value for option, value in usual.items()):
+                    print(f"{path.name}:{row.lineno}: an option of theirs, left out")
+                    continue
+                right = bool(case["expected"] if "expected" in case else case["result"])
+                found.append((case["pred"], case["gold"], right))
     return found
 
 
@@ -200,12 +204,13 @@ def main() -> None:
         results["Math-Verify's tests"] = {"slm": measure("Math-Verify's tests, slm", ours, public, show=99)}
         if verify:
             measure("Math-Verify's tests, math-verify", peer_as_tested, public)
-    for name, cases in {"table": table(), "golds in five forms": same, "golds against others": cross,
+    for name, cases in {"table": table("grader_cases"), "wild table": table("grader_wild"),
+                        "golds in five forms": same, "golds against others": cross,
                         "solutions as responses": solutions, "solutions shuffled": shuffled}.items():
         if not cases:
             print(f"{name}: no data folder here (SLM_DATA)")
             continue
-        some = cases if name == "table" else cases[: args.peer_limit]
+        some = cases if "table" in name else cases[: args.peer_limit]
         results[name] = {"slm": measure(f"{name}, slm", ours, cases, show=25)}
         if verify:
             results[name]["math-verify"] = measure(f"{name}, math-verify", peer, some)

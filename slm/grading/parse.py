@@ -79,6 +79,7 @@ REWRITES = [(re.compile(old), new) for old, new in (
     (r"\^\{?\s*(?:\\(?:text|mathrm|textrm|rm)\s*\{?)?\s*(?:st|nd|rd|th)\}{0,2}(?![a-z])"  # 5th
      r"|(?<=\d)(?:(?:st|nd|rd|th)\b|\s*\\(?:text|mathrm|textrm)\s*\{\s*(?:st|nd|rd|th)\s*\})", ""),
     (r"\^\s*(\\circ|\\degree|\{\s*\\(?:circ|degree)\s*\})(?![a-z])", r"\\circ "),
+    (r"\\not\s*=", r"\\ne "),
     (r"&\s*(?==|<|>|\\[lg]e)", ""),  # the alignment of a relation
     (r"\\frac\s*\{\\(?:text|mathrm)\{([^{}]*)\}\}\s*\{\\(?:text|mathrm)\{([^{}]*)\}(\^\d)?\}",
      r"\\text{\1/\2}\3"),
