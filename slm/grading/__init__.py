@@ -14,11 +14,11 @@ The way of an answer through the files of this room:
     replies.py  what else workflows read in a reply: its code, what that printed, a checker's word
 
 Wrong and right weigh alike here: a wrong answer that counts as right trains the model to give it. So nothing
-is compared with a tolerance, and what cannot be read equals only itself.
+has a tolerance (but a fraction equals its first 15 digits), and what cannot be read equals only itself.
 
 All of it is pure functions, safe in threads. No text of a model is executed. Any input gets its answer within
 milliseconds, since every size is bounded before anything is computed: characters, tokens, nesting, digits,
-bits, steps. tests/grader_cases.jsonl has a reason for every rule; bench/grader.py measures.
+bits, steps. tests/grader_cases.jsonl and grader_wild.jsonl give every rule's reason; bench/grader.py measures.
 """
 
 import hashlib

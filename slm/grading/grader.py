@@ -71,7 +71,7 @@ DISPLAY = re.compile(r"[*\s]*(?:\$\$(.+?)\$\$|\\\[(.+?)\\\])", re.S)
 FIRST_FORMULA = re.compile(r"\$[^$]+\$(?!\s*(?:,|or|and\b(?! not)))(?=[^$]*$)")
 NUMBER = re.compile(r"(?:(?<![\w.)}\]])-)?(?<![\w.])\$?(?:\d{1,3}(?:\.\d{3})+,\d+|\d[\d,]*(?:\.\d+)?|\.\d+)"
                     r"(?:/\d+)?%?(?![a-zA-Z]*\d|[a-zA-Z]{20})")
-ENDING = re.compile(r"\d\W*(?:[a-zA-Z]{1,20}\W*){0,3}$")  # a number with its unit
+SENTENCE = re.compile(r"[A-Za-z]+ [A-Za-z]{2}\D*?(" + NUMBER.pattern + r")\W*(?:[a-zA-Z]{1,20}\W*){0,3}")
 COMMA = re.compile(r"(?!.*\b[1-9]\d{0,2},\d{3}\b)([^([{,]*\d),(\d[^,]*)")  # 3,75 cm; 1,234 is a thousand
 PLAIN_NUMBER = re.compile(r"[-+$\s\\]*\d[\d,]*(?:\.\d*)?(?:/\d+)?\s*\\?%?")
 FORMULA = r"\s*(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\])[a-z\s]{0,30}[.\s]*\Z"
@@ -91,9 +91,9 @@ def extract(response: str, strict: bool = False, plain_gold: bool = True) -> str
     if answer is not None or strict:
         return answer
     said = after_marker(response)
-    if said and plain_gold and re.match("[A-Za-z]+ [A-Za-z]{2}", said) and not DOUBT.search(said):
-        numbers = NUMBER.findall(said)  # "... is that she sold 12 tickets"
-        said = numbers[0] if len(numbers) == 1 and ENDING.search(said) else said
+    sentence = SENTENCE.fullmatch(said) if said and plain_gold else None
+    if sentence and not DOUBT.search(said):
+        return sentence[1]  # "... is that she sold 12 tickets"
     return said or bare(response) or (last_number(response) if plain_gold else None)
 
 
@@ -172,8 +172,7 @@ def same(a: Node, b: Node) -> bool:
     if "text" in kinds:
         return kinds <= {"text", "s"} and a[1].lower() == b[1].lower()
     if kinds & {"union", "meet", "minus", "rel", "tuple"} or inequalities(a) or inequalities(b):
-        alike = same_regions(a, b)
-        if alike is not None:
+        if (alike := same_regions(a, b)) is not None:
             return alike
     if "rel" in kinds:
         return same_relations(a, b)
@@ -212,8 +211,7 @@ def plain(node: Node) -> Node:
 
 
 def without_names(assigned: list[tuple[str, Node]]) -> list[Node]:
-    """`x = 1, x = 2` as 1, 2, and `a = 3, b = 4; a = 5, b = 4` as (3,4), (5,4), by the alphabet. Empty if the
-    names do not come round."""
+    """`x = 1, x = 2` as 1, 2, and `b = 4, a = 3; a = 5, b = 4` as (3,4), (5,4). Empty if no name recurs."""
     size = len(dict(assigned))
     rounds = [dict(assigned[i : i + size]) for i in range(0, len(assigned), size)]
     if len(rounds) < 2 or any(r.keys() != rounds[0].keys() for r in rounds):
@@ -334,8 +332,7 @@ def same_regions(a: Node, b: Node) -> bool | None:
 
 
 def region(node: Node, ends: list[Node], subjects: set[Node]) -> Node:
-    """The node as intervals, unions, comparisons and lists of these; it adds to `ends` and `subjects` what is
-    compared."""
+    """The node as intervals, unions, comparisons and lists; `ends` and `subjects` get what these compare."""
     node = node if node[0] in ("union", "meet", "minus") else plain(node)
     kind = node[0]
     if kind in ("union", "meet", "minus"):

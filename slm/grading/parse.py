@@ -69,8 +69,7 @@ SIGNS |= {c: rf"\frac{{{top}}}{{{low}}}" for c, top, low in FRACTIONS}
 SIGNS |= dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")
 
 EUROPEAN = re.compile(r"^([^([,]*(?<![\d.]))([1-9]\d?\d?(?:\.\d{3})+|0(?=,\d{3}\D*$)),(?=\d+(?![\d.,]))")
-THOUSANDS = re.compile(
-    r"(?<=\d)(?:,\s?(?:\\!)+\s*|\s?\{,\s?\}\s*|\\[,!;: ]\s*|(?<=\d)(?<!_\d)[ ~])(?=\d{3}(?!\d))")
+THOUSANDS = re.compile(r"(?<=\d)(?:,\s?(?:\\!)+\s*|\s?\{,\s?\}\s*|\\[,!;: ]\s*|(?<!_\d)[ ~])(?=\d{3}(?!\d))")
 REWRITES = [(re.compile(old), new) for old, new in (
     # the base of a numeral: \text{A5}_{11}, (12)_3, 12 (base 3)
     (r"\\text\s*\{\s*([0-9A-Z]+)\s*\}\s*_|\(([0-9A-Z.]+)\)_(?=[{\d])", r"\1\2_"),
@@ -94,9 +93,8 @@ REWRITES = [(re.compile(old), new) for old, new in (
     (r"\\mathbb\s*\{?R\}?\s*(?:[_^]\{?\+\}?|_\{\s*>\s*0\s*\})", r"(0,\\infty)"),
     (r"^\s*(?:(?i:option|choice|answer)\s+(?=\(?[A-H]\b)|[=:])|`", ""),
     (r"(?<=\d)\{,\}(?=\d)", "."),  # a decimal comma, thousands being joined by now
-    (r"\\(?:left|right|middle|[bB]igg?[lr]?|displaystyle|textstyle|limits|hfill|centering|bf|it|therefore|small"
-     r"|checkmark|blacksquare|bigstar"
-     r"|[lL]arge|LARGE)(?![a-zA-Z])\.?|(?<!\\)\\[!,;:> ]|~|\\\$(?=\s*$)"
+    (r"\\(?:left|right|middle|[bB]igg?[lr]?|displaystyle|textstyle|limits|hfill|centering|bf|it|small|[lL]arge"
+     r"|LARGE|therefore|checkmark|blacksquare|bigstar)(?![a-zA-Z])\.?|(?<!\\)\\[!,;:> ]|~|\\\$(?=\s*$)"
      r"|\\(?:q?quad|(?:hspace\*?|phantom|(?:text)?color(?:box)?)\{[^{}]*\})", " "),
     (r"\\\(|\\\)|\\\[|\\\]|^\s*(?:\*\*|\x22)|(?:\*\*|\x22)\s*$", " "))]
 
@@ -193,9 +191,8 @@ WRAPPERS = set("""mathbf boldsymbol vec hat widehat overrightarrow mathit mathca
     bar boxed fbox framebox underline tilde mathbb measuredangle ensuremath""".split())
 ALIAS = table(r"""cdot * times * ast * div / le <= leq <= leqslant <= ge >= geq >= geqslant >= lt < gt > ne !=
     neq != { \{ } \} lbrace \{ rbrace \} vert | lvert | rvert | mid | colon : lbrack [ rbrack ] lparen (
-    rparen ) \ ; newline ; and , land , lor , wedge , vee , or , approx ~ thickapprox ~ simeq ~ doteq ~
-    dfrac frac tfrac frac cfrac frac varnothing emptyset dots ldots cdots ldots degree circ implies
-    => Rightarrow =>
+    rparen ) \ ; newline ; and , land , lor , wedge , vee , or , approx ~ thickapprox ~ simeq ~ doteq ~ dfrac
+    frac tfrac frac cfrac frac varnothing emptyset dots ldots cdots ldots degree circ implies => Rightarrow =>
     to => rightarrow => Longrightarrow => iff => infinity infty inf infty infin infty oo infty textdollar $
     backslash setminus smallsetminus setminus prime ' dbinom binom tbinom binom equiv = == = ** ^ -> =>""")
 SHORT_WORDS = set("no on up to is in am pm of by at as it so an if we".split())
