@@ -18,7 +18,7 @@ has a tolerance (but a fraction equals its first 15 digits), and what cannot be 
 
 All of it is pure functions, safe in threads. No text of a model is executed. Any input gets its answer within
 milliseconds, since every size is bounded before anything is computed: characters, tokens, nesting, digits,
-bits, steps. tests/grader_cases.jsonl and grader_wild.jsonl give every rule's reason; bench/grader.py measures.
+bits, steps. tests/grader_cases.jsonl and grader_wild.jsonl have a reason for every rule; see bench/grader.py.
 """
 
 import hashlib

@@ -356,7 +356,7 @@ class Parser:
 
     def answer(self) -> Node:
         node = self.items(())
-        if self.peek()[0] != "end":
+        if self.peek()[0] != "end" or node == ("list",):
             raise Unreadable(f"unexpected {self.peek()[1]}")
         return node
 
