@@ -1,17 +1,24 @@
 r"""The grader beside math-verify: right answers, false positives, hangs, crashes and time per case.
 
-    python bench/grader.py                         # the table of tests/grader_cases.jsonl, then the data sets
+    python bench/grader.py                         # the tables of tests/, then the data sets
     python bench/grader.py --limit 300             # the same on fewer golds
     python bench/grader.py --audit runs/x/answers.jsonl     # answers that graders judge differently, to read
+    python bench/grader.py --math-verify ../Math-Verify     # the peer's public tests too, which are not here
 
 Both graders get the same strings in the same process, one case after the other: the response, or the answer
 in \boxed{}, and the gold, which math-verify gets in \boxed{} too. Time is of parsing and comparing together.
 math-verify runs with its default time limits and sees --peer-limit golds, since it is slow. Times are CPU
 times of this process, so that a busy machine does not change them. A shuffled gold that is the response's own
 by chance is left out.
+
+--math-verify takes a checkout or an unpacked source archive of Math-Verify (`pip download --no-binary :all:
+--no-deps math-verify` fetches one). The cases are read from its tests as literals; nothing
+there is run. Both graders get the gold as it stands. Some of its verdicts are debatable; LOG.md names those
+that this grader does not share.
 """
 
 import argparse
+import ast
 import json
 import logging
 import os
@@ -41,6 +48,7 @@ def arguments() -> argparse.Namespace:
     p = cli.parser(__doc__)
     p.add_argument("--limit", type=cli.positive, help="golds of each data set; default: all")
     p.add_argument("--peer-limit", type=cli.positive, default=300, help="golds that math-verify sees")
+    p.add_argument("--math-verify", metavar="DIR", help="a copy of Math-Verify: its public tests as cases")
     p.add_argument("--audit", metavar="FILE", help="print the disagreements on an answers.jsonl and stop")
     return p.parse_args()
 
@@ -53,10 +61,14 @@ def peer(response: str, gold: str) -> bool:
     return verify(parse(rf"\boxed{{{gold}}}"), parse(response))
 
 
+def peer_as_tested(response: str, gold: str) -> bool:
+    return verify(parse(gold), parse(response))
+
+
 # ---- cases: (response, gold, right) ------------------------------------------------------------------------
 
-def table() -> list[tuple[str, str, bool]]:
-    rows = map(json.loads, (ROOT / "tests" / "grader_cases.jsonl").read_text().splitlines())
+def table(name: str) -> list[tuple[str, str, bool]]:
+    rows = map(json.loads, (ROOT / "tests" / f"{name}.jsonl").read_text().splitlines())
     return [(r["response"] if "response" in r else rf"\boxed{{{r['answer']}}}", r["gold"], r["right"])
             for r in rows]
 
@@ -72,6 +84,31 @@ def load(limit: int | None) -> dict[str, list[dict]]:
             found[name] = [{"gold": str(r["answer"]).rsplit("####", 1)[-1].strip(),
                             "solution": r["answer"] if "gsm8k" in name else r.get("solution", "")}
                            for r in rows if r["answer"] != ""]
+    return found
+
+
+def public_tests(folder: Path) -> list[tuple[str, str, bool]]:
+    """The rows (gold, pred, expected, ...) of every `parametrize` in the folder's tests, without those that
+    are no literals or that test an option which is off by default."""
+    usual = {"strict": True, "precision": 6, "allow_set_relation_comp": False}
+    found = []
+    for path in sorted((folder / "tests").glob("test_*.py")):
+        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+        for call in calls:
+            if getattr(call.func, "attr", "") != "parametrize":
+                continue
+            names = [name.strip() for name in ast.literal_eval(call.args[0]).split(",")]
+            for row in call.args[1].elts if {"gold", "pred"} <= set(names) else []:
+                try:
+                    case = usual | dict(zip(names, ast.literal_eval(row)))
+                except ValueError:
+                    print(f"{path.name}:{row.lineno}: not a literal, left out")
+                    continue
+                if any(case[option] != value for option, value in usual.items()):
+                    print(f"{path.name}:{row.lineno}: an option of theirs, left out")
+                    continue
+                right = bool(case["expected"] if "expected" in case else case["result"])
+                found.append((case["pred"], case["gold"], right))
     return found
 
 
@@ -150,6 +187,7 @@ def audit(path: Path) -> None:
 def main() -> None:
     args = arguments()
     logging.disable(logging.CRITICAL)  # math-verify's
+    public = public_tests(Path(args.math_verify)) if args.math_verify else []
     if args.audit:
         return audit(Path(args.audit))
     print(("{:40}{:>7}{:>9}" + 3 * "{:>6}" + "{:>7}" + 3 * "{:>9}" + "{:>11}   (times in ms)").format(
@@ -162,12 +200,17 @@ def main() -> None:
     shuffled = [(s, g, False) for (s, own, _), g in zip(solutions, rng.sample(golds, len(golds)))
                 if own.replace(" ", "") != g.replace(" ", "")]
     rng.shuffle(solutions)
-    for name, cases in {"table": table(), "golds in five forms": same, "golds against others": cross,
+    if public:
+        results["Math-Verify's tests"] = {"slm": measure("Math-Verify's tests, slm", ours, public, show=99)}
+        if verify:
+            measure("Math-Verify's tests, math-verify", peer_as_tested, public)
+    for name, cases in {"table": table("grader_cases"), "wild table": table("grader_wild"),
+                        "golds in five forms": same, "golds against others": cross,
                         "solutions as responses": solutions, "solutions shuffled": shuffled}.items():
         if not cases:
             print(f"{name}: no data folder here (SLM_DATA)")
             continue
-        some = cases if name == "table" else cases[: args.peer_limit]
+        some = cases if "table" in name else cases[: args.peer_limit]
         results[name] = {"slm": measure(f"{name}, slm", ours, cases, show=25)}
         if verify:
             results[name]["math-verify"] = measure(f"{name}, math-verify", peer, some)

@@ -20,7 +20,9 @@ from slm.grading import answered, boxes, equal, extract, grade
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("SLM_DATA", ROOT.parent / "shared" / "data"))
-CASES = [json.loads(line) for line in (ROOT / "tests" / "grader_cases.jsonl").read_text().splitlines()]
+CASES = [json.loads(line) for name in ("grader_cases", "grader_wild")  # wild: what others met
+         for line in (ROOT / "tests" / f"{name}.jsonl").read_text().splitlines()]
+M = 1_000_000
 needs_data = pytest.mark.skipif(not (DATA / "math500").is_dir(), reason="no data folder (SLM_DATA)")
 
 
@@ -93,6 +95,96 @@ def test_boxes_side_by_side_are_a_list_and_apart_are_not():
     assert grade(r"\boxed{2}. Now for the whole question, add one and get \boxed{3}", "3").correct
 
 
+def test_words_between_boxes_make_a_list_only_if_they_join():
+    assert extract(r"\boxed{4} girls and \boxed{7} boys") == "4, 7"
+    assert extract(r"$$\boxed{2} \quad \text{and} \quad \boxed{6}$$") == "2, 6"
+    assert extract(r"\boxed{3} \text{ for part (a) and } \boxed{1}") == "3, 1"
+    assert extract(r"$y_1=\boxed{a}$ and $y_2=\boxed{b}$") == "a, b"
+    for between in ("but really", "which we double to", "hence,", ". We add one and then get", "and " * 30):
+        assert extract(rf"\boxed{{4}} {between} \boxed{{7}}") == "7", between
+
+
+def test_what_follows_the_end_of_the_turn_is_not_the_response():
+    for mark in ("<|im_end|>", "<|eot_id|>", "</s>", "<|endoftext|>"):
+        assert extract(rf"\boxed{{5}}{mark}\n\boxed{{6}}", strict=True) == "5"
+        assert extract(rf"{mark}\boxed{{5}}", strict=True) == "5"
+
+
+def test_a_sentence_gives_its_number_only_without_a_doubt():
+    assert grade("The answer is that Jane started 3 hours ago.", "3").correct
+    for said in ("Jane has at least 3 hours", "it is not 3 hours", "Jane has 3 of 5 hours", "3 or so hours",
+                 "it took less than 3", "Jane rode for 3 " + "hours and more " * 3):
+        assert not grade(f"The answer is that {said}.", "3").correct, said
+
+
+def test_a_number_before_a_megabyte_of_letters_is_no_answer():
+    for letters in ("a" * M, "word " * (M // 5), " " + "a" * M):
+        for start in ("5", r"\boxed{5", "The answer is 5"):
+            assert not grade(start + letters, "5").correct
+
+
+# ---- choices that could be made otherwise ------------------------------------------------------------------
+
+def test_a_false_chain_counts_by_its_last_member_only_after_a_label():
+    assert equal("x = 5+5+1 = 7 = 11", "11") and not equal("x = 5+5+1 = 7 = 11", "7")
+    assert equal(r"x = 5+5+1 = \frac13 \approx 11", "1/3")
+    assert not equal("5+5+1 = 7", "7") and not equal("5+5+1 = 7", "11")
+    assert not equal("x = y = 3", "y = 3, x = 3") and equal("x = y = 3", "x = y = 3")
+
+
+def test_an_identity_or_an_equation_is_no_number():
+    for said in ("1=1", "3==3", "3 = 3", "5=6", "x + 5y = 5", "2x = 5", "x=x"):
+        assert not any(equal(said, number) for number in "1356"), said
+
+
+def test_a_decimal_comma_is_read_for_a_gold_without_comma():
+    for answer, gold in (("3,75", "3.75"), ("0,5", "1/2"), (r"3,75\text{ cm}", "3.75"), ("x=1,5", "1.5")):
+        assert grade(rf"\boxed{{{answer}}}", gold).correct
+        assert not grade(rf"\boxed{{{gold}}}", answer).correct  # the gold may be a list
+    for answer, gold in (("1,234", "1.234"), ("(3,5)", "3.5"), (r"\{3,5\}", "3.5"), ("3,5,7", "3.57")):
+        assert not grade(rf"\boxed{{{answer}}}", gold).correct
+    assert equal("12.345,60", "12345.6") and equal("0,125", "1/8")
+
+
+def test_fifteen_digits_stand_for_a_fraction_but_not_for_a_root():
+    assert equal("0.0833333333333333", r"\frac{1}{12}") and equal("-0.666666666666667", "-2/3")
+    assert not equal("0.08333333333333", r"\frac{1}{12}")  # 13 digits
+    assert not equal("0.0833333333333343", r"\frac{1}{12}")
+    assert not equal("1.41421356237310", r"\sqrt{2}") and not equal("0.999999999999999999", "1")
+
+
+def test_integers_of_thousands_of_digits_are_compared_as_written():
+    number = "7" * 5000
+    grouped = f"{int('7' * 4000):,}"
+    assert grade(rf"\boxed{{{number}}}", number).correct
+    assert not grade(rf"\boxed{{{number}}}", number[:-1] + "8").correct
+    assert equal(grouped, "7" * 4000) and not equal(grouped, "7" * 4001)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 6), st.integers(0, 6), st.integers(-3, 3))
+def test_finite_sums_are_equal_to_what_they_add_up_to(low, more, c):
+    terms = range(low, low + more + 1)
+    assert equal(rf"\sum_{{k={low}}}^{{{low + more}}} (k^2+{c})", str(sum(k * k + c for k in terms)))
+    assert not equal(rf"\sum_{{k={low}}}^{{{low + more}}} (k^2+{c})", str(sum(k * k + c for k in terms) + 1))
+
+
+ENTRIES = st.lists(st.fractions(-9, 9, max_denominator=9), min_size=4, max_size=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(ENTRIES, ENTRIES)
+def test_matrices_are_added_and_multiplied_entry_by_entry(p, q):
+    def written(m):
+        a, b, c, d = m
+        return rf"\begin{{pmatrix}}{a}&{b}\\{c}&{d}\end{{pmatrix}}"
+    (a, b, c, d), (e, f, g, h) = p, q
+    times = (a * e + b * g, a * f + b * h, c * e + d * g, c * f + d * h)
+    assert equal(written(p) + written(q), written(times))
+    assert equal(written(p) + "+" + written(q), written(map(sum, zip(p, q))))
+    assert not equal(written(p) + written(q), written((times[0] + 1, *times[1:])))
+
+
 # ---- boxes: one reader for grader, sampler and endpoint ----------------------------------------------------
 
 BOX_CASES = [  # text, contents of its boxes, where a reply ends
@@ -111,8 +203,8 @@ BOX_CASES = [  # text, contents of its boxes, where a reply ends
     ("<think> is it \\boxed{1}?\n", ["1"], None),
     ("\\boxed 5, \\boxed x\n", ["5,"], None),
     ("\\boxed{a\\\\} b\n", [r"a\\"], r"\boxed{a\\} b"),
-    (r"\boxed{" + 1998 * "x" + "}\n", [1998 * "x"], r"\boxed{" + 1998 * "x" + "}"),
-    (r"\boxed{" + 1999 * "x" + "}\n", [], None)]
+    (r"\boxed{" + 7998 * "x" + "}\n", [7998 * "x"], r"\boxed{" + 7998 * "x" + "}"),
+    (r"\boxed{" + 7999 * "x" + "}\n", [], None)]
 
 
 @pytest.mark.parametrize("text, contents, reply", BOX_CASES)
@@ -186,11 +278,12 @@ def test_gsm8k_solutions_as_responses_are_all_right(name):
 
 
 # These solutions box each of several answers; the data set keeps the last box as its gold: half an answer.
-SEVERAL_BOXES = """train/algebra/152 train/algebra/1771 train/intermediate_algebra/396
-train/intermediate_algebra/1486 train/intermediate_algebra/1964 train/number_theory/796 train/precalculus/860
-train/precalculus/1040 train/precalculus/1089 train/precalculus/1149 test/algebra/1878
-test/intermediate_algebra/25 test/intermediate_algebra/225 test/intermediate_algebra/702
-test/intermediate_algebra/1855 test/precalculus/679 test/precalculus/1227""".split()
+SEVERAL_BOXES = """train/intermediate_algebra/1113 train/algebra/152 train/algebra/1771
+train/intermediate_algebra/396 train/intermediate_algebra/1486 train/intermediate_algebra/1964
+train/number_theory/796 train/precalculus/860 train/precalculus/1040 train/precalculus/1089
+train/precalculus/1149 test/algebra/1878 test/intermediate_algebra/25
+test/intermediate_algebra/225 test/intermediate_algebra/702 test/intermediate_algebra/1855
+test/precalculus/679 test/precalculus/1227""".split()
 
 
 @needs_data
@@ -213,9 +306,30 @@ def test_every_gold_equals_itself_and_hardly_another():
     assert all(equal(b, a) for a, b in met)
 
 
+def test_the_bench_reads_public_tests_without_running_them(tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_x.py").write_text("""
+import math, pytest
+open("mark", "w")
+@pytest.mark.parametrize("gold,pred,expected",
+                         [("$5$", "it is 5", 1), (f"{math.sqrt(2)}", "1", 0), ("6", "5", 0)])
+def test_some(gold, pred, expected): assert open("mark", "w")
+@pytest.mark.parametrize("gold, pred, strict, expected",
+                         [("f(x)", "f(y)", False, 1), ("f(x)", "f(y)", True, 0)])
+def test_options(gold, pred, strict, expected): pass
+@pytest.mark.parametrize("pred,config", [("A", None)])
+def test_other(pred, config): pass
+""")
+    code = "import sys; sys.path.insert(0, 'bench'); import grader; from pathlib import Path; " \
+           "print(grader.public_tests(Path(sys.argv[1])))"
+    out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True, text=True,
+                         capture_output=True).stdout.splitlines()
+    assert out[-1] == "[('it is 5', '$5$', True), ('5', '6', False), ('f(y)', 'f(x)', False)]"
+    assert len(out) == 3 and not (ROOT / "mark").exists()  # two rows left out, each by name
+
+
 # ---- safe and bounded --------------------------------------------------------------------------------------
 
-M = 1_000_000
 HOSTILE = {
     "open braces": r"\boxed{" + "{" * M, "boxes": r"\boxed{" * (M // 7), "braces": "{" * M,
     "digits": "9" * M, "boxed digits": r"\boxed{" + "9" * M + "}", "tower": r"\boxed{9^{9^{9^9}}}",
@@ -241,6 +355,11 @@ HOSTILE = {
     "repeating": r"\boxed{0.\overline{" + "7" * 1400 + "}}", "base": r"\boxed{" + "9" * 1400 + "_{36}}",
     "floor": r"\boxed{\lfloor e^{10^8} \rfloor}", "e tower": r"\boxed{e^{e^{e^{20}}}}",
     "log": r"\boxed{\ln 0}",
+    "long sum": r"\boxed{\sum_{k=1}^{9000} \sum_{j=1}^{9000} kj}",
+    "long product": r"\boxed{\prod_{k=1}^{5000} k^{99}}", "turns": "<|im_end|>" * 100_000,
+    "deep sum": r"\boxed{" + r"\sum_{k=1}^{n}" * 20 + "k}", "dots": r"\boxed{1" + ".234" * 499 + ",5}",
+    "matrices": r"\boxed{" + r"\begin{pmatrix}1&2\\3&4\end{pmatrix}" * 25 + "}",
+    "named": r"\boxed{" + "a=1,b=2;" * 240 + "}", "is": "is " * 300_000 + "$x$", "colons": ":" * M + "$x$.",
     "angle": r"\boxed{\sin(10^{5000}\sqrt2)}", "complex power": r"\boxed{(1+i\sqrt2)^{399^{2}}}",
     "tan": r"\boxed{\tan 90^\circ}", "of nothing": r"\boxed{\max\{\}+\gcd()}", "f of nothing": r"\boxed{f()}",
 }

@@ -14,11 +14,11 @@ The way of an answer through the files of this room:
     replies.py  what else is read in a reply: its code, what that printed, a checker's word, its steps
 
 Wrong and right weigh alike here: a wrong answer that counts as right trains the model to give it. So nothing
-is compared with a tolerance, and what cannot be read equals only itself.
+has a tolerance (but a fraction equals its first 15 digits), and what cannot be read equals only itself.
 
 All of it is pure functions, safe in threads. No text of a model is executed. Any input gets its answer within
 milliseconds, since every size is bounded before anything is computed: characters, tokens, nesting, digits,
-bits, steps. tests/grader_cases.jsonl has a reason for every rule; bench/grader.py measures.
+bits, steps. tests/grader_cases.jsonl and grader_wild.jsonl have a reason for every rule; see bench/grader.py.
 """
 
 import hashlib
@@ -28,19 +28,8 @@ from slm.grading.boxes import answered, boxes
 from slm.grading.grader import Grade, equal, extract, grade
 from slm.grading.replies import blocks_of, equations, printed, verdict
 
-__all__ = [
-    "Grade",
-    "answered",
-    "blocks_of",
-    "boxes",
-    "equal",
-    "equations",
-    "extract",
-    "grade",
-    "printed",
-    "verdict",
-    "version",
-]
+__all__ = ["Grade", "answered", "blocks_of", "boxes", "equal", "equations", "extract", "grade", "printed",
+           "verdict", "version"]
 
 
 def version() -> str:

@@ -8,7 +8,7 @@ million open braces cost no more than one long box.
 import re
 from typing import NamedTuple
 
-MAX_BOX, MAX_TRIES = 2000, 16
+MAX_BOX, MAX_TRIES = 8000, 16
 
 BRACE = re.compile(r"\\.|[{}]", re.S)
 BOX = re.compile(r"\\(?:boxed|fbox)\s*")

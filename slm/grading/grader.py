@@ -11,12 +11,13 @@ expressions: lists, tuples, intervals, equations, units, choices.
 import math
 import operator
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 
 from slm.grading.boxes import MAX_BOX, boxes
-from slm.grading.parse import FIRST_CHILD, MAX_CHARS, Node, Unreadable, children, parse
+from slm.grading.parse import FIRST_CHILD, MAX_CHARS, Node, Unreadable, children, leaves, parse, rational
 from slm.grading.values import bounded, equal_values, letters, names, proportional, real_value
 
 
@@ -29,74 +30,88 @@ class Grade:
 
 
 def grade(response: str, gold: str, strict: bool = False) -> Grade:
-    """Is the response's answer equal to the gold one? strict: an answer counts only in a box."""
+    """Is the response's answer equal to the gold one? strict: an answer counts only in a box. `3,75` is right
+    if the gold is 3.75; 3.75 is not if the gold is `3,75`, since that may be a list."""
     gold = gold_answer(gold)
     answer = extract(response, strict, plain_gold=bool(PLAIN_NUMBER.fullmatch(gold.strip("$ "))))
     if answer is None:
         return Grade(False, None, "no boxed answer" if strict else "no answer found", gold)
-    correct = equal(answer, gold)
+    comma = None if "," in gold else COMMA.fullmatch(answer)
+    correct = equal(answer, gold) or bool(comma and equal(f"{comma[1]}.{comma[2]}", gold))
     return Grade(correct, answer, "same value" if correct else why_not(answer, gold), gold)
 
 
 @bounded()
 def equal(a: str, b: str) -> bool:
     """Do two written answers have the same value? Symmetric, never raises; a majority vote counts with it."""
-    if not a.strip() or not b.strip() or a.strip() == b.strip():
-        return a.strip() == b.strip()
-    try:
+    a, b = (x.replace(",", "") if LONG.fullmatch(x) else x for x in (a.strip(), b.strip()))
+    if not a or not b or a == b:
+        return a == b
+    with suppress(RecursionError):  # the caller's stack was nearly full: an answer all the same
         x, y = parse(a), parse(b)
         if same(x, y):
             return True
         if "list" in (x[0], y[0]) and re.search(r"\d,\d{3}", a[:MAX_CHARS] + " " + b[:MAX_CHARS]):
             return same(parse(a, merge=x[0] == "list"), parse(b, merge=y[0] == "list"))
-    except RecursionError:  # the caller's stack was nearly full: an answer all the same
-        pass
     return False
 
 
 # ---- what the answer is ------------------------------------------------------------------------------------
 
-WORD = r"(?:\\(?:text|mbox|textrm)\{\s*)?(?:and|or)?(?: maybe| possibly| perhaps)?(?:\s*\})?"
-GLUE = re.compile(rf"[\s$,;.&]*{WORD}[\s$,;.&]*(?:\\(?:quad|qquad|,|;|\\)\s*)*{WORD}[\s$]*"
-                  r"(?:[a-zA-Z](?:_\{?\w\}?)?\s*=\s*)?\$?", re.I)
+LAYOUT = re.compile(r"\\(?:text|mbox|textrm)\b|\\q?quad|\\[()\[\],;:! \\]|[\s${}&]+")
+GLUE = re.compile(r"[ ,;.]*(?:(?:[\w()'-]+ +){0,4}(?:and|or)(?: maybe| possibly| perhaps"  # girls and
+                  r"| (?:the|its) (?!final|answer|sum|total|result)\w+ (?:is|are))?\b|"
+                  r"(?!so|thus|hence|th|now)[\w'-]+(?: [\w'-]+)?,)?[ ,;]*(?:[a-z][\w() ]{0,9}= *)?", re.I)
+TURN = re.compile(r"<\|(?:im_start|im_end|eot_id|endoftext|end_of_text|start_header_id|user|end)\|>|</s>")
 MARKER = re.compile(r"(?:answer|correct (?:option|choice))\**\s*(?:is(?: then| therefore| thus| simply)?|:|=)"
                     r"\s*:?\**:?|####|答案[是为]?[:：]?", re.I)
 SENTENCE_END = re.compile(r"\n|。|\.(?:\s|$)(?!(?:no|wait|actually|or|but|hmm)\b)"
                           r"|,? (?:because|since|which|so|as) ", re.I)
 DISPLAY = re.compile(r"[*\s]*(?:\$\$(.+?)\$\$|\\\[(.+?)\\\])", re.S)
 FIRST_FORMULA = re.compile(r"\$[^$]+\$(?!\s*(?:,|or|and\b(?! not)))(?=[^$]*$)")
-NUMBER = re.compile(r"(?:(?<![\w.)}\]])-)?(?<![\w.])\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?%?"
-                    r"(?![a-zA-Z]*\d)")
+NUMBER = re.compile(r"(?:(?<![\w.)}\]])-)?(?<![\w.])\$?(?:\d{1,3}(?:\.\d{3})+,\d+|\d[\d,]*(?:\.\d+)?|\.\d+)"
+                    r"(?:/\d+)?%?(?![a-zA-Z]*\d|[a-zA-Z]{20})")
+SENTENCE = re.compile(r"[A-Za-z]+ [A-Za-z]{2}\D*?(" + NUMBER.pattern + r")\W*(?:[a-zA-Z]{1,20}\W*){0,3}")
+COMMA = re.compile(r"(?!.*\b[1-9]\d{0,2},\d{3}\b)([^([{,]*\d),(\d[^,]*)")  # 3,75 cm; 1,234 is a thousand
 PLAIN_NUMBER = re.compile(r"[-+$\s\\]*\d[\d,]*(?:\.\d*)?(?:/\d+)?\s*\\?%?")
-ONE_FORMULA = re.compile(r"(?:(?!.*(?:\b(?:or|not|maybe)\b|n't))(?:.{0,200}?\b(?:is|are|get|have|find)|"
-                         r"(?:so|thus|hence|therefore|finally|then)\b[^$.]{0,40})\s*)?"
-                         r"(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\])[a-z\s]{0,30}[.\s]*", re.I | re.S)
+FORMULA = r"\s*(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\])[a-z\s]{0,30}[.\s]*\Z"
+LAST_FORMULA = re.compile(r"(?:\A|:|\b(?:is|are|get|gives?|have|find|that|by|answer|so|thus|hence|therefore"
+                          r"|then)\b(?:(?!\band\b)[^$.\n]){0,40})" + FORMULA, re.I | re.S)
+DOUBT = re.compile(r"\b(?:or|not?|never|maybe|perhaps|than|except|at least|at most|between|about|approximately"
+                   r"|times|plus|minus|half|twice|double|root|without|(?:of|by|to)(?= \$?\d))\b|n't", re.I)
 FORMULA_START = re.compile(r"[a-zA-Z]\w?\s*(?:=|<|>|\\[lg]e)|[-+−\d.\\({\[$|√π±]|[\w()]+[.\s]*$")
 MAX_TAIL = 20_000
+LONG = re.compile(r"-?\d[\d,]{1000,}")  # an integer too long to compute with, compared as written
 
 
 def extract(response: str, strict: bool = False, plain_gold: bool = True) -> str | None:
     """The answer a response stands by, or None. plain_gold: the last number may stand in for a marker."""
+    response = next(filter(str.strip, TURN.split(response)), "")  # what follows is another turn
     answer = boxed(response)
     if answer is not None or strict:
         return answer
-    return after_marker(response) or bare(response) or (last_number(response) if plain_gold else None)
+    said = after_marker(response)
+    sentence = SENTENCE.fullmatch(said) if said and plain_gold else None
+    if sentence and not DOUBT.search(said):
+        return sentence[1]  # "... is that she sold 12 tickets"
+    return said or bare(response) or (last_number(response) if plain_gold else None)
 
 
 def gold_answer(gold: str) -> str:
-    """A gold answer may come plain, in a box, or at the end of a GSM8K rationale."""
+    """A gold answer may come plain, in boxes, or at the end of a solution, GSM8K's or another."""
     gold = str(gold).rsplit("####", 1)[-1]
-    return boxed(gold) or gold.strip()
+    return boxed(gold) or (len(gold) > 200 and after_marker(gold)) or gold.strip()
 
 
 def boxed(text: str) -> str | None:
-    """The last box, joined by commas with those directly before it unless they say the same."""
+    """The last box, joined by commas with those before it, unless they say the same. Between two that belong
+    together stand a separator, a label, or a few words that end in "and" or "or"."""
     found = boxes(text)
     if not found:
         return None
     group = [found.pop()]
-    while found and group[0].start - found[-1].stop <= 40 and GLUE.fullmatch(
-            text, found[-1].stop, group[0].start):
+    while found and group[0].start - found[-1].stop <= 80 and GLUE.fullmatch(
+            LAYOUT.sub(" ", text[found[-1].stop : group[0].start])):
         group.insert(0, found.pop())
     *others, last = (box.content.strip() for box in group)
     return last if all(equal(last, o) for o in others) else ", ".join(dict.fromkeys([*others, last]))
@@ -117,19 +132,21 @@ def after_marker(text: str) -> str | None:
 
 
 def last_number(text: str) -> str | None:
-    last = max(text.rfind(d) for d in "0123456789")
-    found = NUMBER.findall(text[max(0, last - 1000) : last + 2]) if last >= 0 else None
+    last = max(text.rfind(d, -1000) for d in "0123456789")
+    found = NUMBER.findall(text, max(0, last - 1000), last + 22) if last >= 0 else None
     return found[-1].rstrip(",") if found else None
 
 
 def bare(text: str) -> str | None:
-    """A response that is nothing but one formula, at most behind a "so" or "thus": the formula."""
+    """A response that is nothing but one formula, or whose last sentence ends in one without a doubt."""
     text = text.strip()
-    if not 0 < len(text) <= 300 or "boxed" in text:
+    if "boxed" in text:
         return None
-    if m := ONE_FORMULA.fullmatch(text):
+    tail = text[-600:]
+    m = LAST_FORMULA.search(tail)
+    if m and not DOUBT.search(re.split(r"[.$\n] +(?=[A-Z])", tail)[-1]):
         return next(filter(None, m.groups()))
-    if not FORMULA_START.match(text):
+    if len(text) > 300 or not FORMULA_START.match(text):
         return None
     return text if len(text.split()) == 1 or parse(text)[0] not in ("raw", "text") else None
 
@@ -149,12 +166,13 @@ def same(a: Node, b: Node) -> bool:
     if "unit" in kinds:
         return same_units(a, b)
     if "time" in kinds:
-        return same_time(a, b)
+        if kinds == {"time"} or (a if a[0] == "time" else b)[2]:
+            return same_time(a, b)
+        a, b = (("ratio", *x[3:]) if x[0] == "time" else x for x in (a, b))  # 7:32
     if "text" in kinds:
-        return words_of(a) == words_of(b) != ""
+        return kinds <= {"text", "s"} and a[1].lower() == b[1].lower()
     if kinds & {"union", "meet", "minus", "rel", "tuple"} or inequalities(a) or inequalities(b):
-        alike = same_regions(a, b)
-        if alike is not None:
+        if (alike := same_regions(a, b)) is not None:
             return alike
     if "rel" in kinds:
         return same_relations(a, b)
@@ -163,6 +181,9 @@ def same(a: Node, b: Node) -> bool:
     if kinds == {"ratio"}:
         return len(a) == len(b) and all(same(("/", x, a[1]), ("/", y, b[1])) for x, y in zip(a[2:], b[2:]))
     a, b = (("/", *x[1:]) if x[0] == "ratio" and len(x) == 3 else x for x in (a, b))
+    x, y = rational(a), rational(b)
+    if x is not None and y is not None:
+        return x == y or rounds(x, y, 15) or rounds(y, x, 15)
     return "inf" not in kinds and equal_values(a, b)
 
 
@@ -177,8 +198,8 @@ def plain(node: Node) -> Node:
         for item in map(plain, node[1:]):
             items += item[1:] if item[0] == "list" else [item]
         assigned = [assignment(i) for i in items]
-        if len(items) > 1 and all(assigned) and len({name for name, _ in assigned}) == 1:
-            items = [value for _, value in assigned]  # x = 1 or x = 2
+        if items and all(assigned):
+            items = without_names(assigned) or items
         if items and items[0][0] == "rel" and items[0][2] == ("!=",):  # x != 1, 2
             items = [i if i[0] == "rel" else ("rel", (items[0][1][0], i), ("!=",)) for i in items]
         node = (node[0], *items)
@@ -189,9 +210,19 @@ def plain(node: Node) -> Node:
     return plain(node[3]) if node[:3] == ("tuple", "[", "]") and len(node) == 4 else node
 
 
+def without_names(assigned: list[tuple[str, Node]]) -> list[Node]:
+    """`x = 1, x = 2` as 1, 2, and `b = 4, a = 3; a = 5, b = 4` as (3,4), (5,4). Empty if no name recurs."""
+    size = len(dict(assigned))
+    rounds = [dict(assigned[i : i + size]) for i in range(0, len(assigned), size)]
+    if len(rounds) < 2 or any(r.keys() != rounds[0].keys() for r in rounds):
+        return []
+    return [r.popitem()[1] if size == 1 else ("tuple", "(", ")", *map(r.get, sorted(r))) for r in rounds]
+
+
 def plain_relation(node: Node) -> Node:
-    """`x in S` is S, `a = b = c` its consistent result, `2/3 ~ 0.67` the exact side, `a => b` the last
-    step."""
+    """`x in S` is S, `2/3 ~ 0.67` the exact side, `a => b` the last step, `2 + 3 = 5` its result. A chain
+    that is false (`5 = 6 = 7`) or says nothing (`7 = 7`) is no answer. After a label, a false one gives its
+    last member: `x = 2+4 = 7 = 8` is one answer, found in a wrong way."""
     nodes, ops = list(node[1]), list(node[2])
     while "=>" in ops:
         at = ops.index("=>") + 1
@@ -205,9 +236,13 @@ def plain_relation(node: Node) -> Node:
     labelled = bool(letters(nodes[0])) or nodes[0][0] in ("tuple", "text")
     if set(ops) == {"="} and (len(ops) > 1 or not (labelled or letters(nodes[1]))):
         values = nodes[1:] if labelled else nodes
-        if all(equal_or_rounded(values[0], v) for v in values[1:]):
-            value = values[-1] if all(same(values[0], v) for v in values[1:]) else values[0]
-            return ("rel", (nodes[0], value), ("=",)) if labelled else plain(value)
+        exact = all(same(values[0], v) for v in values[1:])
+        true = exact or all(equal_or_rounded(values[0], v) for v in values[1:])
+        value = values[0] if true and not exact else values[-1]
+        if labelled and (true or not any(map(letters, values))):
+            return ("rel", (nodes[0], value), ("=",))
+        if true and not labelled and values[0] != values[-1]:
+            return plain(value)
     return ("rel", tuple(nodes), tuple(ops))
 
 
@@ -216,10 +251,16 @@ def equal_or_rounded(exact: Node, other: Node) -> bool:
     if same(exact, other):
         return True
     x, y = (real_value(n[1] if n[0] == "unit" else n) for n in (exact, other))
-    if x is None or y is None or 10**18 % y.denominator:
-        return False
-    places = next(k for k in range(19) if 10**k % y.denominator == 0)
-    return places > 0 and abs(x - y) <= Fraction(1, 10**places)
+    return x is not None and y is not None and rounds(x, y)
+
+
+def rounds(exact: Fraction, decimal: Fraction, digits: int = 1) -> bool:
+    """Is the second a decimal to which the first rounds or is cut off? One of 15 digits, as a program prints
+    it, counts for a fraction, but not for an irrational number."""
+    d = decimal.denominator
+    places = 0 if pow(10, 60, d) else next(k for k in range(61) if 10**k % d == 0)
+    unit = Fraction(1, 10**places)
+    return places > 0 and abs(decimal) >= 10 ** (digits - 1) * unit and abs(decimal - exact) < unit
 
 
 def with_sign(node: Node, sign: int) -> Node:
@@ -229,10 +270,6 @@ def with_sign(node: Node, sign: int) -> Node:
     below = children(node)
     at = FIRST_CHILD.get(node[0], 1)
     return (*node[:at], *(with_sign(c, sign) for c in below), *node[at + len(below) :]) if below else node
-
-
-def words_of(node: Node) -> str:
-    return node[1].lower() if node[0] in ("text", "s") else ""
 
 
 def same_choice(a: Node, b: Node) -> bool:
@@ -255,8 +292,7 @@ def same_units(a: Node, b: Node) -> bool:
 
 def same_time(a: Node, b: Node) -> bool:
     if a[0] != b[0]:
-        a, b = (a, b) if a[0] == "time" else (b, a)
-        return bool(a[2]) and b == ("n", Fraction(a[1], 3600))  # 9 a.m. and 9
+        return b == a[3] if a[0] == "time" else a == b[3]  # 9 a.m. and 9
     if a[2] and b[2]:
         return a[1:] == b[1:]
     return a[1] == b[1] or ("p" in (a[2], b[2]) and abs(a[1] - b[1]) == 12 * 3600)
@@ -296,8 +332,7 @@ def same_regions(a: Node, b: Node) -> bool | None:
 
 
 def region(node: Node, ends: list[Node], subjects: set[Node]) -> Node:
-    """The node as intervals, unions, comparisons and lists of these; it adds to `ends` and `subjects` what is
-    compared."""
+    """The node as intervals, unions, comparisons and lists; `ends` and `subjects` get what these compare."""
     node = node if node[0] in ("union", "meet", "minus") else plain(node)
     kind = node[0]
     if kind in ("union", "meet", "minus"):
@@ -309,6 +344,9 @@ def region(node: Node, ends: list[Node], subjects: set[Node]) -> Node:
         return ("list", *(("tuple", "[", "]", x, x) for x in node[1:]))
     if kind == "rel":
         left, *right = node[1]
+        if len(right) == 2 and right[0][:2] == ("f", "abs"):  # 1 < |x| < 2
+            sides = [("rel", (right[0], left), (FLIP.get(node[2][0]),)), ("rel", tuple(right), node[2][1:])]
+            return region(("meet", *sides), ends, subjects)
         if left[:2] == ("f", "abs") and left[2][0] == "s" and len(right) == 1:  # |x| < 2, |x| > 2
             sides = [("rel", (left[2], right[0]), node[2]), ("rel", (("-", right[0]), left[2]), node[2])]
             return region(("list" if node[2][0] in (">", ">=") else "meet", *sides), ends, subjects)
@@ -325,15 +363,11 @@ def region(node: Node, ends: list[Node], subjects: set[Node]) -> Node:
     return ("tuple", "[", "]", node, node)
 
 
-def place(node: Node) -> float | None:
+def place(node: Node) -> Fraction | float | None:
     """Where an end lies on the line; None if it has letters."""
     if node in (INFINITY, ("-", INFINITY)):
         return math.inf if node == INFINITY else -math.inf
-    value = real_value(node[1] if node[0] == "unit" else node)
-    try:
-        return None if value is None else float(value)
-    except OverflowError:
-        return None
+    return real_value(node[1] if node[0] == "unit" else node)
 
 
 def positions(ends: list[Node]) -> dict[Node, float]:
@@ -345,8 +379,7 @@ def positions(ends: list[Node]) -> dict[Node, float]:
     last = None
     for x in sorted(places, key=places.get):
         step = 0 if last is None else at[last] + 2 * (not same(last, x))
-        at[x] = places[x] if math.isinf(places[x]) else step
-        last = last if math.isinf(places[x]) else x
+        at[x], last = (places[x], last) if places[x] in (math.inf, -math.inf) else (step, x)
     return at
 
 
@@ -400,10 +433,10 @@ def bindings(node: Node) -> dict[str, Node] | None:
 
 
 def same_relations(a: Node, b: Node) -> bool:
-    """At least one is a relation. `x = 5` and `a + b = 5` stand for 5 too, but `2x = 10` not for 10."""
+    """At least one is a relation. `x = 5` and `a + b = 5` stand for 5 too, but `2x = 5` and `x + 5y = 5` do
+    not."""
     one, two = assignment(a), assignment(b)
-    named_a, named_b = bindings(a), bindings(b)
-    if named_a or named_b:
+    if bindings(a) or bindings(b):
         return same_collections(a, b)
     if a[0] == b[0]:
         if one and two and (one[0] == two[0] or len(one[0]) > 1 or len(two[0]) > 1):
@@ -416,15 +449,15 @@ def same_relations(a: Node, b: Node) -> bool:
     if a[2] != ("=",) or b[0] in ("list", "set"):
         return False
     left, right = a[1]
-    linear = left[0] == "*" and left[1][0] == "n" and left[2][0] == "s"
-    label = letters(left) and not linear and right != ("n", Fraction(0)) and (
+    factor = left[0] == "*" and left[1][0] == "n" and left[2][0] == "s"
+    equation = factor or (left[0] == "+" and any(x[0] == "n" for x in leaves(left)))
+    label = letters(left) and not equation and right != ("n", Fraction(0)) and (
         not letters(right) or left[0] in ("f", "/", "^", "*"))
     return bool(label or left[0] == "tuple") and same(right, b)
 
 
 def same_chain(a: Node, b: Node) -> bool:
-    """Equations up to a factor, inequalities up to a positive one, longer chains by member, in either
-    direction."""
+    """Equations up to a factor, inequalities up to a positive one, chains by member, in either direction."""
     (nodes_a, ops_a), (nodes_b, ops_b) = a[1:], b[1:]
     if len(nodes_a) != len(nodes_b):
         return False
@@ -451,7 +484,7 @@ def in_order(a: tuple, b: tuple) -> bool:
 
 
 def same_collections(a: Node, b: Node) -> bool:
-    """Lists and sets in any order, lists with multiplicity; tuples, vectors and named values in theirs."""
+    """Lists and sets in any order, lists with multiplicity unless of points; what is else in its order."""
     kinds = {a[0], b[0]}
     named_a, named_b = bindings(a), bindings(b)
     if named_a and named_b:
@@ -471,7 +504,8 @@ def same_collections(a: Node, b: Node) -> bool:
         return False
     if "tuple" in kinds or any(("s", "ldots") in x for x in (a, b)):
         return "set" not in kinds and in_order(members(a), members(b))
-    left, right = (distinct(x[1:]) if "set" in kinds else list(x[1:]) for x in (a, b))
+    unique = "set" in kinds or all(x[0] == "tuple" for x in a[1:] + b[1:])
+    left, right = (distinct(x[1:]) if unique else list(x[1:]) for x in (a, b))
     if all(x[0] == "unit" and not x[2] for x in left + right):  # 3 red, 4 blue
         left, right = (list(map(counted, items)) for items in (left, right))
     return len(left) == len(right) and matched(left, right)
@@ -514,10 +548,9 @@ NUMERIC = {"n", "s", "f", "unit", "deg", "+", "-", "*", "/", "^", "!", "%"}
 @bounded()
 def why_not(answer: str, gold: str) -> str:
     """One phrase on how a wrong answer differs, for the reader of a run's transcripts."""
-    try:
+    a = b = ("raw", "")
+    with suppress(RecursionError):
         a, b = plain(parse(answer)), plain(parse(gold))
-    except RecursionError:
-        return "too large or not understood"
     if "raw" in (a[0], b[0]):
         return "too large or not understood"
     if a[0] in COLLECTIONS or b[0] in COLLECTIONS:
@@ -539,4 +572,4 @@ def why_not(answer: str, gold: str) -> str:
         return "rounded"
     if x and x == -y:
         return "opposite sign"
-    return "off by a factor of 100" if x and y and round(x / y, 12) in (100, 0.01) else "different value"
+    return "off by a factor of 100" if x and y and x / y in (100, Fraction(1, 100)) else "different value"

@@ -7,9 +7,12 @@ equals only itself.
 Nodes: ("n", Fraction) ("s", name) ("+" "*" "/" "^", a, b) ("-" "!" "%" "deg" "±", a) ("f", name, *args)
 ("inf",) ("text", words) ("list" "set", *items) ("tuple", opener, closer, *items) ("matrix", *rows)
 ("rel", nodes, operators) ("union" "meet" "minus", a, b) ("ratio", *parts) ("unit", node, unit) ("choice",
-letter, node) ("time", seconds, "a" | "p" | "") ("raw", text). A function f that we do not know is named "?f".
+letter, node) ("time", seconds, "a" | "p" | "", hours, minutes) ("raw", text). An unknown function f
+is named "?f".
 """
 
+import itertools
+import operator
 import re
 import unicodedata
 from fractions import Fraction
@@ -39,6 +42,11 @@ def children(node: Node) -> Node:
     return node[FIRST_CHILD.get(kind, 1) :]
 
 
+def leaves(node: Node) -> tuple[Node, ...]:
+    below = children(node)
+    return sum(map(leaves, below), ()) if below else (node,)
+
+
 # ---- cleaning ----------------------------------------------------------------------------------------------
 
 def table(text: str) -> dict[str, str]:
@@ -60,13 +68,17 @@ FRACTIONS = zip("½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞", "112131234151357",
 SIGNS |= {c: rf"\frac{{{top}}}{{{low}}}" for c, top, low in FRACTIONS}
 SIGNS |= dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", "")
 
-THOUSANDS = re.compile(r"(?<=\d)(?:,\s?(?:\\!)+\s*|\{,\}\s*|\\[,!;: ]\s*|(?<=\d)(?<!_\d)[ ~])(?=\d{3}(?!\d))")
+EUROPEAN = re.compile(r"^([^([,]*(?<![\d.]))([1-9]\d?\d?(?:\.\d{3})+|0(?=,\d{3}\D*$)),(?=\d+(?![\d.,]))")
+THOUSANDS = re.compile(r"(?<=\d)(?:,\s?(?:\\!)+\s*|\s?\{,\s?\}\s*|\\[,!;: ]\s*|(?<!_\d)[ ~])(?=\d{3}(?!\d))")
 REWRITES = [(re.compile(old), new) for old, new in (
     # the base of a numeral: \text{A5}_{11}, (12)_3, 12 (base 3)
     (r"\\text\s*\{\s*([0-9A-Z]+)\s*\}\s*_|\(([0-9A-Z.]+)\)_(?=[{\d])", r"\1\2_"),
     (r"\b([0-9][0-9A-Z]*)\s*\(?(?:\\text\{)?\s*\(?(?:in )?base[ -]?\}?\s*(\d+)\)?\}?\)?", r"\1_{\2}"),
     (r"\\left\s*\\\{\s*(?=\\begin)", ""),  # the brace before a system of equations
-    (r"\^\{?(?:\\text\{)?(?:st|nd|rd|th)\}{0,2}(?![a-z])|(?<=\d)(?:st|nd|rd|th)\b", ""),  # 5th
+    (r"\^\{?\s*(?:\\(?:text|mathrm|textrm|rm)\s*\{?)?\s*(?:st|nd|rd|th)\}{0,2}(?![a-z])"  # 5th
+     r"|(?<=\d)(?:(?:st|nd|rd|th)\b|\s*\\(?:text|mathrm|textrm)\s*\{\s*(?:st|nd|rd|th)\s*\})", ""),
+    (r"\^\s*(\\circ|\\degree|\{\s*\\(?:circ|degree)\s*\})(?![a-z])", r"\\circ "),
+    (r"\\not\s*=", r"\\ne "),
     (r"&\s*(?==|<|>|\\[lg]e)", ""),  # the alignment of a relation
     (r"\\frac\s*\{\\(?:text|mathrm)\{([^{}]*)\}\}\s*\{\\(?:text|mathrm)\{([^{}]*)\}(\^\d)?\}",
      r"\\text{\1/\2}\3"),
@@ -81,9 +93,8 @@ REWRITES = [(re.compile(old), new) for old, new in (
     (r"\\mathbb\s*\{?R\}?\s*(?:[_^]\{?\+\}?|_\{\s*>\s*0\s*\})", r"(0,\\infty)"),
     (r"^\s*(?:(?i:option|choice|answer)\s+(?=\(?[A-H]\b)|[=:])|`", ""),
     (r"(?<=\d)\{,\}(?=\d)", "."),  # a decimal comma, thousands being joined by now
-    (r"\\(?:left|right|middle|[bB]igg?[lr]?|displaystyle|textstyle|limits|hfill|centering|bf|it|therefore|small"
-     r"|checkmark|blacksquare|bigstar"
-     r"|[lL]arge|LARGE)(?![a-zA-Z])\.?|(?<!\\)\\[!,;:> ]|~|\\\$(?=\s*$)"
+    (r"\\(?:left|right|middle|[bB]igg?[lr]?|displaystyle|textstyle|limits|hfill|centering|bf|it|small|[lL]arge"
+     r"|LARGE|therefore|checkmark|blacksquare|bigstar)(?![a-zA-Z])\.?|(?<!\\)\\[!,;:> ]|~|\\\$(?=\s*$)"
      r"|\\(?:q?quad|(?:hspace\*?|phantom|(?:text)?color(?:box)?)\{[^{}]*\})", " "),
     (r"\\\(|\\\)|\\\[|\\\]|^\s*(?:\*\*|\x22)|(?:\*\*|\x22)\s*$", " "))]
 
@@ -95,6 +106,7 @@ def clean(text: str) -> str:
         text = "".join(SIGNS.get(c, str(unicodedata.decimal(c, c))) for c in text).replace("}^{", "")
     if r"\\" in text and r"\begin" not in text:  # a response that escaped its backslashes
         text = re.sub(r"\\\\(?=[a-zA-Z!,;$%{}])", r"\\", text)
+    text = EUROPEAN.sub(lambda m: m[1] + m[2].replace(".", "") + ".", text)  # 1.234,5 and 0,125
     while text != (text := THOUSANDS.sub("", text)):
         pass
     for pattern, new in REWRITES:
@@ -179,9 +191,8 @@ WRAPPERS = set("""mathbf boldsymbol vec hat widehat overrightarrow mathit mathca
     bar boxed fbox framebox underline tilde mathbb measuredangle ensuremath""".split())
 ALIAS = table(r"""cdot * times * ast * div / le <= leq <= leqslant <= ge >= geq >= geqslant >= lt < gt > ne !=
     neq != { \{ } \} lbrace \{ rbrace \} vert | lvert | rvert | mid | colon : lbrack [ rbrack ] lparen (
-    rparen ) \ ; newline ; and , land , lor , wedge , vee , or , approx ~ thickapprox ~ simeq ~ doteq ~
-    dfrac frac tfrac frac cfrac frac varnothing emptyset dots ldots cdots ldots degree circ implies
-    => Rightarrow =>
+    rparen ) \ ; newline ; and , land , lor , wedge , vee , or , approx ~ thickapprox ~ simeq ~ doteq ~ dfrac
+    frac tfrac frac cfrac frac varnothing emptyset dots ldots cdots ldots degree circ implies => Rightarrow =>
     to => rightarrow => Longrightarrow => iff => infinity infty inf infty infin infty oo infty textdollar $
     backslash setminus smallsetminus setminus prime ' dbinom binom tbinom binom equiv = == = ** ^ -> =>""")
 SHORT_WORDS = set("no on up to is in am pm of by at as it so an if we".split())
@@ -190,14 +201,14 @@ TOKEN = re.compile(
     r"|[A-Z][0-9A-Z]*[0-9][0-9A-Z]*_\{\d\d\})"
     r"|(?P<repeat>\d*\.\d*\\(?:overline|bar|dot)\s*\{?\d+\}?)"
     r"|(?P<num>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
+    r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|\s]*\})?|(?P<close>\\end\s*\{[a-zA-Z]+\*?\})"
     r"|\\(?P<cmd>[a-zA-Z]+|.)|(?P<word>[a-zA-Z]+)|(?P<op><=|>=|!=|==|=>|->|\*\*|\S)")
 UNIT = re.compile(r"\s*(?:\d[\d.]*\s+)?(?![ie]\s*$)(?:[a-zA-Z]{1,3}(?![a-zA-Z])[\s/^{}\d-]*)+")  # m, m s^{-2}
 AFTER = [("op", ")")], [("op", "}")]  # where a unit may stand
 
 
 def run_of_letters(run: str, after_number: bool) -> list[tuple[str, str]]:
-    r"""Letters outside \text: a function, a constant, a name in capitals, a word, or a product of
-    variables."""
+    r"""Letters outside \text: a function, a constant, a name in capitals, a word, a product of variables."""
     commands = FUNCTIONS | GREEK | {"pi", "infinity", "inf", "oo", "infty", "cup", "pm"}
     if run in commands and not (after_number and run == "min"):
         return [("cmd", ALIAS.get(run, run))]
@@ -221,8 +232,8 @@ def text_word(word: str, wordy: bool, unit: bool) -> tuple[str, str]:
 
 
 def tokenize(text: str, prose: bool = False, merge: bool = True, unit: bool = False) -> list[tuple[str, str]]:
-    r"""Tokens (kind, text) of a cleaned answer; prose is the inside of \text. Directly inside brackets, or
-    with merge off, `1,000` is two numbers."""
+    r"""Tokens (kind, text) of a cleaned answer; prose: the inside of \text. Directly inside brackets, or with
+    merge off, `1,000` is two numbers."""
     out: list[tuple[str, str]] = []
     brackets: list[str] = []
     wordy = bool(re.search("[a-zA-Z]{2}", text))
@@ -245,12 +256,9 @@ def tokenize(text: str, prose: bool = False, merge: bool = True, unit: bool = Fa
             unit = bool(measured and UNIT.fullmatch(inside))
             out += tokenize(inside, prose=unit or not letter, merge=merge, unit=unit)
             continue
-        elif kind == "cmd" and tok == "begin":
-            start, pos = pos, text.find("}", pos) + 1 or len(text)
-            kind, tok = "begin", text[start : pos - 1].strip("{ *")
         elif kind == "word":
             if tok.lower() in ("or", "and"):
-                out.append(("op", ","))
+                out.append(("op", "," if tok.lower() == "and" else "or"))
             elif tok.lower() == "pi":
                 out.append(("cmd", "pi"))
             elif prose and tok == "A" and re.match(r" (?!and|or|is)[a-z]", text[pos:]):
@@ -271,8 +279,6 @@ def tokenize(text: str, prose: bool = False, merge: bool = True, unit: bool = Fa
 
 
 def decimal(text: str) -> Node:
-    if text.isdigit():
-        return ("n", Fraction(int(text)))
     if len(text.lower().partition("e")[2]) > 4:
         raise Unreadable("number too long")
     return ("n", Fraction(text.replace(",", "").removesuffix(".")))
@@ -311,18 +317,19 @@ FOLD = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "lg": "log10"}
 RATIOS = {"tan": ("sin", "cos"), "cot": ("cos", "sin"), "sec": (None, "cos"), "csc": (None, "sin"),
           "tanh": ("sinh", "cosh"), "coth": ("cosh", "sinh"), "sech": (None, "cosh"), "csch": (None, "sinh")}
 CO = {"arccot": "atan", "arcsec": "acos", "arccsc": "asin"}  # of the inverse
-ONE, LINE = ("n", Fraction(1)), ("tuple", "(", ")", ("-", ("inf",)), ("inf",))
+ONE, EITHER, LINE = ("n", Fraction(1)), ("text", "or"), ("tuple", "(", ")", ("-", ("inf",)), ("inf",))
 
 
 class Parser:
     """Recursive descent: each method reads one level of the grammar and returns a node.
 
     bars: how many | are open, or True if a | or : would start the condition of a set. money: the currency of
-    the measure that is being read."""
+    the measure that is being read. bound: the letters of the sums around."""
 
     def __init__(self, tokens: list[tuple[str, str]]):
         self.tokens = tokens + 5 * [("end", "")]  # as far as anybody looks ahead
         self.pos, self.depth, self.bars, self.money = 0, 0, 0, None
+        self.bound: list[Node] = []
 
     def peek(self, ahead: int = 0) -> tuple[str, str]:
         return self.tokens[self.pos + ahead]
@@ -349,14 +356,17 @@ class Parser:
 
     def answer(self) -> Node:
         node = self.items(())
-        if self.peek()[0] != "end":
+        if self.peek()[0] != "end" or node == ("list",):
             raise Unreadable(f"unexpected {self.peek()[1]}")
         return node
 
     def items(self, closers: tuple) -> Node:
+        """Members between separators. "or" is as good as "and" between numbers, but not between words."""
         out: list[tuple] = []
         while self.peek()[0] != "end" and self.peek()[1] not in closers:
-            if not self.take(",", ";", "&"):
+            if self.take("or"):
+                out += [EITHER] * (EITHER not in out and any(x[0] == "text" for x in out))
+            elif not self.take(",", ";", "&"):
                 out.append(self.item())
             if len(out) > MAX_ITEMS:
                 raise Unreadable("too many items")
@@ -389,13 +399,14 @@ class Parser:
     def words(self) -> Node:
         """Words up to the next separator: a label, dropped, before `=`, `:` or "is"; else the answer."""
         start = self.pos
-        while self.peek()[0] != "end" and self.peek()[1] not in (*",;=:~)]}", r"\}"):
+        while self.peek()[0] != "end" and self.peek()[1] not in (*",;=:~)]}", r"\}", "or"):
             self.pos += 1
         if self.take("=", ":", "~"):
             return self.item()
         words = [tok for _, tok in self.tokens[start : self.pos]]
         label = next((i for i, w in enumerate(words) if w in ("is", "are", "equals")), None)
-        if words[0] in ("about", "approximately", "USD", "exactly") and self.tokens[self.pos - 1][0] == "num":
+        leading = words[0] in ("about", "approximately", "USD", "exactly", "the")
+        if leading and self.tokens[start + 1][0] == "num":
             label = label or 0
         if label is not None:
             self.pos = start + label + 1
@@ -403,8 +414,7 @@ class Parser:
         return text_node(" ".join(words))
 
     def measured(self) -> Node:
-        """An expression with its unit: `5 cm^2`, `$5`, `3 eggs per day`, `2 hours 30 minutes`, `5
-        million`."""
+        """An expression with its unit: `5 cm^2`, `$5`, `3 eggs per day`, `2 hours 30 minutes`, `5 dozen`."""
         self.money = None
         kind, tok = self.peek()
         if kind == "word" and tok.lower() in NUMBER_WORDS and not self.depth:
@@ -444,7 +454,7 @@ class Parser:
                 words.append((self.take("-") or "") + self.peek()[1])
                 self.pos += 1
                 self.need("}")
-            if len(words) > 12 or t[1].lower() in OPERATOR_WORDS or words == ["squared"]:
+            if len(words) > 8 or len(t[1]) > 20 or t[1].lower() in OPERATOR_WORDS or words == ["squared"]:
                 raise Unreadable("prose")
         return words
 
@@ -459,19 +469,18 @@ class Parser:
             right = self.term()
             op = "setminus" if op == "-" and right[0] == "set" else op
             sets = op in SET_OPERATIONS
-            node = (SET_OPERATIONS[op], node, right) if sets else ("+", node, self.signed(op, right))
+            node = (SET_OPERATIONS[op], node, right) if sets else total(node, self.signed(op, right))
         self.depth -= 1
         return node
 
     @staticmethod
     def signed(sign: str, node: Node) -> Node:
-        if sign == "-" and node[0] == "matrix":
+        if sign == "-" and (node[0] == "matrix" or node[:3] == ("tuple", "(", ")")):
             return product(("n", Fraction(-1)), node)
         return {"+": node, "-": ("-", node), "pm": ("±", node), "mp": ("-", ("±", node))}[sign]
 
     def term(self) -> Node:
-        r"""Factors, multiplied or divided, with or without a sign; `2\frac{1}{3}` and `2 1/3` are mixed
-        numbers."""
+        r"""Factors, multiplied or divided, with or without a sign. Mixed numbers: `2\frac{1}{3}`, `2 1/3`."""
         node = self.factor()
         while True:
             after_number = self.tokens[self.pos - 1][0] == "num"
@@ -534,11 +543,6 @@ class Parser:
                 return node
 
     def power(self, base: Node) -> Node:
-        if self.peek() == ("cmd", "circ"):
-            return base
-        if [self.peek(i)[1] for i in range(3)] == ["{", "circ", "}"]:
-            self.tokens[self.pos : self.pos + 3] = [("cmd", "circ")]
-            return base
         sign = self.take("-", "+") or "+"
         exponent = self.argument(whole=True)
         if exponent in (("s", "T"), ("s", "top")) and base[0] in ("matrix", "tuple"):
@@ -546,7 +550,8 @@ class Parser:
         return ("^", base, self.signed(sign, exponent))
 
     def argument(self, whole: bool = False) -> Node:
-        r"""What a command takes: `{...}` or one token; \frac takes one digit, a power the whole number."""
+        r"""What a command takes: `{...}` or one token. A power takes the whole number, and so does the lower
+        part of \frac: models write \frac919 for 9/19."""
         kind, tok = self.peek()
         if self.take("{"):
             node = self.items(("}",))
@@ -559,7 +564,7 @@ class Parser:
 
     def atom(self) -> Node:
         kind, tok = self.peek()
-        if kind == "op" and tok in ENDS:
+        if kind in ("op", "cmd") and tok in ENDS:
             return self.bracket()
         self.pos += 1
         if kind in ("num", "based", "repeat"):
@@ -582,6 +587,8 @@ class Parser:
         """A variable with its subscript; `f(x)` is a call, `P(1, 2)` a labelled point."""
         if self.take("_"):
             sub = self.argument(whole=True)
+            if any(x in self.bound for x in leaves(sub)):
+                return ("f", f"?{name}_", sub)
             name += f"_{sub[1]}" if sub[0] in ("n", "s") else f"_{sub!r}"
         if self.peek() == ("op", "("):
             start = self.pos
@@ -619,7 +626,7 @@ class Parser:
 
     def command(self, name: str) -> Node:
         if name in ("frac", "binom"):
-            top, low = self.argument(), self.argument()
+            top, low = self.argument(), self.argument(whole=name == "frac")
             return ("/", top, low) if name == "frac" else ("f", "binom", top, low)
         if name == "sqrt":
             index = self.bracket() if self.peek() == ("op", "[") else ("n", Fraction(2))
@@ -628,11 +635,10 @@ class Parser:
             node = self.sum()
             self.need("r" + name[1:])
             return ("f", name[1:], node)
+        if name in ("sum", "prod"):
+            return self.series(name)
         if name in FUNCTIONS:
             return self.function(FOLD.get(name, name))
-        if name == "langle":
-            self.pos -= 1
-            return self.bracket()
         if name in WRAPPERS:
             node = self.argument(whole=True)
             return LINE if name == "mathbb" and node == ("s", "R") else node
@@ -641,6 +647,15 @@ class Parser:
         if name in ("pi", "ldots", "top", "perp", "infty", "emptyset"):
             return {"infty": ("inf",), "emptyset": ("set",)}.get(name, ("s", name))
         raise Unreadable(f"unknown command {name}")
+
+    def series(self, name: str) -> Node:
+        r"""`\sum_{k=1}^{n} a_k`: ("f", "sum", k, 1, n, a_k), a_k as a function of k. Finite sums only."""
+        start, stop = (self.need(mark) and self.argument(whole=True) for mark in "_^")
+        if start[0] != "rel" or start[2] != ("=",) or start[1][0][0] != "s" or stop == ("inf",):
+            raise Unreadable("not a finite sum")
+        self.bound.append(start[1][0])
+        term = self.term()
+        return ("f", name, self.bound.pop(), start[1][1], stop, term)
 
     def function(self, name: str) -> Node:
         r"""`\sin^2 3x`, `\log_2 8`, `sin(x)`: a bare argument runs to the next sign, operator or function."""
@@ -677,20 +692,16 @@ class Parser:
 
     def environment(self, name: str) -> Node:
         """Matrices by rows; cases, aligned and the like as a list."""
-        if name == "array" and self.take("{"):
-            self.skip_to("}")
         rows, row = [], []
-        while self.peek() != ("cmd", "end") and self.peek()[0] != "end":
+        while self.peek()[0] not in ("close", "end"):
             if self.take(";"):
                 rows, row = [*rows, row], []
-            elif not self.take("&", ","):
+            elif not self.take("&", ",", "or"):
                 row = [*row, self.item()]
             if len(rows) + len(row) > MAX_ITEMS:
                 raise Unreadable("too many items")
         rows = [r for r in [*rows, row] if r]
-        self.need("end")
-        self.need("{")
-        self.skip_to("}")
+        self.pos += self.peek()[0] == "close"
         if "matrix" in name or (name == "array" and any(len(r) > 1 for r in rows)):
             if len({len(r) for r in rows}) > 1:
                 raise Unreadable("ragged matrix")
@@ -699,20 +710,34 @@ class Parser:
         flat = [x for r in rows for x in r]
         return flat[0] if len(flat) == 1 else ("list", *flat)
 
-    def skip_to(self, end: str) -> None:
-        while not self.take(end):
-            if self.peek()[0] == "end":
-                raise Unreadable(f"expected {end}")
-            self.pos += 1
+
+def total(a: Node, b: Node) -> Node:
+    """a plus b; vectors and matrices entry by entry."""
+    if a[0] == b[0] == "matrix" and len(a) == len(b) and len(a[1]) == len(b[1]):
+        return ("matrix", *(tuple(map(total, *rows)) for rows in zip(a[1:], b[1:])))
+    vectors = a[:3] == b[:3] == ("tuple", "(", ")") and len(a) == len(b)
+    return (*a[:3], *map(total, a[3:], b[3:])) if vectors else ("+", a, b)
+
+
+def rational(node: Node) -> Fraction | None:
+    """The value of 2, -2 and 2/3."""
+    if node[0] in ("-", "/"):
+        x, y = rational(node[1]), rational(node[-1])
+        return None if None in (x, y) or not y else x / y if node[0] == "/" else -x
+    return node[1] if node[0] == "n" else None
 
 
 def product(a: Node, b: Node) -> Node:
-    """a times b; a scalar goes into a vector or matrix."""
-    def times(row: tuple) -> tuple:
-        return tuple(product(a, x) for x in row)
-    if b[0] == "tuple":
-        return (*b[:3], *times(b[3:]))
-    return ("matrix", *map(times, b[1:])) if b[0] == "matrix" else ("*", a, b)
+    """a times b; a scalar goes into a vector or matrix. Two matrices are multiplied if they are rational."""
+    if a[0] == b[0] == "matrix" and len(a[1]) == len(b) - 1:
+        rows, columns = [list(map(rational, r)) for r in a[1:]], [list(map(rational, c)) for c in zip(*b[1:])]
+        if any(None in v for v in rows + columns):
+            return ("*", a, b)
+        entries = (("n", sum(map(operator.mul, r, c))) for r, c in itertools.product(rows, columns))
+        return ("matrix", *zip(*[entries] * len(columns)))
+    if b[0] == "matrix":
+        return ("matrix", *(tuple(map(product, itertools.repeat(a), row)) for row in b[1:]))
+    return (*b[:3], *map(product, itertools.repeat(a), b[3:])) if b[0] == "tuple" else ("*", a, b)
 
 
 def text_node(text: str) -> Node:
@@ -733,15 +758,16 @@ def clock(text: str) -> tuple | None:
     m = CLOCK.fullmatch(re.sub(r"\\(?:text|mbox|textrm|mathrm)\s*\{([^{}]*)\}", r"\1", text).strip())
     if not m or not (m[2] or m[4]):
         return None
-    return ("time", int(m[1]) * 3600 + int(m[2] or 0) * 60 + int(m[3] or 0), m[4][0].lower() if m[4] else "")
+    hours, minutes, seconds = (Fraction(part or 0) for part in m.groups()[:3])
+    half = m[4][0].lower() if m[4] else ""
+    return ("time", hours * 3600 + minutes * 60 + seconds, half, ("n", hours), ("n", minutes))
 
 
 OPERATOR = re.compile(r"\\(?:sum|prod|i+nt|lim|partial|det|text|operatorname)(?![a-z])")  # its value counts
 
 
 def parse(text: str, merge: bool = True) -> Node:
-    """The tree of a written answer; ("raw", text) if it cannot be read. merge: `1,000` may be one
-    number."""
+    """The tree of a written answer; ("raw", text) if nobody can read it. merge: `1,000` may be a number."""
     cleaned = clean(text[: MAX_CHARS + 1])
     if max(len(text), len(cleaned)) > MAX_CHARS:
         return ("raw", text)

@@ -142,10 +142,7 @@ class Evaluator:
         if kind == "^":
             return self.power(x, *rest)
         if kind in ARITHMETIC:
-            y, = rest
-            if not (isinstance(x, Fraction) and isinstance(y, Fraction)):
-                x, y = self.inexact(x), self.inexact(y)
-            return ARITHMETIC[kind](x, y)
+            return self.arithmetic(kind, x, *rest)
         if kind == "-":
             return -x
         if kind == "!":
@@ -154,17 +151,28 @@ class Evaluator:
             return x / 100 if self.percent else x
         return self.inexact(x) * self.mp.pi / 180 if self.degree else x
 
+    def arithmetic(self, kind: str, x: Value, y: Value) -> Value:
+        if not (isinstance(x, Fraction) and isinstance(y, Fraction)):
+            x, y = self.inexact(x), self.inexact(y)
+        return ARITHMETIC[kind](x, y)
+
+    def series(self, kind: str, letter: Node, low: Node, high: Node, term: Node) -> Value:
+        """A sum or product over the natural numbers from low to high. A term spends steps for its size."""
+        outside, result = self.point, Fraction(kind == "*")
+        for k in range(natural(self(low), MAX_STEPS), natural(self(high), MAX_STEPS) + 1):
+            self.point = outside | {letter[1]: Fraction(k)}
+            result = self.arithmetic(kind, result, self(term))
+            spend(4 + (bits_of(result) // 100 if isinstance(result, Fraction) else 0))
+        self.point = outside
+        return result
+
     def letter(self, name: str) -> Value:
-        if name == "i":
-            return self.mp.j
-        if name == "pi":
-            return +self.mp.pi
-        if name == "e":
-            self.transcendental()
-            return +self.mp.e
-        if name not in self.point:
+        if name in self.point:
+            return self.point[name]
+        if name not in ("i", "pi", "e"):
             raise Unreadable(f"no value for {name}")
-        return self.point[name]
+        self.transcendental()
+        return +getattr(self.mp, "j" if name == "i" else name)
 
     def power(self, base: Value, exponent: Value) -> Value:
         if isinstance(exponent, Fraction):
@@ -217,8 +225,10 @@ class Evaluator:
     def function(self, name: str, args: tuple) -> Value:
         if not args:
             raise Unreadable("of nothing")
+        if name in ("sum", "prod"):
+            return self.series("+" if name == "sum" else "*", *args)
         spend(20)
-        if name not in ("root", "abs", "floor", "ceil"):
+        if name not in ("root", "abs", "floor", "ceil") and name[0] != "?":
             self.transcendental()
         degree, self.degree = self.degree, self.degree or name in ("sin", "cos")
         x, *more = values = [self(a) for a in args]
@@ -319,10 +329,10 @@ def zero_at(a: Node, b: Node, point: dict, modes: tuple, only_real: bool) -> boo
         bits = (BITS + 2 * span) // 32 * 32 + 32  # few precisions, so that context() knows most of them
 
 
-def random_point(rng: random.Random, variables: list[str], whole: bool = False) -> dict[str, Fraction]:
-    """Random rationals, or natural numbers that grow with the alphabet: n choose k."""
+def random_point(rng: random.Random, variables: list[str], whole: int = 0) -> dict[str, Fraction]:
+    """Random rationals, or natural numbers up to `whole` that grow with the alphabet: n choose k."""
     if whole:
-        return {n: Fraction(rng.randint(1, 40) + 40 * i) for i, n in enumerate(variables)}
+        return {n: Fraction(rng.randint(1, whole) + whole * i) for i, n in enumerate(variables)}
     return {n: Fraction(rng.randint(1, 9999), rng.randint(500, 2500)) for n in variables}
 
 
@@ -338,7 +348,8 @@ def agree(a: Node, b: Node, found: set[str], modes: tuple) -> bool:
     if not variables:
         return bool(zero_at(a, b, {}, modes, False))
     rng, agreed = seeded(a, b), 0
-    roots, whole = bool(found & {"f:root", "f:ln", "f:log", "f:log10"}), bool(found & {"!", "f:binom"})
+    roots = bool(found & {"f:root", "f:ln", "f:log", "f:log10"})
+    whole = 8 if found & {"f:sum", "f:prod"} else 40 if found & {"!", "f:binom"} else 0
     for attempt in range(6):
         point = random_point(rng, variables, whole)
         only_real = roots and attempt > 2
