@@ -48,7 +48,7 @@ def load(model: Qwen2, directory: str | Path, name: str = "default") -> None:
     known, here = read_json(directory / BASE, {}).get("fingerprint"), weights_fingerprint(model)
     if known not in (None, here):
         base = base_of(directory) or "a model without a name"
-        raise BadInput(f"{directory}: this adapter was trained on {base}, and the model here has other weights "
+        raise BadInput(f"{directory}: this adapter was trained on {base}, the model has other weights "
                        f"(fingerprint {here}, expected {known}); give --model {directory}")
     file, r, targets = SafeTensors(directory / WEIGHTS), config["r"], config["target_modules"]
     shapes = {}

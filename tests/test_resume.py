@@ -1,0 +1,333 @@
+"""Exact resume: from whatever a kill leaves behind, a run goes on to the bits of an unbroken one.
+
+The fast tests copy the run's folder before each change of a file in it and after each line of its log. A copy
+is what a kill at that moment would have left. The slow ones kill real processes at random moments.
+"""
+
+import argparse
+import contextlib
+import filecmp
+import importlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from small import write_small
+
+import train_grpo
+import train_sft
+from slm import BadInput, checkpoint, lora, lora_files, training
+from slm.runs import rundir
+
+ROOT = Path(__file__).parents[1]
+TIMED = {"seconds", "tokens_per_s", "generate_share", "score_share", "learn_share"}
+SFT = ["--batch", "2", "--epochs", "1", "--limit", "8", "--lora", "--dropout", "0.1", "--lr", "0.01"]
+GRPO = ["--limit", "9", "--batch", "3", "--samples", "4", "--steps", "3", "--max-tokens", "9", "--lr", "0.02",
+        "--kl", "0.01", "--updates", "2"]
+CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
+moment = {}  # "now": what to call before a change of a file
+
+
+def listen(event, args):
+    writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wa+x")
+    if (writes or event in CHANGES) and "now" in moment:
+        moment["now"](str(args[0]))
+
+
+sys.addaudithook(listen)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A small random model, with an SFT adapter for it in <folder>-sft."""
+    model = write_small(tmp_path_factory.mktemp("small") / "model")
+    network, _ = checkpoint.load(model)
+    torch.manual_seed(1)
+    lora.add(network, 4, 8, dropout=0.1)
+    with torch.no_grad():
+        for p in lora.parameters(network):
+            p.normal_(std=0.05)
+    lora_files.save(network, f"{model}-sft", base=model)
+    return model
+
+
+@pytest.fixture
+def run(small, monkeypatch):
+    """run(script, out, words...) runs a trainer here, with an easy reward and without a report."""
+    for script in (train_sft, train_grpo):
+        monkeypatch.setattr(script, "write_report", lambda out: out / "report.html")
+    monkeypatch.setattr(train_grpo, "reward_of", odd)
+
+    def start(script, out, *words):
+        script.main(script.options().parse_args([*words, "--out", str(out)]))
+    return start
+
+
+def odd(episode, gold, no_box):
+    ids = [i for turn in episode.turns for i in turn.reply.ids]
+    return (1.0 if sum(i % 2 for i in ids) > len(ids) / 2 else -1.0), "easy"
+
+
+def start_words(script, small):
+    words = [*(SFT if script is train_sft else GRPO), "--model", small, "--data", "tiny", "--device", "cpu"]
+    return [*words, "--save-every", "2"] + (["--adapter", f"{small}-sft"] if script is train_grpo else [])
+
+
+def result(out: Path) -> dict:
+    """All that has to be equal: the logs without times, and the bytes of every tensor."""
+    found = {}
+    for log in out.glob("*.jsonl"):
+        rows = map(json.loads, log.read_text().splitlines())
+        found[log.name] = [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
+    for file in (*out.glob("adapter/*.safetensors"), *out.glob("base/*.safetensors")):
+        found[str(file.relative_to(out))] = file.read_bytes()
+    assert found["metrics.jsonl"] and any(name.startswith("adapter/") for name in found)
+    return found
+
+
+def moments(run, script, small, out: Path, copies: Path) -> list[Path]:
+    """Run the script in `out`, and copy the folder at each moment at which it differs from the copy before."""
+    kept = []
+
+    def keep(path=str(out)):
+        if path.startswith(str(out)) and (out / "settings.json").is_file():
+            now = moment.pop("now", None)
+            shutil.copytree(out, copies / str(len(kept)))
+            if kept and same_files(kept[-1], copies / str(len(kept))):
+                shutil.rmtree(copies / str(len(kept)))
+            else:
+                kept.append(copies / str(len(kept)))
+            moment.update({"now": now} if now else {})
+
+    log = rundir.RunDir.log
+
+    def log_and_keep(self, name, *rows):
+        log(self, name, *rows)
+        keep()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rundir.RunDir, "log", log_and_keep)
+        moment["now"] = keep
+        try:
+            run(script, out, *start_words(script, small))
+        finally:
+            moment.clear()
+    return kept
+
+
+def same_files(a: Path, b: Path) -> bool:
+    names = sorted(str(p.relative_to(a)) for p in a.rglob("*") if p.is_file())
+    if names != sorted(str(p.relative_to(b)) for p in b.rglob("*") if p.is_file()):
+        return False
+    return not any(filecmp.cmpfiles(a, b, names, shallow=False)[1:])
+
+
+@pytest.mark.parametrize("script", [train_sft, train_grpo], ids=["sft", "grpo"])
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_what_a_kill_leaves_at_any_moment_goes_on_to_the_same_bits(run, small, tmp_path, script, every):
+    out = tmp_path / "whole"
+    kept = moments(run, script, small, out, tmp_path)
+    whole = result(out)
+    assert len(kept) >= 15 and not list((kept[0]).glob("checkpoints/step*"))
+    for cut in kept[::every]:
+        tear(cut)
+        run(script, cut, "--resume")
+        assert result(cut) == whole, cut
+        assert not list(cut.rglob("*.part")) + list(cut.rglob("*.old"))
+
+
+def tear(out: Path) -> None:
+    """What a kill inside a write adds: half a line, half a checkpoint, half an adapter."""
+    for log in out.glob("*.jsonl"):
+        with log.open("a") as f:
+            f.write('{"step": 1, "lo')
+    for half in ("checkpoints/step-000009.tmp/rank0.pt", ".adapter.part/adapter_model.safetensors"):
+        (out / half).parent.mkdir(parents=True, exist_ok=True)
+        (out / half).write_bytes(b"PK\x03\x04")
+
+
+# ---- every objective, and what a step hands to the next ----------------------------------------------------
+
+@pytest.mark.parametrize("algorithm", train_grpo.ALGORITHMS)
+def test_every_objective_goes_on_to_the_same_bits(run, small, tmp_path, algorithm):
+    words = ["--model", small, *GRPO, "--data", "tiny", "--device", "cpu", "--algorithm", algorithm]
+    run(train_grpo, tmp_path / "whole", *words)
+    with stopped_at(2):
+        run(train_grpo, tmp_path / "cut", *words, "--save-every", "1")
+    run(train_grpo, tmp_path / "cut", "--resume")
+    assert result(tmp_path / "cut") == result(tmp_path / "whole")
+
+
+@contextlib.contextmanager
+def stopped_at(step):
+    log = rundir.RunDir.log
+
+    def stops(self, name, *rows):
+        if rows[0]["step"] == step:
+            raise KeyboardInterrupt
+        log(self, name, *rows)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rundir.RunDir, "log", stops)
+        yield
+
+
+def test_what_a_step_hands_to_the_next_comes_back(tmp_path):
+    """An average of what came before, one number and one tensor: 5 steps at once, or 3 and then 2."""
+    def go(out, last, resume=False):
+        p = torch.nn.Parameter(torch.zeros(2))
+        optimizer, extra = torch.optim.AdamW([p]), {"mean": 0.0, "all": torch.zeros(2)}
+        folder = rundir.RunDir(out, {}, resume=resume)
+        args = training_args(resume=resume, save_every=1)
+        for step, lr, _ in training.steps(5, folder, {"p": p}, optimizer, args, extra):
+            if step == last:
+                break
+            extra["mean"] = 0.9 * extra["mean"] + 0.1 * step
+            extra["all"] += step
+            (p.sum() - extra["mean"]).square().backward()
+            training.update(optimizer, lr, 1.0)
+        folder.lock.close()
+        return p.tolist(), extra["mean"], extra["all"].tolist()
+
+    whole = go(tmp_path / "whole", 5)
+    go(tmp_path / "cut", 3)
+    assert go(tmp_path / "cut", 5, resume=True) == whole and whole[1] > 0
+
+
+def training_args(**given):
+    return argparse.Namespace(**{"lr": 0.1, "warmup": 0.0, "seed": 0} | given)
+
+
+def test_a_checkpoint_by_the_clock_changes_nothing(run, small, tmp_path, monkeypatch):
+    words = [*SFT, "--model", small, "--data", "tiny", "--device", "cpu", "--save-every", "100"]
+    run(train_sft, tmp_path / "whole", *words)
+    saved, save = [], rundir.RunDir.save
+    monkeypatch.setattr(rundir.RunDir, "save", lambda self, state: (saved.append(state["step"]),
+                                                                   save(self, state)))
+    monkeypatch.setattr(training, "SAVE_SECONDS", -1)
+    run(train_sft, tmp_path / "often", *words)
+    assert saved == [1, 2, 3, 4] and training.SAVE_SECONDS == -1
+    assert result(tmp_path / "often") == result(tmp_path / "whole")
+
+
+# ---- --resume reads the settings of the run ----------------------------------------------------------------
+
+def test_resume_and_out_are_enough_and_an_option_given_again_must_agree(run, small, tmp_path):
+    words = start_words(train_sft, small)
+    run(train_sft, tmp_path / "whole", *words)
+    with stopped_at(4):
+        run(train_sft, tmp_path / "cut", *words)
+    for name, value in (("lr", "0.02"), ("epochs", "3"), ("dropout", "0"), ("targets", "qv"), ("seed", "1")):
+        with pytest.raises(BadInput, match=f"was run with {name}=.*, now it is {value}"):
+            run(train_sft, tmp_path / "cut", "--resume", f"--{name}", value)
+    with pytest.raises(BadInput, match="was run with full=False, now it is True"):
+        run(train_sft, tmp_path / "cut", "--resume", "--full")
+    run(train_sft, tmp_path / "cut", "--resume", "--lr", "0.01", "--data", "tiny", "--save-every", "1")
+    assert result(tmp_path / "cut") == result(tmp_path / "whole")
+
+
+def test_another_number_of_processes_is_refused_by_name(run, small, tmp_path, monkeypatch):
+    run(train_sft, tmp_path / "run", *start_words(train_sft, small))
+    monkeypatch.setattr(training.ranks, "world", lambda: 2)
+    with pytest.raises(BadInput, match="was run with ranks=1, now it is 2"):
+        run(train_sft, tmp_path / "run", "--resume")
+
+
+@pytest.mark.parametrize("script", ["eval", "agents"])
+def test_the_other_scripts_read_their_settings_too(tmp_path, script):
+    options = importlib.import_module(script).options
+    (tmp_path / "settings.json").write_text(json.dumps(
+        {"settings": {"adapter": ["a", "solver=b"], "limit": 7, "data": ["x"], "weights": "abc"}}))
+    out = ["--resume", "--out", str(tmp_path)]
+    args = options().parse_args(out)
+    assert (args.adapter, args.limit, args.data) == (["a", "solver=b"], 7, ["x"]) and "weights" not in args
+    args = options().parse_args([*out, "--adapter", "a", "--adapter", "solver=b", "--limit", "8"])
+    assert (args.adapter, args.limit) == (["a", "solver=b"], 8)
+    assert options().parse_args(out[1:]).adapter == []
+
+
+def test_settings_that_cannot_be_read_are_named(tmp_path, capsys):
+    (tmp_path / "settings.json").write_text("{half")
+    with pytest.raises(SystemExit, match="2"):
+        train_sft.options().parse_args(["--resume", "--out", str(tmp_path)])
+    assert "settings.json: not readable as JSON" in capsys.readouterr().err
+
+
+# ---- real kills --------------------------------------------------------------------------------------------
+
+KILLED = {"sft": ["train_sft.py", "--batch", "2", "--limit", "8", "--epochs", "1", "--dropout", "0.1"],
+          "grpo": ["train_grpo.py", "--limit", "8", "--batch", "2", "--samples", "4", "--steps", "4",
+                   "--max-tokens", "40", "--kl", "0.05", "--updates", "2"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, kills", [(1, 20), (2, 5)])
+@pytest.mark.parametrize("stage", KILLED)
+def test_killed_at_random_and_resumed_it_has_the_same_bits(tmp_path, stage, ranks, kills):
+    """A third of the runs are killed a second time. Before settings.json is there, the run starts anew."""
+    network, _ = checkpoint.load("tiny")
+    lora.add(network, 4, 8)
+    with torch.no_grad():
+        for p in lora.parameters(network):
+            p.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    lora_files.save(network, tmp_path / "sft", base="tiny")
+    words = KILLED[stage] + ["--data", "tiny", "--save-every", "2", "--device", "cpu"]
+    words += ["--adapter", str(tmp_path / "sft")] if stage == "grpo" else []
+    python = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"] if ranks == 2 else [
+        sys.executable]
+
+    def start(out):
+        with (tmp_path / f"{out.name}.log").open("a") as log:
+            more = ["--resume"] if (out / "settings.json").is_file() else words[1:]
+            return subprocess.Popen([*python, words[0], *more, "--out", str(out)], cwd=ROOT, stdout=log,
+                                    stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    began = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    whole, seconds, rng = result(tmp_path / "whole"), time.monotonic() - began, random.Random(0)
+    same, cut_short = 0, 0
+    for k in range(kills):
+        out = tmp_path / str(k)
+        for _ in range(1 + (k % 3 == 0)):
+            process = start(out)
+            until(lambda p=process, file=out / "settings.json": file.is_file() or p.poll() is not None)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.random() * seconds * 0.6)
+            cut_short += process.poll() is None
+            kill(process)
+        assert start(out).wait() == 0, (tmp_path / f"{k}.log").read_text()[-3000:]
+        same += result(out) == whole
+        print(f"\n{stage}, {ranks} ranks: {same} of {k + 1} have the same bits; {cut_short} kills", end="")
+    assert same == kills and cut_short >= kills // 2
+
+
+def until(true):
+    while not true():
+        time.sleep(0.005)
+
+
+def kill(process) -> None:
+    """SIGKILL to a process and all that it started, torchrun's workers too."""
+    family = [process.pid]
+    for pid in family:
+        with contextlib.suppress(OSError):
+            family += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    for pid in family:
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    until(lambda: not any(Path(f"/proc/{pid}").exists() and alive(pid) for pid in family))
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
