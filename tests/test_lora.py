@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-from slm import BadInput, lora, lora_files
+from slm import BadInput, checkpoint, lora, lora_files
 from slm.attention import Packed
+from slm.runs import cli
+from slm.tokenizer import Tokenizer
 
 
 def logits(model, *sequences):
@@ -208,3 +210,77 @@ def test_a_missing_or_cut_adapter_is_named(random_model, tmp_path):
     path.unlink()
     with pytest.raises(BadInput, match="adapter_model"):
         lora_files.load(random_model(), tmp_path / "adapter")
+
+
+# ---- an adapter knows its base -----------------------------------------------------------------------------
+
+@pytest.fixture
+def model_and_adapter(random_model, tmp_path):
+    """A model's folder and an adapter for it, in runs/sft/adapter: (model folder, adapter folder)."""
+    model, adapter = random_model(vocab=2000), tmp_path / "runs" / "sft" / "adapter"
+    checkpoint.save(model, Tokenizer.load(checkpoint.TINY), tmp_path / "models" / "m")
+    lora_files.save(trained(model), adapter, base=tmp_path / "models" / "m")
+    return tmp_path / "models" / "m", adapter
+
+
+def test_an_adapter_is_refused_on_another_base_in_one_sentence(model_and_adapter, random_model):
+    folder, adapter = model_and_adapter
+    for other in (random_model(vocab=2000, seed=1), random_model(vocab=2000, layers=3)):
+        with pytest.raises(BadInput, match=f"trained on {folder}.*other weights.*--model {adapter}") as error:
+            lora_files.load(other, adapter)
+        assert "\n" not in str(error.value) and not lora.names(other)
+
+
+def test_an_adapter_is_refused_on_a_model_that_differs_by_a_merged_adapter(model_and_adapter):
+    folder, adapter = model_and_adapter
+    model, _ = checkpoint.load(folder)
+    lora_files.load(model, adapter, "first")
+    lora_files.load(model, adapter, "second")  # an adapter beside it is no part of the base
+    lora.remove(model, "second")
+    lora.merge(model, "first")
+    with pytest.raises(BadInput, match="other weights"):
+        lora_files.load(model, adapter, "second")
+
+
+def test_the_fingerprint_is_of_the_weights_and_not_of_dtype_adapters_or_order(model_and_adapter, tmp_path):
+    folder, _ = model_and_adapter
+    full, half = (checkpoint.load(folder, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    known = lora_files.weights_fingerprint(full[0])
+    assert known == lora_files.weights_fingerprint(half[0])
+    checkpoint.save(*half, tmp_path / "half")
+    assert known == lora_files.weights_fingerprint(checkpoint.load(tmp_path / "half")[0])
+    assert known == lora_files.weights_fingerprint(trained(full[0]))
+    for name, p in full[0].named_parameters():  # a change anywhere, of the size that training makes
+        if ".lora_" not in name:
+            before = p.detach().clone()
+            with torch.no_grad():
+                p += 1e-2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+            assert known != lora_files.weights_fingerprint(full[0]), name
+            p.data = before
+
+
+def test_an_adapter_without_identity_still_loads(model_and_adapter, random_model):
+    _, adapter = model_and_adapter
+    (adapter / "base.json").unlink()
+    lora_files.load(random_model(vocab=2000, seed=1), adapter)
+
+
+def test_copied_together_base_and_adapter_find_each_other(model_and_adapter, tmp_path, monkeypatch):
+    _, adapter = model_and_adapter
+    before = logits(checkpoint.load(adapter)[0], IDS)
+    (tmp_path / "models").rename(tmp_path / "gone")
+    with pytest.raises(BadInput, match="base_model_name_or_path"):
+        checkpoint.load(adapter)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "gone").rename(tmp_path / "elsewhere" / "models")
+    (tmp_path / "runs").rename(tmp_path / "elsewhere" / "runs")
+    monkeypatch.chdir(tmp_path / "elsewhere" / "runs")
+    assert torch.equal(logits(checkpoint.load("sft/adapter")[0], IDS), before)
+    assert cli.is_small("sft/adapter") and not cli.is_small("sft")
+
+
+def test_a_base_that_changed_under_its_adapter_is_noticed(model_and_adapter, random_model):
+    folder, adapter = model_and_adapter
+    checkpoint.save(random_model(vocab=2000, seed=1), Tokenizer.load(checkpoint.TINY), folder)
+    with pytest.raises(BadInput, match="other weights"):
+        checkpoint.load(adapter)

@@ -94,7 +94,7 @@ def result(out: Path) -> dict:
 
 
 def moments(run, script, small, out: Path, copies: Path) -> list[Path]:
-    """Run the script in `out`, and copy the folder at each moment at which it differs from the copy before."""
+    """Run the script in `out`; copy the folder at each moment at which it differs from the last copy."""
     kept = []
 
     def keep(path=str(out)):
@@ -131,7 +131,7 @@ def same_files(a: Path, b: Path) -> bool:
 
 
 @pytest.mark.parametrize("script", [train_sft, train_grpo], ids=["sft", "grpo"])
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_what_a_kill_leaves_at_any_moment_goes_on_to_the_same_bits(run, small, tmp_path, script, every):
     out = tmp_path / "whole"
     kept = moments(run, script, small, out, tmp_path)
@@ -158,7 +158,8 @@ def tear(out: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", train_grpo.ALGORITHMS)
 def test_every_objective_goes_on_to_the_same_bits(run, small, tmp_path, algorithm):
-    words = ["--model", small, *GRPO, "--data", "tiny", "--device", "cpu", "--algorithm", algorithm]
+    words = ["--model", small, *GRPO, "--data", "tiny", "--device", "cpu", "--algorithm", algorithm,
+             "--batch", "1", "--steps", "2", "--max-tokens", "5", "--updates", "1"]
     run(train_grpo, tmp_path / "whole", *words)
     with stopped_at(2):
         run(train_grpo, tmp_path / "cut", *words, "--save-every", "1")

@@ -51,6 +51,22 @@ def test_the_reward_rises_and_the_ratio_starts_at_one(small, tmp_path, monkeypat
     assert lora.active(model) == "default"
 
 
+def test_episodes_hold_those_of_all_ranks_in_the_order_of_the_problems(small, tmp_path, monkeypatch):
+    """Here the other rank is one that sampled the same, but as the problems before."""
+    def gather(rows):
+        others = [(group - 1, sample, row | {"problem": "other"}) for group, sample, row in rows
+                  if isinstance(row, dict)] if len(rows[0]) == 3 else []
+        return rows + others
+
+    monkeypatch.setattr(train_grpo.ranks, "gather", lambda rows: gather(rows) if isinstance(rows[0], tuple)
+                        else rows)
+    train(small, tmp_path / "run", "--samples", "2", steps=1)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "episodes.jsonl").read_text().splitlines()]
+    assert [row["problem"] == "other" for row in rows] == [
+        True, True, False, True, False, True, False, True, False, True, False, False]
+    assert [row["sample"] for row in rows[2:10]] == [0, 0, 1, 1] * 2
+
+
 def test_a_run_stopped_and_resumed_ends_on_the_same_bits(small, tmp_path, monkeypatch):
     monkeypatch.setattr(train_grpo, "reward_of", odd)
     whole = train(small, tmp_path / "whole")
@@ -132,6 +148,11 @@ def test_two_ranks_take_the_same_steps_as_one_process(tmp_path, batch):
     for ranks in ("1", "2"):
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks]
         subprocess.run([*launch, *words, "--out", str(tmp_path / ranks)], check=True, cwd=root)
+    told = []
+    for ranks in ("1", "2"):
+        rows = map(json.loads, (tmp_path / ranks / "episodes.jsonl").read_text().splitlines())
+        told.append([(row["step"], row["problem"], row["sample"], row["reward"]) for row in rows])
+    assert told[0] == told[1] and len(told[0]) == 3 * int(batch) * 8
     logs = [(tmp_path / ranks / "metrics.jsonl").read_text().splitlines() for ranks in ("1", "2")]
     for lines in zip(*logs):
         one, two = map(json.loads, lines)
