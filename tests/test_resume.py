@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -264,71 +265,117 @@ def test_settings_that_cannot_be_read_are_named(tmp_path, capsys):
 
 # ---- real kills --------------------------------------------------------------------------------------------
 
-KILLED = {"sft": ["train_sft.py", "--batch", "2", "--limit", "8", "--epochs", "1", "--dropout", "0.1"],
-          "grpo": ["train_grpo.py", "--limit", "8", "--batch", "2", "--samples", "4", "--steps", "4",
-                   "--max-tokens", "40", "--kl", "0.05", "--updates", "2"]}
+KILLED = {"train_sft": ["--batch", "2", "--limit", "8", "--epochs", "1", "--dropout", "0.1"],
+          "train_grpo": ["--limit", "8", "--batch", "2", "--samples", "4", "--steps", "4", "--kl", "0.05",
+                         "--max-tokens", "40", "--updates", "2"]}
+NURSERY = """if True:  # forks a trainer for each line that it reads: nothing is imported again
+    import json, os, signal, sys
+    import train_grpo, train_sft
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    train_sft.write_report = train_grpo.write_report = str  # a picture is slow, and comes last
+    for line in sys.stdin:
+        if pid := os.fork():
+            print(pid, flush=True)
+            continue
+        job = json.loads(line)
+        os.environ.update(job["env"])
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1), os.dup2(log, 2)
+        script = {"train_sft": train_sft, "train_grpo": train_grpo}[job["script"]]
+        script.cli.run(script.main, script.options().parse_args(job["words"]))
+        print("the end", flush=True)
+        os._exit(0)
+"""
+
+
+@pytest.fixture
+def nursery(request):
+    """start(job for each rank) -> their process ids."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(request.param)}
+    with subprocess.Popen([sys.executable, "-c", NURSERY], cwd=ROOT, env=env, text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        def start(jobs):
+            pids = []
+            for job in jobs:
+                process.stdin.write(json.dumps(job) + "\n")
+                process.stdin.flush()
+                pids.append(int(process.stdout.readline()))
+            return pids
+        yield start
+        process.stdin.close()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, kills", [(1, 20), (2, 5)])
-@pytest.mark.parametrize("stage", KILLED)
-def test_killed_at_random_and_resumed_it_has_the_same_bits(tmp_path, stage, ranks, kills):
-    """A third of the runs are killed a second time. Before settings.json is there, the run starts anew."""
+@pytest.mark.parametrize("nursery, kills", [(1, 20), (2, 8)], indirect=["nursery"])
+@pytest.mark.parametrize("script", KILLED)
+def test_killed_at_random_and_resumed_it_has_the_same_bits(request, tmp_path, nursery, kills, script):
+    """Half of the runs are killed a second time. A run that has no settings.json yet starts anew."""
+    ranks = request.node.callspec.params["nursery"]
     network, _ = checkpoint.load("tiny")
     lora.add(network, 4, 8)
     with torch.no_grad():
         for p in lora.parameters(network):
             p.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
     lora_files.save(network, tmp_path / "sft", base="tiny")
-    words = KILLED[stage] + ["--data", "tiny", "--save-every", "2", "--device", "cpu"]
-    words += ["--adapter", str(tmp_path / "sft")] if stage == "grpo" else []
-    python = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"] if ranks == 2 else [
-        sys.executable]
+    words = [*KILLED[script], "--data", "tiny", "--save-every", "2", "--device", "cpu"]
+    words += ["--adapter", str(tmp_path / "sft")] if script == "train_grpo" else []
+    known, rng = set(), random.Random(0)
 
     def start(out):
-        with (tmp_path / f"{out.name}.log").open("a") as log:
-            more = ["--resume"] if (out / "settings.json").is_file() else words[1:]
-            return subprocess.Popen([*python, words[0], *more, "--out", str(out)], cwd=ROOT, stdout=log,
-                                    stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        more = ["--resume"] if (out / "settings.json").is_file() else words
+        port = str(free_port())
+        return nursery([{"script": script, "words": [*more, "--out", str(out)], "log": f"{out}-{rank}.log",
+                         "env": {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                                 "MASTER_PORT": port} if ranks > 1 else {}} for rank in range(ranks)])
+
+    def finish(out):
+        wait_for(start(out))
+        said = [Path(f"{out}-{rank}.log").read_text() for rank in range(ranks)]
+        assert all(text.endswith("the end\n") for text in said), said
+        return result(out)
 
     began = time.monotonic()
-    assert start(tmp_path / "whole").wait() == 0
-    whole, seconds, rng = result(tmp_path / "whole"), time.monotonic() - began, random.Random(0)
-    same, cut_short = 0, 0
+    whole, same, cut_short = finish(tmp_path / "whole"), 0, 0
+    seconds = time.monotonic() - began
     for k in range(kills):
         out = tmp_path / str(k)
-        for _ in range(1 + (k % 3 == 0)):
-            process = start(out)
-            until(lambda p=process, file=out / "settings.json": file.is_file() or p.poll() is not None)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(rng.random() * seconds * 0.6)
-            cut_short += process.poll() is None
-            kill(process)
-        assert start(out).wait() == 0, (tmp_path / f"{k}.log").read_text()[-3000:]
-        same += result(out) == whole
-        print(f"\n{stage}, {ranks} ranks: {same} of {k + 1} have the same bits; {cut_short} kills", end="")
+        for _ in range(1 + k % 2):
+            pids = start(out)
+            wait_for(pids, rng.random() * seconds)
+            cut_short += any(map(alive, pids))
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            wait_for(pids)
+            known.add(state(out))
+        same += finish(out) == whole
+        print(f"\n{script}, {ranks} ranks: {same} of {k + 1} have the same bits; {cut_short} kills left the "
+              f"run in {len(known)} states", end="")
+    print(f"\n{sorted(known)}")
     assert same == kills and cut_short >= kills // 2
 
 
-def until(true):
-    while not true():
+def state(out: Path) -> str:
+    """How far a run had come: its folders, and the rows of its log."""
+    rows = (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").is_file() else 0
+    return f"{rows} rows, {' '.join(sorted(str(p.relative_to(out)) for p in out.rglob('*') if p.is_dir()))}"
+
+
+def wait_for(pids, seconds: float = 600) -> None:
+    """Until all have ended, or the seconds are over."""
+    end = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < end:
         time.sleep(0.005)
 
 
-def kill(process) -> None:
-    """SIGKILL to a process and all that it started, torchrun's workers too."""
-    family = [process.pid]
-    for pid in family:
-        with contextlib.suppress(OSError):
-            family += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-    for pid in family:
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-    until(lambda: not any(Path(f"/proc/{pid}").exists() and alive(pid) for pid in family))
-
-
 def alive(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
     return False
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
