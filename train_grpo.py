@@ -100,7 +100,7 @@ from slm.prompts import SOLVER
 from slm.report import write as write_report
 from slm.runs import files, ranks
 from slm.runs.device import memory, parameter_counts, peak_memory
-from slm.runs.rundir import RunDir
+from slm.runs.rundir import CHECKPOINTS, RunDir
 from slm.sampling import Sampler
 from slm.sandbox import Sandbox
 
@@ -288,8 +288,7 @@ def prepare(out, device, dtype, args):
     the same random draws before the new adapter's."""
     merged = args.adapter or (checkpoint.resolve(args.model) / "adapter_config.json").is_file()
     base = str((out / "base").resolve()) if merged else args.model
-    begun = args.resume and any((out / "checkpoints").glob("step-*[0-9]"))
-    if merged and not begun:
+    if merged and not (args.resume and any(out.glob(CHECKPOINTS))):
         model, tokenizer = checkpoint.load(args.model, device, torch.float32)
         if args.adapter:
             lora_files.load(model, checkpoint.resolve(args.adapter), "sft")

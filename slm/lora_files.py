@@ -20,9 +20,8 @@ UNSET = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orth
 
 
 def save(model: Qwen2, directory: str | Path, name: str = "default", base: str | Path = "") -> None:
-    """Write an adapter; the folder appears, or replaces an older one, when it is complete. base: the model
-    that the adapter belongs to (directory or hub id), stored as base_model_name_or_path. A directory's path
-    from the adapter is stored as well, and counts first: a run can be copied, base and adapter together."""
+    """Write an adapter; the folder appears, or replaces an older one, when it is complete. base: its model's
+    directory or hub id, stored as base_model_name_or_path; a directory also as a path from the adapter."""
     spec = lora.spec(model, name)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
               "r": spec.r, "lora_alpha": spec.alpha, "lora_dropout": spec.dropout, "use_rslora": spec.rslora,

@@ -74,9 +74,8 @@ def steps(total: int, rundir: RunDir, trained: dict, optimizer, args,
           extra: dict | None = None) -> Iterator[tuple[int, float, tqdm]]:
     """Yield (step, its learning rate, progress bar) from the newest checkpoint on. A checkpoint is saved
     every args.save_every steps, every SAVE_SECONDS, at the end, and after Ctrl-C, which then leaves as
-    KeyboardInterrupt. extra: what else a step hands to the next (a moving average, say), numbers and tensors
-    by name. The caller changes it in place; it is saved with each checkpoint and put back before the first
-    step."""
+    KeyboardInterrupt. extra: what else a step hands to the next, numbers and tensors by name. The caller
+    changes it in place; each checkpoint holds it, and it is put back before the first step."""
     extra = {} if extra is None else extra
     device = next(iter(trained.values())).device
     state = rundir.load(device) if args.resume else None
@@ -142,8 +141,7 @@ def training_state(step: int, trained: dict[str, torch.nn.Parameter], optimizer,
 
 
 def restore(state: dict, trained: dict[str, torch.nn.Parameter], optimizer, extra: dict | None = None) -> int:
-    """Put a training_state back, its extra into `extra`; returns its step. BadInput when it holds other
-    tensors."""
+    """Put a training_state back; returns its step. BadInput when it holds other tensors."""
     if set(state["parameters"]) != set(trained):
         raise BadInput("the checkpoint holds other tensors than this run trains")
     with torch.no_grad():
