@@ -15,7 +15,7 @@ from small import write_small
 import train_grpo
 from slm import checkpoint, lora, lora_files, losses
 from slm.episode import Episode, Reply, TokenRecord, Turn
-from slm.runs import rundir
+from slm.runs import cli, rundir
 from slm.workflows import WORKFLOWS
 from train_grpo import ALGORITHMS, reward_of
 
@@ -49,6 +49,15 @@ def test_the_reward_rises_and_the_ratio_starts_at_one(small, tmp_path, monkeypat
     assert (tmp_path / "run" / "report.html").is_file()
     model, _ = checkpoint.load(tmp_path / "run" / "adapter")
     assert lora.active(model) == "default"
+
+
+def test_a_real_model_gets_adapters_on_all_linear_layers_and_tiny_keeps_its_own():
+    """Rank 1 to 32 and alpha 32 are what "LoRA without regret" advises for reinforcement learning."""
+    for model, targets in (("Qwen/Qwen2.5-Math-1.5B", "all"), ("tiny", "qkvo")):
+        args = train_grpo.options().parse_args(["--model", model])
+        cli.resolve(args, train_grpo.PAPER, train_grpo.TINY)
+        assert args.targets == targets and args.alpha == 32 and 1 <= args.rank <= 32
+    assert set(cli.TARGETS["all"]) == set(lora.ALL)
 
 
 def test_episodes_hold_those_of_all_ranks_in_the_order_of_the_problems(small, tmp_path, monkeypatch):
@@ -158,6 +167,7 @@ def test_two_ranks_take_the_same_steps_as_one_process(tmp_path, batch):
         one, two = map(json.loads, lines)
         for name in ("reward", "mean_tokens", "loss", "kl", "grad_norm", "learned_tokens"):
             assert one[name] == pytest.approx(two[name], rel=1e-3, abs=1e-6), name
+    checkpoint.load(tmp_path / "2" / "adapter")  # it knows its base
     a, b = (load_file(tmp_path / ranks / "adapter" / "adapter_model.safetensors") for ranks in ("1", "2"))
     assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
 
