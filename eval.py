@@ -247,7 +247,7 @@ def refuse_unlike(a: Saved, b: Saved) -> None:
 
 def regrade(run: Saved) -> None:
     """Grade a run's saved responses again, show every change, and write answers and summary anew. What was
-    there is kept as answers.before-regrade.jsonl."""
+    there is kept as answers.before-regrade.jsonl, or -2, -3, ... where earlier answers are kept."""
     summary = read_json(run.path / "summary.json")
     right_or_wrong, changed = {True: "right", False: "wrong"}, 0
     for data, rows in run.rows.items():
@@ -266,7 +266,8 @@ def regrade(run: Saved) -> None:
     print(f"{changed} of {sum(map(len, run.rows.values()))} answers graded differently")
     if changed:
         answers = run.path / "answers.jsonl"
-        shutil.copy(answers, run.path / "answers.before-regrade.jsonl")
+        kept = len(list(run.path.glob("answers.before-regrade*.jsonl")))
+        shutil.copy(answers, run.path / f"answers.before-regrade{f'-{kept + 1}' if kept else ''}.jsonl")
         write_whole(answers, as_lines(row for rows in run.rows.values() for row in rows))
         write_json(run.path / "summary.json", summary)
 

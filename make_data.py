@@ -88,20 +88,25 @@ def make_solutions(args) -> None:
 
         def stop() -> None:
             asking.stop("stopped")
-            print(f"\nstopping; {sum(map(len, asking.wire.values()))} requests are on the wire "
+            for backend in backends.values():
+                if isinstance(backend, Endpoint):
+                    backend.stop()
+            print(f"\nstopping; at most {sum(map(len, asking.wire.values()))} requests are on the wire "
                   "(Ctrl-C again to leave them)")
 
         with cli.Interrupt(stop):
             asking.run(asked, backends)
         for journal in journals:
             journal.sort(by_problem(problems, "round", "teacher", "attempt"))
-        still_open = {p.id for p in asked if asking.progress.due(p.id)}
+        still_open = {p.id for p in asked if asking.progress.due(p.id, later=True)}
         summary = records.summarize(problems, dropped, still_open, asking.attempts(), asking.prices)
         report(run.path, summary | {"compared with": compared})
     print(f"records: {run.path}/records.jsonl")
-    if asking.why:
-        print(f"ended early: {asking.why}; {len(still_open):,} problems are open, the same command goes on")
-    else:
+    left = summary["source"]["all"].get("open", 0)
+    if asking.why or left:
+        why = asking.why or f"attempts ended in HTTP errors, the last: {asking.trouble}"
+        print(f"ended early: {why}; {left:,} problems are open, the same command goes on")
+    if asking.counts["kept"] and not asking.why:
         print(f"next: python train_sft.py --model {args.model} --data {run.path}/records.jsonl")
     if asking.dead:
         raise asking.dead

@@ -5,8 +5,8 @@
     python train_grpo.py --workflow python_tools --adapter ...       trains what agents.py runs
     python train_grpo.py --model Qwen/Qwen2.5-Math-1.5B --adapter DIR --data gsm8k
 
-A step is roll_out, then update_policy. roll_out samples K episodes of each problem, gives 1 for a right final
-box and -1 for anything else, and compares each reward with the others of its problem: this is the advantage.
+A step is roll_out, then update_policy. roll_out samples K episodes of each problem, rewards them (--reward: 1
+for a right box, else -1), and compares each reward with the others of its problem: this is the advantage.
 update_policy makes sampled tokens more likely if their advantage is positive, less likely if it is negative,
 and keeps the policy near the reference by a KL penalty.
 
@@ -65,8 +65,13 @@ def options():
     g.add_argument("--samples", type=cli.positive, help=f"K, episodes a problem ({both('samples')})")
     g.add_argument("--temperature", type=cli.number(0.01), help=f"({both('temperature')})")
     g.add_argument("--max-tokens", type=cli.positive, help=f"new tokens of a reply ({both('max_tokens')})")
+    g = p.add_argument_group("reward")
+    g.add_argument("--reward", nargs="+", action=cli.Names, default=["correct"], metavar="PART:WEIGHT",
+                   help="such as correct:1,format:0.2; slm/rewards.py has all parts (default correct:1)")
     g.add_argument("--no-box", type=cli.number(-1, 1), default=-1.0,
-                   help="reward without a final box; the report's -0.5 pays for silence (default -1)")
+                   help="correct without a final box; the report's -0.5 pays for silence (default -1)")
+    g.add_argument("--truncated", choices=("keep", "zero", "soft"), default="keep",
+                   help="a reply cut at --max-tokens is graded, earns 0, or is graded with the part length")
     g = p.add_argument_group("objective")
     g.add_argument("--algorithm", choices=ALGORITHMS, default="grpo", help="(default grpo; see losses.py)")
     g.add_argument("--kl", type=cli.number(0), help=f"weight of the KL penalty ({both('kl')})")
@@ -88,16 +93,18 @@ if __name__ == "__main__":
 import contextlib
 import shlex
 import time
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from slm import BadInput, checkpoint, lora, lora_files, losses, problems, training, workflows
-from slm.episode import Episode, Sampling, TokenRecord, jobs_for, run_episodes, seed_of, user
-from slm.grading import grade
+from slm import BadInput, checkpoint, lora, lora_files, losses, problems, rewards, training, workflows
+from slm.episode import Episode, Reply, Sampling, TokenRecord, Turn, jobs_for, run_episodes, seed_of, user
+from slm.grading import equal, grade
 from slm.prompts import SOLVER
 from slm.report import write as write_report
+from slm.rewards import reward_of
 from slm.runs import files, ranks
 from slm.runs.device import memory, parameter_counts, peak_memory
 from slm.runs.rundir import CHECKPOINTS, RunDir
@@ -111,7 +118,7 @@ def main(args):
     algorithm, workflow = checked(args)
     device, dtype, words = training.settle(args, f"grpo-{Path(args.model).name.lower()}")
     pool = problems.load_all(args.data, "train", args.limit)
-    check_rewards(pool)
+    said = check_rewards(pool, args)
     rundir = RunDir(args.out, vars(args), problems.fingerprint(pool), args.resume, log=ranks.rank() == 0)
     policy, tokenizer, base = prepare(rundir.path, device, dtype, args)
     pool = fitting(pool, tokenizer, policy.config.positions)
@@ -121,6 +128,7 @@ def main(args):
     plan = plan[:args.steps or None]
     if ranks.rank() == 0:
         introduce(policy, tokenizer, base, pool, plan, words, args)
+        print(said)
 
     trained, optimizer = training.start(policy, weight_decay=0.0)
     sampler = Sampler(policy, tokenizer)
@@ -155,22 +163,13 @@ def roll_out(batch, step, policy, workflow, sampler, sandbox, algorithm, clock, 
                                 seed=seed_of(args.seed, "grpo", step))
         sampler.close()  # gives the cache's memory back, and no step depends on an earlier one's cache
     clock.append(time.perf_counter())
+    rules = rewards.rules_of(args, step)
     for episode in episodes:
-        episode.reward, episode.reason = reward_of(episode, batch[episode.group].gold, args.no_box)
+        episode.reward, episode.reason = reward_of(episode, batch[episode.group], rules)
     records = [[] if e.reward is None else e.records(args.roles) for e in episodes]
     divisor = give_credit(episodes, records, algorithm, args.max_tokens)
     clock.append(time.perf_counter())
     return episodes, records, divisor
-
-
-def reward_of(episode: Episode, gold: str, no_box: float) -> tuple[float | None, str]:
-    """(reward, reason): 1 for a right box, -1 for a wrong one, `no_box` for none, None if sampling failed."""
-    if episode.broken or not episode.turns:
-        return None, f"failed: {episode.broken or episode.error}"
-    result = grade(episode.response, gold, strict=True)
-    if result.answer is None:
-        return no_box, "no box"
-    return (1.0 if result.correct else -1.0), result.reason
 
 
 def give_credit(episodes, records, algorithm: Algorithm, max_tokens: int) -> int:
@@ -268,17 +267,34 @@ def checked(args):
     return algorithm, workflows.workflow(args.workflow)
 
 
-def check_rewards(pool) -> None:
-    """Refuse problems whose gold answers the grader does not accept: no training would help."""
-    some = pool[:50]
-    right = [grade(f"\\boxed{{{p.gold}}}", p.gold, strict=True).correct for p in some]
-    wrong = [grade(f"\\boxed{{{q.gold}}}", p.gold, strict=True).correct for p, q in pairwise(some)]
-    if sum(right) < 0.9 * len(right):
-        bad = some[right.index(False)]
-        raise BadInput(f"{bad.id}: the grader does not accept the gold answer {bad.gold!r}; expected a "
-                       "number or a formula")
-    print(f"reward check: {sum(right)} of {len(right)} gold answers are accepted, "
-          f"{sum(wrong)} of {len(wrong)} golds of another problem")
+def check_rewards(pool, args) -> str:
+    """What the grader and the rules make of texts whose worth is known, for a person to read. BadInput where
+    training could not help: gold answers are refused, or a hack pays as much as a right answer."""
+    some, rules, accepted = pool[:50], rewards.rules_of(args), []
+    for spelling in ("{}", "$ \\; {} $.", "\\mathbf{{{}}}"):  # text that can't be read equals only itself
+        dressed = [f"So \\boxed{{{spelling.format(p.gold)}}}, I think." for p in some]
+        right = [grade(text, p.gold, strict=True).correct for text, p in zip(dressed, some)]
+        if sum(right) < 0.9 * len(some):
+            bad = some[right.index(False)]
+            raise BadInput(f"{bad.id}: the grader does not accept the gold answer {bad.gold!r} as "
+                           f"{spelling.format(bad.gold)!r}; expected a number or a formula")
+        accepted.append(str(sum(right)))
+    problem = next((p for p in some if p.gold.isdecimal()), some[0])
+    wrong = "42.5" if equal("41.5", problem.gold) else "41.5"
+    paid = {}
+    for name, text in rewards.samples(problem.question, problem.gold, wrong).items():
+        turn = Turn("solver", [user(SOLVER(question=problem.question))], Reply(text, [0]))
+        paid[name], _ = rewards.reward_of(Episode(problem.id, turns=[turn], response=text), problem, rules)
+    right = paid.pop("right")
+    worst = max(paid, key=paid.get)
+    told = f"a right answer earns {right:g}, {len(paid)} hacks at most {paid[worst]:g} ({worst})"
+    if any(weight and (part == "random" or ":" in part) for part, weight in rules.weights.items()):
+        told = "a coin or a function of yours decides what a hack earns"
+    elif paid[worst] >= right:
+        raise BadInput(f"--reward {','.join(rules.weights)}: {told}; give the part correct more weight")
+    others = sum(equal(p.gold, q.gold) for p, q in pairwise(some))
+    return (f"reward check: {'/'.join(accepted)} of {len(some)} golds are right in 3 spellings, {others} for "
+            f"the next problem; {told}; a reply cut short {rewards.TRUNCATED[args.truncated]}")
 
 
 def prepare(out, device, dtype, args):
@@ -338,20 +354,24 @@ def summary(episodes: list[Episode]) -> dict:
     """What the episodes of all ranks were like. `failed` counts those without a reward."""
     rewarded = [e for e in episodes if e.reward is not None]
     turns = [turn for e in episodes for turn in e.turns]
-    rewards: dict[int, set] = {}
+    groups: dict[int, set] = {}
     for e in rewarded:
-        rewards.setdefault(e.group, set()).add(e.reward)
+        groups.setdefault(e.group, set()).add(e.reward)
+    parts = Counter()
+    for own in ranks.gather([e.parts for e in rewarded]):
+        parts.update(own)
     n = ranks.summed({
-        "reward": sum(e.reward for e in rewarded), "solved": sum(e.reward == 1 for e in rewarded),
+        "reward": sum(e.reward for e in rewarded), "solved": sum(e.solved for e in rewarded),
         "rewarded": len(rewarded), "no box": sum(e.reason == "no box" for e in episodes),
         "tokens": sum(e.tokens_out for e in episodes), "episodes": len(episodes),
         "cut": sum(turn.reply.finish == "length" for turn in turns), "turns": len(turns),
-        "even": sum(len(values) == 1 for values in rewards.values()), "groups": len(rewards)})
+        "even": sum(len(values) == 1 for values in groups.values()), "groups": len(groups)})
     rewarded = max(1, n["rewarded"])
     return {"reward": n["reward"] / rewarded, "solved": n["solved"] / rewarded,
             "no_answer": n["no box"] / n["episodes"], "truncated": n["cut"] / max(1, n["turns"]),
             "mean_tokens": n["tokens"] / n["episodes"], "zero_spread": n["even"] / max(1, n["groups"]),
-            "failed": int(n["episodes"] - n["rewarded"])}
+            "failed": int(n["episodes"] - n["rewarded"]),
+            **{f"reward/{name}": total / rewarded for name, total in parts.items()}}
 
 
 def shares(clock: list[float], episodes: list[Episode]) -> dict:
@@ -367,7 +387,7 @@ def line(step: int, e: Episode, records: list[TokenRecord]) -> dict:
     """An episode for episodes.jsonl."""
     turns = [{"role": t.role, "reply": {"text": t.reply.text, "finish": t.reply.finish}} for t in e.turns]
     return {"step": step, "problem": e.problem_id, "sample": e.sample, "reward": e.reward, "reason": e.reason,
-            "answer": e.answer, "tokens": e.tokens_out,
+            "parts": e.parts, "answer": e.answer, "tokens": e.tokens_out,
             "advantage": records[0].advantage if records else None, "turns": turns}
 
 

@@ -6,7 +6,7 @@
 
 Data: JSON lines. A row has `question` and `response`, as make_data.py writes them (the standard prompt is put
 around the question), or it has `messages`, a list of role and content. Every response or assistant message is
-trained, with the token that ends it. Rows longer than --max-length are left out and counted.
+trained, if its `weight` is not 0, with the token that ends it. Rows over --max-length are left out, counted.
 
 A step trains on --batch rows, packed without padding into micro-batches of --micro-tokens. The loss of each
 is a sum, divided by the number of trained tokens in the batch: micro-batches don't change the gradient.
@@ -159,15 +159,22 @@ def messages_of(row: dict, where: str) -> list[dict]:
     messages = row.get("messages")
     if not isinstance(messages, list):
         raise BadInput(f"{where}: expected question and response, or messages; found {', '.join(row)}")
-    kinds = [(type(m.get("role")), type(m.get("content"))) for m in messages if isinstance(m, dict)]
-    if kinds != [(str, str)] * len(messages) or not any(m["role"] == "assistant" for m in messages):
-        raise BadInput(f"{where}: messages must be a list of role and content, at least one of the assistant")
+    kinds = [(type(m.get("role")), type(m.get("content")), m.get("weight") in (None, 0, 1))
+             for m in messages if isinstance(m, dict)]
+    if kinds != [(str, str, True)] * len(messages) or not any(map(trained, messages)):
+        raise BadInput(f"{where}: messages must be a list of role and content (and weight, 0 or 1), at least "
+                       "one of the assistant and not of weight 0")
     return messages
+
+
+def trained(message: dict) -> bool:
+    """Whether a message is in the loss: the assistant's, but not of weight 0 (as in OpenAI's files)."""
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def encode(tokenizer, messages: list[dict], train_on: str = "response") -> TokenRecord:
     """A conversation as tokens. The mask is 1 on assistant messages and their end tokens; with `all` it is 1
-    on everything but the first token, which nothing predicts."""
+    on everything but the first token, which nothing predicts. Weight 0 gives mask 0."""
     ids, mask = [], []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -176,9 +183,9 @@ def encode(tokenizer, messages: list[dict], train_on: str = "response") -> Token
         if prompt[:len(ids)] != ids:
             raise BadInput("the chat template rewrites earlier turns: several of them can't be one sequence")
         reply = [*tokenizer.encode(tokenizer.after_prompt(message["content"])), tokenizer.end_of_turn]
-        mask += [0] * (len(prompt) - len(ids)) + [1] * len(reply)
+        mask += [int(train_on == "all")] * (len(prompt) - len(ids)) + [int(trained(message))] * len(reply)
         ids = prompt + reply
-    return TokenRecord(ids, mask if train_on == "response" else [0] + [1] * (len(ids) - 1))
+    return TokenRecord(ids, [0] + mask[1:])
 
 
 def fitting(tokenizer, conversations, longest: int, train_on: str) -> list[TokenRecord]:

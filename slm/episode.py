@@ -148,7 +148,8 @@ class Episode:
     """One run of one workflow on one problem. `answer` is what it stands by, `response` the text that is
     graded, `error` why there is no answer. `failures` names all that failed on the way, recovered or not.
     `group` numbers the problem and `sample` its repetitions (GRPO compares within a group). The trainer fills
-    in `reward`, what the episode earned (None: its sampling failed), and the `reason` for it."""
+    in `parts` (what rewards.py measured), `reward` (their weighted sum; None: its sampling failed), the
+    `reason` for it, and `solved` (a right box)."""
     problem_id: str
     workflow: str = ""
     group: int = 0
@@ -160,8 +161,10 @@ class Episode:
     response: str = ""
     error: str | None = None
     failures: list[str] = field(default_factory=list)
+    parts: dict[str, float] = field(default_factory=dict)
     reward: float | None = None
     reason: str = ""
+    solved: bool = False
 
     @property
     def first_answer(self) -> str | None:
@@ -169,8 +172,10 @@ class Episode:
 
     @property
     def broken(self) -> str | None:
-        """Why an Ask got no reply, if one got none."""
-        return next((turn.reply.error for turn in self.turns if turn.reply.error), None)
+        """Why an Ask got no reply, if one got none. A conversation that grew longer than the context is not
+        meant: this ends like a reply that was cut."""
+        return next((turn.reply.error for turn in self.turns
+                     if turn.reply.error and turn.reply.finish != "length"), None)
 
     @property
     def tokens_out(self) -> int:
@@ -205,8 +210,9 @@ class Episode:
 
     @classmethod
     def from_json(cls, row: dict) -> "Episode":
-        """An episode that to_json wrote; what was added to the row is left out."""
-        fields = {name: row[name] for name in cls.__dataclass_fields__}
+        """An episode that to_json wrote, perhaps before a field was new; what was added to the row is left
+        out."""
+        fields = {name: row[name] for name in cls.__dataclass_fields__ if name in row}
         fields["turns"] = [Turn(**turn | {"reply": Reply(**turn["reply"])}) for turn in row["turns"]]
         fields["runs"] = [CodeRun(**run | {"outcome": Outcome(**run["outcome"])}) for run in row["runs"]]
         return cls(**fields)
@@ -327,8 +333,9 @@ class _Runner:
             self.waiting[asked] = [(live, place)]
             try:
                 self.tickets[self.backend.submit(Request(ask.messages, sampling, adapter))] = asked
-            except BadInput as e:  # a prompt longer than the context, for one
-                self.replied(asked, Reply("", finish="error", error=str(e)))
+            except BadInput as e:  # a prompt longer than the context, for one: too much said before it
+                finish = "length" if live.episode.turns else "error"
+                self.replied(asked, Reply("", finish=finish, error=str(e)))
 
     def replied(self, asked: tuple, reply: Reply) -> None:
         _, sampling, _ = asked

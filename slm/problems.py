@@ -13,7 +13,7 @@ import math
 import os
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import requests
@@ -227,7 +227,12 @@ def _find(source: Source) -> Path:
 
 
 def download(source: Source, path: Path) -> Path:
-    """Fetch source.url, going on where an earlier try stopped; `path` appears only after the checks."""
+    """Fetch source.url, going on where an earlier try stopped; `path` appears only after the checks. As for
+    models, HF_ENDPOINT names a mirror of the hub, and HF_HUB_OFFLINE forbids downloads."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise BadInput(f"{source.file} is not here, and HF_HUB_OFFLINE forbids to download it")
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    source = replace(source, url=source.url.replace("https://huggingface.co", hub.rstrip("/")))
     part = path.with_name(path.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     for attempt in range(3):

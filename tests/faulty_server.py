@@ -1,4 +1,5 @@
-"""A small OpenAI-compatible server that is late, busy, broken or malformed, as its Faults say.
+"""A small OpenAI-compatible server that is late, busy, broken or malformed, as its Faults say, or that has
+one of the QUIRKS of real servers.
 
     with serve(answer, faults) as server:
         Endpoint(server.url, "careless")
@@ -44,6 +45,108 @@ def solution(steps: str, answer: str) -> str:
     return f"{steps}\nTherefore, the answer is \\boxed{{{answer}}}."
 
 
+def refuses(field: str, status: int, said) -> Callable:
+    """A server that takes no request with this field."""
+    return lambda number, body, reply: (status, said) if field in body else None
+
+
+def first(times: int, status: int, said, **headers) -> Callable:
+    """A server that fails so many times, then answers."""
+    return lambda number, body, reply: (status, said, headers) if number < times else None
+
+
+def ends(reason, times: int = 10**9, **choice) -> Callable:
+    """A server whose texts end half way, so many times, for this reason."""
+    def quirk(number, body, reply):
+        if number < times:
+            said, = reply["choices"]
+            said |= {"finish_reason": reason, **choice}
+            text = said["message"]["content"]
+            said["message"]["content"] = text[:len(text) // 2]
+        return 200, reply
+    return quirk
+
+
+def says(times: int = 10**9, usage: dict | None = None, **message) -> Callable:
+    """A server with something else in its message, or in its usage."""
+    def quirk(number, body, reply):
+        if number < times:
+            text = reply["choices"][0]["message"]["content"]
+            for name, value in message.items():
+                reply["choices"][0]["message"][name] = value(text) if callable(value) else value
+            reply["usage"] |= usage or {}
+        return 200, reply
+    return quirk
+
+
+def takes_no_system_role(said) -> Callable:
+    return lambda number, body, reply: (400, said) if body["messages"][0]["role"] == "system" else None
+
+
+def takes_only_temperature_1(number, body, reply):
+    if body.get("temperature", 1) != 1:
+        said = ("Unsupported value: 'temperature' does not support 0.7 with this model. Only the default (1) "
+                "value is supported.")
+        return 400, {"error": {"message": said, "param": "temperature"}}
+
+
+PARTS = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "one"},
+         {"type": "text", "text": " two"}]
+HTML = b"<!DOCTYPE html><html><head><style>a {b}</style><title>Welcome to nginx!</title></head></html>"
+
+# name -> quirk(number of the request, its body, the reply that a good server sends) -> (status, JSON or bytes
+# and, perhaps, headers), or None: the good reply
+QUIRKS = {
+    # what a server refuses
+    "no seed": refuses("seed", 400, {"error": {"message": "Unsupported parameter: 'seed'"}}),
+    "no seed, as Mistral says it": refuses("seed", 422, {"object": "error", "message": {"detail": [
+        {"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]}}),
+    "no seed, as Google says it": refuses("seed", 400, [{"error": {
+        "code": 400, "message": 'Invalid JSON payload received. Unknown name "seed": Cannot find field.'}}]),
+    "no seed, as LiteLLM says it": refuses("seed", 500, {"error": {
+        "message": "ollama does not support parameters: {'seed': 1}, for model=llama3", "code": 500}}),
+    "max_completion_tokens": refuses("max_tokens", 400, {"error": {
+        "message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+                   "'max_completion_tokens' instead.", "code": "unsupported_parameter"}}),
+    "temperature 1": takes_only_temperature_1,
+    "no system role": takes_no_system_role(  # of Gemma's template behind vLLM
+        {"object": "error", "message": "System role not supported", "type": "BadRequestError", "code": 400}),
+    "no system role, as OpenAI says it": takes_no_system_role({"error": {
+        "message": "Unsupported value: 'messages[0].role' does not support 'system' with this model."}}),
+    # what may pass
+    "error in 200": first(2, 200, {"error": {"message": "upstream is gone", "code": 502}}),
+    "error and no choices": first(2, 200, {"error": "model is unloaded", "choices": []}),
+    "loading": first(2, 503, {"error": {"code": 503, "message": "Loading model"}}),
+    "busy provider": first(2, 429, {"error": {"message": "Provider returned error", "code": 429, "metadata": {
+        "raw": "z-ai/glm is temporarily rate-limited upstream"}}}),
+    "MiniMax is busy": first(2, 200, {"choices": None, "base_resp": {"status_code": 1002,
+                                                                     "status_msg": "rate limit"}}),
+    "detail": first(2, 500, {"detail": "the engine is down"}),
+    "page of a proxy": first(2, 502, b"<html><body><h1>502 Bad Gateway</h1></body></html>"),
+    "an hour": first(1, 429, {"error": {"message": "quota of this hour"}}, **{"Retry-After": 3600}),
+    # what passes never
+    "web page": first(10**9, 200, HTML),
+    "no money": first(10**9, 429, {"error": {"message": "You exceeded your current quota, please check",
+                                             "code": "insufficient_quota"}}),
+    # how texts end
+    "breaks off twice": ends("error", 2, error={"code": 502, "message": "provider died"}),
+    **{f"ends with {reason}": ends(reason) for reason in (
+        "error", "abort", None, "", "network_error", "insufficient_system_resource", "tool_calls",
+        "length", "model_length", "max_tokens", "model_context_window_exceeded", "sensitive")},
+    # what is in a message
+    "parts": says(content=PARTS),
+    "strings": says(content=lambda text: [text[:3], text[3:]]),
+    "reasoning only": says(content=None, reasoning_content=lambda text: text),
+    "reasoning only, cut": ends("length", message={"content": "", "reasoning": "half"}),
+    "empty twice": says(2, content=""),
+    "always empty": says(content=""),
+    # what is in the usage
+    "negative usage": says(usage={"prompt_tokens": -7, "completion_tokens": -12, "total_tokens": -19}),
+    "absurd usage": says(usage={"prompt_tokens": 1e308, "completion_tokens": 10**40, "total_tokens": "7"}),
+    "ends at the limit": says(usage={"completion_tokens": 50}),
+}
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # keeps connections open
     wbufsize = -1                  # one packet a reply
@@ -54,6 +157,8 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         with server.lock:
             seen = server.seen[key] = server.seen[key] + 1
+            number = len(server.bodies)
+            server.bodies.append(json.loads(raw))
         trouble, faults = random.Random(f"{key} {seen}"), server.faults
         if faults.latency:
             time.sleep(min(faults.slowest, trouble.expovariate(1 / faults.latency)))
@@ -63,6 +168,13 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "broken":
             return self.send(b"<html>Internal Server Error</html>", 500)
         reply = self.reply(json.loads(raw), random.Random(key), len(raw) // 4, fault == "empty")
+        quirk = server.quirk and server.quirk(number, json.loads(raw), json.loads(reply))
+        if quirk:
+            status, said, *headers = quirk
+            reply = said if isinstance(said, bytes) else json.dumps(said).encode()
+            if status != 200:
+                retry_after = headers[0].get("Retry-After") if headers else None
+                return self.send(reply, status, retry_after)
         if fault is None:
             with server.lock:
                 server.answered[key] += 1
@@ -98,13 +210,14 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """A thread for each connection. `seen` and `answered` count the requests by the hash of their body."""
+    """A thread for each connection. `seen` and `answered` count the requests by the hash of their body;
+    `bodies` are all that came."""
     daemon_threads = True
     request_queue_size = 1024
 
-    def __init__(self, answer: Callable[[dict, random.Random], str], faults: Faults):
+    def __init__(self, answer: Callable[[dict, random.Random], str], faults: Faults, quirk: Callable | None):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.answer, self.faults = answer, faults
+        self.answer, self.faults, self.quirk, self.bodies = answer, faults, quirk, []
         self.seen, self.answered, self.lock = Counter(), Counter(), threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -113,10 +226,12 @@ class Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serve(answer: Callable[[dict, random.Random], str] = teacher.answer, faults: Faults = Faults()):
-    """A Server in a thread of this process, for the length of a with block."""
-    server = Server(answer, faults)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+def serve(answer: Callable[[dict, random.Random], str] = teacher.answer, faults: Faults = Faults(),
+          quirk: str | Callable | None = None):
+    """A Server in a thread of this process, for the length of a with block. quirk: one of QUIRKS, by name, or
+    one of your own."""
+    server = Server(answer, faults, QUIRKS[quirk] if isinstance(quirk, str) else quirk)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield server

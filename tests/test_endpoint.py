@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
-from faulty_server import Faults, serve
+from faulty_server import QUIRKS, Faults, first, serve
 
 from slm import BadInput
 from slm.episode import Request, Sampling, jobs_for, run_episodes
@@ -35,6 +36,7 @@ def scripted(answer):
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = -1  # one packet a reply
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -64,7 +66,7 @@ def scripted(answer):
             pass
 
     server = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1", seen
     finally:
@@ -181,7 +183,7 @@ def test_one_bad_reply_is_an_error_reply_with_its_cause():
 
 
 def test_a_mistake_of_ours_costs_one_request_and_no_worker(monkeypatch):
-    monkeypatch.setattr(endpoint, "read", lambda raw: 1 / 0 if b"bad" in raw else read(raw))
+    monkeypatch.setattr(endpoint, "read", lambda data: 1 / 0 if "bad" in str(data) else read(data))
     with scripted(lambda n, body, _: chat(body["messages"][0]["content"])) as (url, _):
         replies = collect(quick(url, workers=1), ask("good"), ask("bad"), ask("good"))
     assert [r.error for r in replies] == [None, "ZeroDivisionError", None]
@@ -245,17 +247,16 @@ def test_a_strange_address_is_refused_and_a_password_in_it_not_repeated():
 
 
 def test_reasoning_in_its_own_field_and_other_shapes():
-    body = lambda *args, **message: json.dumps(chat(*args, **message)[1]).encode()
+    body = lambda *args, **message: chat(*args, **message)[1]
     assert read(body("4", reasoning_content="two and two")).thinking == "two and two"
-    assert read(body(None, reasoning="hm")).text == "" and read(body("4")).thinking is None
+    assert read(body(None, "length", reasoning="hm")).text == "" and read(body("4")).thinking is None
     assert read(body("I won't", "content_filter")).finish == read(body("", refusal="no")).finish == "refused"
     assert read(body("cut", "length")).finish == "length"
-    assert read(body("half \ud83d pair")).text == "half ? pair"
 
 
 def test_tokens_of_hidden_thinking_are_counted_as_they_are_billed():
     """xAI leaves them out of completion_tokens, OpenAI does not; both have them in total_tokens."""
-    tokens = lambda **usage: read(json.dumps(chat()[1] | {"usage": usage}).encode()).tokens_out
+    tokens = lambda **usage: read(chat()[1] | {"usage": usage}).tokens_out
     assert tokens(prompt_tokens=10, completion_tokens=2, total_tokens=329) == 319
     assert tokens(prompt_tokens=10, completion_tokens=319, total_tokens=329) == 319
     assert tokens(prompt_tokens=10, completion_tokens=5) == 5
@@ -328,6 +329,186 @@ def test_interim_answers_shift_no_reply_to_another_question(interim):
     assert [group[0].text if isinstance(group, list) else group.text for group in replies] == [
         f"to {i}" for i in range(30)]
     assert len(seen) == 30
+
+
+# ---- the quirks of servers -------------------------------------------------------------------------------
+
+def one_two(body, rng):
+    return "one two"
+
+
+def ask_quirky(quirk, count=1, **options):
+    """(replies, bodies): what a server with this quirk answered to one request after another, and got."""
+    with serve(one_two, quirk=quirk) as server:
+        requests = [Request([{"role": "system", "content": "Be kind."}, {"role": "user", "content": f"{i}?"}],
+                            Sampling(50, 0.7, seed=i)) for i in range(count)]
+        return collect(quick(server.url, workers=1, **options), *requests), server.bodies
+
+
+@pytest.mark.parametrize("quirk, field, name", [
+    ("no seed", "seed", None), ("no seed, as Mistral says it", "seed", None),
+    ("no seed, as Google says it", "seed", None), ("no seed, as LiteLLM says it", "seed", None),
+    ("max_completion_tokens", "max_tokens", "max_completion_tokens"), ("temperature 1", "temperature", None)])
+def test_a_server_that_refuses_a_field_gets_its_requests_without_it(quirk, field, name, capsys):
+    replies, bodies = ask_quirky(quirk, 5)
+    assert [r.text for r in replies] == ["one two"] * 5
+    assert [field in body for body in bodies] == [True] + [False] * 5  # asked once, then known
+    assert [set(body) for body in bodies[1:]] == [set(bodies[0]) - {field} | {name} - {None}] * 5
+    assert not name or [body[name] for body in bodies[1:]] == [50] * 5
+    assert capsys.readouterr().err.count(f"{field} is refused; requests go with") == 1
+
+
+@pytest.mark.parametrize("quirk", ["no system role", "no system role, as OpenAI says it"])
+def test_a_server_without_a_system_role_gets_its_words_with_the_question(quirk):
+    replies, bodies = ask_quirky(quirk, 3)
+    assert [r.text for r in replies] == ["one two"] * 3 and len(bodies) == 4
+    assert [body["messages"] for body in bodies[1:]] == [
+        [{"role": "user", "content": f"Be kind.\n\n{i}?"}] for i in range(3)]
+
+
+def test_a_refusal_that_only_quotes_the_prompt_changes_no_other_request():
+    """The words look like a refusal of the temperature, but the request without it fares no better."""
+    def quirk(number, body, reply):
+        if "0?" in str(body["messages"]):
+            return 400, {"error": {"message": "unsupported topic: The temperature is unknown"}}
+    replies, bodies = ask_quirky(quirk, 3)
+    assert [r.finish for r in replies] == ["error", "stop", "stop"]
+    assert ["temperature" in body for body in bodies] == [True, False, True, True]
+
+
+def test_a_passing_failure_that_sounds_like_a_refusal_is_no_quirk():
+    replies, bodies = ask_quirky(first(2, 500, {"error": "unexpected system error, the seed is unknown"}), 2)
+    assert [r.text for r in replies] == ["one two"] * 2 and len(bodies) == 4
+    assert [body["messages"][0]["role"] for body in bodies] == ["system"] * 4
+
+
+@pytest.mark.parametrize("quirk, words", [
+    ("error in 200", "HTTP 502 upstream is gone"), ("error and no choices", "HTTP 500 model is unloaded"),
+    ("loading", "HTTP 503 Loading model"), ("busy provider", "z-ai/glm is temporarily rate-limited upstream"),
+    ("MiniMax is busy", "HTTP 500 rate limit"), ("detail", "HTTP 500 the engine is down"),
+    ("page of a proxy", "HTTP 502 502 Bad Gateway")])
+def test_what_may_pass_is_tried_again_and_told_in_the_servers_words(quirk, words, capsys):
+    replies, bodies = ask_quirky(quirk, 2)
+    assert [r.text for r in replies] == ["one two"] * 2 and len(bodies) == 4
+    said = capsys.readouterr().err
+    assert said.count("note: ") == 1 and words in said
+    (failed,), _ = ask_quirky(quirk, tries=2)
+    assert words in failed.error and failed.error.endswith(", 2 times") and failed.finish == "error"
+
+
+def test_a_web_page_is_no_server():
+    with pytest.raises(BadInput, match=r"web page \(is the address right\?\): Welcome to nginx!, 3 times"):
+        ask_quirky("web page", 20)
+
+
+def test_no_money_is_not_waited_for():
+    """OpenAI sends 429 with this code, which no waiting mends."""
+    with pytest.raises(BadInput, match="wants to be paid You exceeded your current quota"):
+        ask_quirky("no money", 20)
+
+
+@pytest.mark.parametrize("reason", ["error", "abort", None, "", "network_error", "tool_calls",
+                                    "insufficient_system_resource"])
+def test_a_text_that_broke_off_is_never_kept_and_its_tokens_are_counted(reason):
+    (reply,), bodies = ask_quirky(f"ends with {reason}")
+    assert (reply.text, reply.finish) == ("", "error") and f"broke off, finish_reason {reason}" in reply.error
+    assert len(bodies) == 3 and reply.tokens_out == 3 * 1 and reply.tokens_in > 3 * 20  # three tries are paid
+
+
+def test_a_text_that_broke_off_is_asked_for_again(capsys):
+    (reply,), bodies = ask_quirky("breaks off twice")
+    assert (reply.text, reply.finish, reply.tokens_out) == ("one two", "stop", 3) and len(bodies) == 3
+    assert "finish_reason error provider died" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("reason, finish", [("length", "length"), ("model_length", "length"),
+                                            ("max_tokens", "length"), ("sensitive", "refused"),
+                                            ("model_context_window_exceeded", "length")])
+def test_other_words_for_a_limit_and_for_a_refusal(reason, finish):
+    (reply,), bodies = ask_quirky(f"ends with {reason}")
+    assert (reply.text, reply.finish, reply.error, len(bodies)) == ("one", finish, None, 1)
+
+
+def test_a_server_that_never_gives_a_reason_is_believed():
+    assert read({"choices": [{"message": {"content": "4"}}]}).finish == "stop"
+
+
+@pytest.mark.parametrize("quirk, text, thinking, finish", [
+    ("parts", "one two", "hm", "stop"), ("strings", "one two", None, "stop"),
+    ("reasoning only", "one two", None, "stop"), ("reasoning only, cut", "", "half", "length")])
+def test_content_in_parts_and_in_the_wrong_field_is_read(quirk, text, thinking, finish):
+    (reply,), bodies = ask_quirky(quirk)
+    assert (reply.text, reply.thinking, reply.finish, len(bodies)) == (text, thinking, finish, 1)
+
+
+def test_an_empty_answer_gets_another_try():
+    (reply,), bodies = ask_quirky("empty twice")
+    assert (reply.text, len(bodies)) == ("one two", 3)
+    (reply,), bodies = ask_quirky("always empty")
+    assert (reply.error, len(bodies)) == ("an empty answer, 3 times", 3)
+
+
+@pytest.mark.parametrize("quirk", ["negative usage", "absurd usage"])
+def test_a_count_that_cannot_be_one_is_replaced_by_an_estimate(quirk):
+    (reply,), _ = ask_quirky(quirk)
+    assert (reply.text, reply.tokens_in, reply.tokens_out) == ("one two", 0, 1)
+
+
+def test_a_text_as_long_as_allowed_was_cut_whatever_the_server_says():
+    (reply,), _ = ask_quirky("ends at the limit")
+    assert (reply.finish, reply.tokens_out) == ("length", 50)
+
+
+def test_a_long_pause_is_told_and_stop_ends_it(capsys):
+    with serve(one_two, quirk="an hour") as server:
+        endpoint = quick(server.url, workers=4)
+        for _ in range(20):
+            endpoint.submit(ask())
+        landed, said = [], ""
+        while "wait 60 minutes" not in said:  # the others of the first four may be answered meanwhile
+            landed += endpoint.step()
+            said += capsys.readouterr().err
+        assert endpoint.pending
+        endpoint.stop()
+        while endpoint.pending:
+            landed += endpoint.step()
+    assert len(landed) < 20 and said.count("note: ") == 1 and "HTTP 429 quota of this hour" in said
+    endpoint.close()
+
+
+@pytest.mark.parametrize("status", [404, 301, 401, 402])
+def test_one_bad_status_after_good_answers_is_tried_again_but_not_for_ever(status):
+    away = lambda n, *_: (status, {"error": "gone"}) if n == 30 else chat()
+    with scripted(away) as (url, seen):
+        assert len(collect(quick(url, workers=1), ask(n=40))) == 40 and len(seen) == 41
+    gone = lambda n, *_: (status, {"error": "gone"}) if n >= 30 else chat()
+    with scripted(gone) as (url, seen):
+        with pytest.raises(BadInput, match=f"5 requests failed in a row, the last with: HTTP {status}"):
+            collect(quick(url, workers=1, tries=2), ask(n=40))
+    assert len(seen) == 30 + 5 * 2
+
+
+@pytest.mark.parametrize("place", ["in the words", "at a cut", "behind blanks", "in JSON", "in the address"])
+def test_no_part_of_the_key_is_told(place, monkeypatch, capsys):
+    """Words are cut: a key that lies across must not leave its first half."""
+    monkeypatch.setenv("TEST_KEY", "sk/secret+0123456789")
+    said = {"in the words": b"the key is sk/secret+0123456789", "in the address": b"",
+            "at a cut": b"x " * 90 + b"sk/secret+0123456789 " * 1000,
+            "behind blanks": b" " * 1988 + b"sk/secret+0123456789" + b" " * 17_992 + b"sk/secret+0123456789",
+            "in JSON": b'{"detail": ["sk\\/secret+0123456789"]}'}[place]
+    header = {"Location": "https://elsewhere/v1?key=sk%2Fsecret%2B0123456789&again=sk/secret+0123456789"}
+    status = 301 if place == "in the address" else 400
+    with scripted(lambda *_: (status, said, header)) as (url, _):
+        with pytest.raises(BadInput) as caught:
+            collect(quick(url, workers=1, key_env="TEST_KEY"), *(ask() for _ in range(10)))
+    told = str(caught.value) + capsys.readouterr().err
+    assert "***" in told and "secret" not in told and "sk" not in told
+
+
+def test_every_quirk_of_the_server_is_met_by_a_test():
+    text = Path(__file__).read_text() + Path(__file__).with_name("test_make_data.py").read_text()
+    for name in QUIRKS:
+        assert f'"{name}"' in text or name.startswith("ends with "), f"no test has the quirk {name}"
 
 
 def test_packed_and_chunked_bodies_are_read():

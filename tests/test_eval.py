@@ -12,12 +12,14 @@ from threading import Thread
 
 import pytest
 import scripted
+from faulty_server import serve
 
 import eval as evaluation
 from slm import BadInput, checkpoint
 from slm.episode import Reply, user
 from slm.prompts import SOLVER
 from slm.runs import cli, stats
+from slm.teachers import Endpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -127,6 +129,20 @@ def test_any_workflow_can_be_scored_with_its_code_run_in_the_sandbox(tmp_path, d
     run("--data", data, "--workflow", "python_tools", "--limit", 2, "--out", tmp_path / "r")
     assert [row["correct"] for row in rows(tmp_path / "r")] == [True, True]
     assert {row["workflow"] for row in rows(tmp_path / "r")} == {"python_tools"}
+
+
+def test_a_fragment_of_a_server_that_broke_off_is_not_kept_on_resume(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(Endpoint.__init__, "__kwdefaults__",
+                        Endpoint.__init__.__kwdefaults__ | {"backoff": 0.01})
+    doubled = lambda body, rng: f"\\boxed{{{2 * int(body['messages'][-1]['content'].split()[0])}}}. I see it."
+    with serve(doubled, quirk="ends with error") as server:
+        words = ("--endpoint", server.url, "--data", data, "--limit", 3, "--out", tmp_path / "r")
+        run(*words)
+        assert [(row["response"], row["correct"]) for row in rows(tmp_path / "r")] == [("", False)] * 3
+        assert all("broke off, finish_reason error" in row["broken"] for row in rows(tmp_path / "r"))
+        server.quirk = None
+        run(*words, "--resume")
+    assert [row["correct"] for row in rows(tmp_path / "r")] == [True] * 3
 
 
 def test_a_served_model_is_scored_through_its_endpoint(tmp_path, data):
@@ -295,6 +311,18 @@ def test_regrading_shows_and_repairs_what_another_grader_said(three, capsys):
     assert len((three[1] / "answers.before-regrade.jsonl").read_text().splitlines()) == 10
     run("--regrade", three[1])
     assert "0 of 10 answers graded differently" in capsys.readouterr().out
+
+
+def test_a_second_regrading_keeps_what_the_first_one_kept(three):
+    path, kept = three[1] / "answers.jsonl", []
+    for n in range(3):
+        changed = [json.loads(line) for line in path.read_text().splitlines()]
+        changed[n]["correct"] = not changed[n]["correct"]
+        path.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        kept.append(path.read_text())
+        run("--regrade", three[1])
+    names = (f"answers.before-regrade{more}.jsonl" for more in ("", "-2", "-3"))
+    assert [(three[1] / name).read_text() for name in names] == kept
 
 
 def test_a_base_model_is_asked_in_plain_words_and_its_run_says_so(tmp_path, tiny, capsys):

@@ -403,7 +403,7 @@ def test_an_attempt_that_failed_over_http_is_made_up_for(setup, monkeypatch):
     with serve(by_number(0), Faults({}, {"broken": 0.2})) as server:
         _, rejected, summary = setup(server.url)
     failed = [row for row in rejected if row["cause"] == "HTTP error"]
-    assert failed and failed[0]["reason"] == "HTTP 500, 1 times"
+    assert failed and failed[0]["reason"] == "HTTP 500 Internal Server Error, 1 times"
     assert summary["causes"]["HTTP error"] == len(failed)
     with serve(by_number(0), Faults()) as server:
         kept, _, _ = setup(server.url)
@@ -443,6 +443,58 @@ def test_a_dead_teacher_is_one_sentence_and_keeps_what_landed(setup):
             setup(server.url, teachers=teachers)
         landed = sum(server.answered.values())
     assert len(attempts_of("out/records.jsonl", "out/rejected.jsonl")) == landed
+
+
+@pytest.mark.parametrize("rate, kept", [(1.0, False), (0.5, True)])
+def test_problems_whose_attempts_failed_over_http_are_not_unsolved(setup, monkeypatch, capsys, rate, kept):
+    from slm.teachers import endpoint
+    monkeypatch.setattr(endpoint.Endpoint.__init__, "__kwdefaults__",
+                        endpoint.Endpoint.__init__.__kwdefaults__ | {"tries": 1})
+    monkeypatch.setattr(endpoint, "GIVE_UP_AFTER", 10**9)
+    with serve(by_number(0), Faults({}, {"broken": rate})) as server:
+        records_, rejected, summary = setup(server.url)
+    said = capsys.readouterr().out
+    failed = {row["id"] for row in rejected} - {row["id"] for row in records_}
+    wrong = {id for id in failed if all(r["cause"] != "HTTP error" for r in rejected if r["id"] == id)}
+    assert summary["source"]["all"]["open"] == len(failed - wrong) > 0
+    assert summary["source"]["all"].get("unsolved", 0) == len(wrong)
+    assert "HTTP 500 Internal Server Error" in said and "the same command goes on" in said
+    assert ("next: python train_sft.py" in said) == bool(records_) == kept
+    with serve(by_number(0), Faults()) as server:
+        _, _, summary = setup(server.url)
+    assert "open" not in summary["source"]["all"] and summary["source"]["all"]["unsolved"] == 1  # p17
+
+
+def test_counts_that_cannot_be_do_not_end_a_run_or_its_next_start(setup):
+    with serve(by_number(), quirk="negative usage") as server:
+        kept, _, summary = setup(server.url)
+        assert kept and summary["total"]["tokens_out"] > 0 and summary["total"]["tokens_in"] == 0
+        written = Path("out/records.jsonl").read_text()
+        Path("out/records.jsonl").write_text(written.replace('"tokens_in": 0', '"tokens_in": -7').replace(
+            '"tokens_out": ', '"tokens_out": -'))  # as an older version wrote them
+        setup(server.url)
+
+
+def test_a_paid_answer_that_is_no_use_is_in_the_budget(setup, capsys):
+    with serve(by_number(), quirk="ends with error") as server:
+        with pytest.raises(BadInput, match="broke off"):
+            setup(server.url, "--budget", "0.05", problems=100)
+        bodies = len(server.bodies)
+    landed = rows("out/rejected.jsonl")
+    assert {row["cause"] for row in landed} == {"HTTP error"} and all(row["tokens_out"] > 0 for row in landed)
+    assert bodies <= 3 * 100
+
+
+def test_ctrl_c_ends_a_pause_that_the_server_asks_for(tmp_path):
+    """A 429 with an hour of Retry-After: all workers wait, and nothing is on the wire."""
+    with serve(by_number(), quirk="an hour") as server:
+        process = start(tmp_path, server.url, tmp_path / "out")
+        lines = iter(process.stdout.readline, "")
+        assert any("all requests wait 60 minutes" in line for line in lines)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "ended early: stopped" in said and "Traceback" not in said
+    assert "HTTP error" not in (tmp_path / "out" / "rejected.jsonl").read_text()  # what was dropped is due
 
 
 def test_the_key_is_in_no_file_and_on_no_screen(tmp_path):

@@ -243,6 +243,20 @@ def test_offline_the_message_says_which_file_to_put_where(server, monkeypatch):
     assert "save http://127.0.0.1:9/x as data/set/test.jsonl, or set SLM_DATA" in str(e.value)
 
 
+def test_the_hubs_mirror_and_its_offline_mode_hold_for_data_too(server, monkeypatch):
+    given = problems.SOURCES["set"]["test"]
+    mirror, path = given.url.rsplit("/", 1)
+    source = Source(given.file, f"https://huggingface.co/{path}", given.rows, given.sha256)
+    monkeypatch.setitem(problems.SOURCES, "set", {"test": source})
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(BadInput, match="HF_HUB_OFFLINE forbids"):
+        problems.load("set", "test")
+    assert not server.asked
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_ENDPOINT", mirror + "/")
+    assert len(problems.load("set", "test")) == 5000 and len(server.asked) == 1
+
+
 def test_a_server_error_is_named(server):
     server.status = 404
     with pytest.raises(BadInput, match="answered 404; without a network, save"):

@@ -73,7 +73,7 @@ def run(small, monkeypatch):
     return start
 
 
-def odd(episode, gold, no_box):
+def odd(episode, problem, rules):
     ids = [i for turn in episode.turns for i in turn.reply.ids]
     return (1.0 if sum(i % 2 for i in ids) > len(ids) / 2 else -1.0), "easy"
 

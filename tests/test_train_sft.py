@@ -58,7 +58,25 @@ def test_every_assistant_message_is_trained_and_ids_equal_the_whole_rendering():
     assert trained == "two<|im_end|>four<|im_end|>"
 
 
+@pytest.mark.parametrize("weight, words", [(0, "four<|im_end|>"), (1, "two<|im_end|>four<|im_end|>"),
+                                           (None, "two<|im_end|>four<|im_end|>")])
+def test_a_message_of_weight_0_is_not_trained(tmp_path, weight, words):
+    """As in OpenAI's files; null is what tables write where a row lacks the field."""
+    said = [("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four")]
+    talk = [{"role": role, "content": content} for role, content in said]
+    talk[1]["weight"] = weight
+    (tmp_path / "x.jsonl").write_text(json.dumps({"messages": talk}))
+    (read,), tokenizer = train_sft.read(str(tmp_path / "x.jsonl"), None), Tokenizer.load(checkpoint.TINY)
+    row, everything = train_sft.encode(tokenizer, read), train_sft.encode(tokenizer, read, "all")
+    marked = lambda row: tokenizer.decode([i for i, m in zip(row.ids, row.mask) if m], skip_special=False)
+    assert marked(row) == words and row.ids == everything.ids
+    left_out = len(everything.ids) - 1 - sum(everything.mask)
+    assert left_out == (len(tokenizer.encode("two<|im_end|>")) if weight == 0 else 0)
+
+
 @pytest.mark.parametrize("line, named", [
+    ('{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}', "line 2: .*not of weight 0"),
+    ('{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}', "line 2: .*weight, 0 or 1"),
     ('{"question": "a", "response": ', "line 2: not valid JSON"),
     ('[1]', "line 2: .* expected"),
     ('{"question": "a"}', "line 2: expected question and response, or messages; found question"),

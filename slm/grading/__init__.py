@@ -11,7 +11,7 @@ The way of an answer through the files of this room:
     parse.py    a written answer, LaTeX or plain text, as a tree of tuples
     values.py   two expressions as numbers or functions: exact for rationals, else mpmath at a precision
                 that the sizes ask for; letters get random values
-    replies.py  what else workflows read in a reply: its code, what that printed, a checker's word
+    replies.py  what else is read in a reply: its code, what that printed, a checker's word, its steps
 
 Wrong and right weigh alike here: a wrong answer that counts as right trains the model to give it. So nothing
 is compared with a tolerance, and what cannot be read equals only itself.
@@ -26,7 +26,7 @@ from pathlib import Path
 
 from slm.grading.boxes import answered, boxes
 from slm.grading.grader import Grade, equal, extract, grade
-from slm.grading.replies import blocks_of, printed, verdict
+from slm.grading.replies import blocks_of, equations, printed, verdict
 
 __all__ = [
     "Grade",
@@ -34,6 +34,7 @@ __all__ = [
     "blocks_of",
     "boxes",
     "equal",
+    "equations",
     "extract",
     "grade",
     "printed",

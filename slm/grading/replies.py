@@ -1,6 +1,10 @@
-r"""What replies hold beside an answer: code, the answer that their code printed, a checker's verdict."""
+r"""What replies hold beside an answer: code, the answer that it printed, a checker's verdict, steps."""
 
 import re
+from itertools import pairwise
+
+from slm.grading.parse import parse
+from slm.grading.values import bounded, real_value
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
 
@@ -46,3 +50,34 @@ def verdict(text: str) -> bool | None:
         if found:
             return not found[-1][1]
     return None
+
+
+NOISE = re.compile(r"\\?\$|\\[()\[\]]|\\left|\\right|^[ \t]*(?:[-*+•]|\d+[.)])\s", re.M)  # and marks of lists
+TERM = r"(?:\d+(?:,\d{3})*(?:\.\d+)?|\\[dt]?frac\{\d+\}\{\d+\}|\\(?:times|cdot|div)(?![a-z])|[-+*/^()=×÷·−])"
+PART_OF_MORE = re.compile(r"(?<! )\w|[\\%!^{]|[a-zA-Z]\b")  # after a number: 7x, 7%, 7 x, but not 7 nuts
+
+
+def equations(text: str) -> list[tuple[str, str]]:
+    r"""The steps of a text, each once: a left side with an operator, and a right side, numbers only.
+
+    >>> equations("So $1,000 \\times 2 = 2000$. x + 3 * 2 = 7. Then 2 + 3 = 1 + 4 = 5 nuts")
+    [('1,000 \\times 2', '2000'), ('2 + 3', '1 + 4'), ('1 + 4', '5')]
+    """
+    text = re.sub(r"(?<=\d) ?[xX] ?(?=\d)", "*", NOISE.sub(" ", text))
+    pairs = []
+    for run in re.finditer(rf"(?:{TERM}[ \t]*)+", text):
+        sides = [side.strip() for side in run[0].split("=")]
+        before = text[max(0, run.start() - 9):run.start()]
+        signed = sides[0].startswith(("+", "-", "*", "/", "^"))
+        if re.search(r"[\w.)}\\][ \t]*\Z" if signed else r"[\w.}\\]\Z", before):
+            sides[0] = ""
+        if PART_OF_MORE.match(text, run.end()):
+            sides[-1] = ""
+        pairs += pairwise(sides)
+    return [(a, b) for a, b in dict.fromkeys(pairs)
+            if re.search(r"frac|[\d)}][ \t]*[-+*/^×÷·−\\]", a) and has_value(a) and has_value(b)]
+
+
+@bounded()
+def has_value(text: str) -> bool:
+    return real_value(parse(text)) is not None

@@ -153,11 +153,14 @@ class Progress:
         """The first attempt that is missing: one that ended in an HTTP error leaves a gap in the files."""
         return next(k for k in itertools.count() if k not in self.tried[id, name])
 
-    def due(self, id: str) -> list[Teacher]:
-        """The teachers to ask now: the first round that is not over, unless an earlier one solved it."""
+    def due(self, id: str, later: bool = False) -> list[Teacher]:
+        """The teachers to ask now: the first round that is not over, unless an earlier one solved it. later:
+        those to ask at the next start, which makes up for attempts that ended in an HTTP error."""
         for teachers in self.rounds:
-            right = [t for t in teachers if None in self.tried[id, t.name].values()]
-            todo = [t for t in teachers if t not in right and len(self.tried[id, t.name]) < t.attempts]
+            causes = {t.name: list(self.tried[id, t.name].values()) for t in teachers}
+            right = [t for t in teachers if None in causes[t.name]]
+            todo = [t for t in teachers if t not in right
+                    and len(causes[t.name]) - later * causes[t.name].count("HTTP error") < t.attempts]
             if todo or right:
                 return todo
         return []
@@ -176,6 +179,7 @@ class Asking:
         self.wire = {t.name: {} for t in teachers}         # ticket -> (attempt, when it was sent)
         self.spent, self.counts = 0.0, Counter(kept=0)     # dollars; attempts by cause
         self.why: str | None = None
+        self.trouble = ""                                  # the last HTTP error, in words
         self.dead: BadInput | None = None                  # what a dead teacher's backend said
 
     def stop(self, why: str) -> None:
@@ -239,12 +243,15 @@ class Asking:
             (self.rejected if row["cause"] else self.kept).append(row)
             self._count(row)
             self.progress.note(row)
+            self.trouble = row["reason"] if row["cause"] == "HTTP error" else self.trouble
             due = self.progress.due(row["id"])
             for t in due:  # the other teachers of this round have the problem already
                 if t == teacher or t.round > teacher.round:
                     self.queues[t.name].appendleft(attempt.problem)
             bar.set_postfix({**self.counts, "$": round(self.spent, 4)}, refresh=False)
             bar.update(not due)
+        if not backend.pending:  # it was stopped and has dropped the rest
+            self.wire[teacher.name].clear()
 
     def _count(self, row: dict) -> None:
         self.spent += cost(row, self.prices)

@@ -6,9 +6,11 @@
         for ticket, sample, reply in endpoint.step(): ...
 
 One thread and one HTTP session per worker, so `workers` requests are under way at once. A request is tried
-again, with jittered exponential waits, after 408/409/425/429/5xx, a reset, a time-out, a broken body or an
-empty answer; all workers together honour a Retry-After header. What stays broken comes back as a Reply with
-finish "error". A server that cannot answer at all (bad key, unknown model, wrong address) raises BadInput.
+again, with jittered exponential waits, after 408/409/425/429/5xx, a reset, a time-out, a broken body, an
+answer that broke off or an empty one; all workers together honour a Retry-After header. The first failure of
+each kind is told on stderr, in the server's words. What stays broken comes back as a Reply with finish
+"error"; the tokens of all its tries are counted. A server that cannot answer at all (bad key, unknown model,
+wrong address) raises BadInput. One that refuses a field gets its requests without it: see QUIRKS.
 
 Not covered: streaming, images, function calling, log-probs. Imports no torch.
 """
@@ -18,17 +20,19 @@ import http.client
 import json
 import os
 import random
+import re
+import sys
 import threading
 import time
 from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from queue import Empty, SimpleQueue
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import requests
 from requests.adapters import HTTPAdapter
+from tqdm import tqdm
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from slm import BadInput
@@ -38,21 +42,36 @@ from slm.runs.files import as_lines
 
 LARGEST = 8 * 2**20  # bytes of one response body; more is refused unread
 AGAIN = {408, 409, 425, 429}
-DEAD = {401: "refused the key", 402: "wants to be paid", 403: "refused the key",
-        404: "knows no such model or address"}
+DEAD = {401: ", the server refused the key", 402: ", the server wants to be paid",
+        403: ", the server refused the key", 404: ", the server knows no such model or address"}
+UNPAID = re.compile("insufficient[_ ](quota|balance|credit)", re.I)  # comes with 429 or 500, means 402
 GIVE_UP_AFTER = 5    # requests in a row that failed for good: the server counts as dead
+PAID_TRIES = 3       # tries of one request that used tokens and gave no answer
+
+# Why a text ended: our word -> servers' words. With any other word, such as error, abort or null, it broke
+# off. A server that never gives a reason is believed.
+ENDS = {"stop": "stop end_turn endturn eos eos_token stop_sequence stop_token complete completed",
+        "length": "length max_tokens max_output_tokens model_length model_context_window_exceeded "
+                  "context_length_exceeded repetition",
+        "refused": "content_filter refusal safety sensitive recitation blocklist prohibited_content spii"}
+
+# What a server says when it refuses a request -> the field to leave out, and its new name where it has one.
+# The changed request is sent at once; if it is answered, all later ones are changed too.
+_NOT = r"(un(support|known|recogni|expected)|n[o']t (be )?(support|permit|allow|recogni)|extra_forbidden)"
+QUIRKS = {"max_completion_tokens": ("max_tokens", "max_completion_tokens"),
+          **{rf"\b{field}\b.*{_NOT}|{_NOT}.*\b{field}\b": (field, None)
+             for field in ("seed", "temperature", "top_p", "top_k")},
+          r"system role|role.{0,30}'system'|roles (must alternate|are supported)": ("system", "user")}
 
 
-class _Again(Exception):
-    """This try failed in a way that another may not. `after`: seconds the server asked us to wait."""
+class _Failed(Exception):
+    """A try without an answer. again: another one may get it, `after` seconds at the earliest. tokens: (in,
+    out) that this one used. fatal: no request will be answered, unless one has been. quirks: see QUIRKS."""
 
-    def __init__(self, cause: str, after: float = 0.0):
+    def __init__(self, cause: str, again: bool = True, after: float = 0.0, tokens: tuple[int, int] = (0, 0),
+                 fatal: bool = False, quirks: frozenset = frozenset()):
         super().__init__(cause)
-        self.after = after
-
-
-class _Refused(Exception):
-    """The server will refuse this request however often it is sent."""
+        self.again, self.after, self.tokens, self.fatal, self.quirks = again, after, tokens, fatal, quirks
 
 
 class _Response(http.client.HTTPResponse):
@@ -67,33 +86,17 @@ class _Response(http.client.HTTPResponse):
         return version, status, reason
 
 
-class _Plain(HTTPConnection):
-    response_class = _Response
-
-
-class _Encrypted(HTTPSConnection):
-    response_class = _Response
-
-
-class _PlainPool(HTTPConnectionPool):
-    ConnectionCls = _Plain
-
-
-class _EncryptedPool(HTTPSConnectionPool):
-    ConnectionCls = _Encrypted
-
-
 class _Adapter(HTTPAdapter):
-    """requests over these connections."""
+    """requests over connections that read such responses."""
 
-    def init_poolmanager(self, *args, **kwargs):
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _PlainPool, "https": _EncryptedPool}
+    def get_connection_with_tls_context(self, *args, **kwargs):
+        pool = super().get_connection_with_tls_context(*args, **kwargs)
+        pool.ConnectionCls = CONNECTIONS[pool.scheme]
+        return pool
 
-    def proxy_manager_for(self, *args, **kwargs):
-        manager = super().proxy_manager_for(*args, **kwargs)
-        manager.pool_classes_by_scheme = self.poolmanager.pool_classes_by_scheme
-        return manager
+
+CONNECTIONS = {"http": type("Plain", (HTTPConnection,), {"response_class": _Response}),
+               "https": type("Encrypted", (HTTPSConnection,), {"response_class": _Response})}
 
 
 class Limiter:
@@ -150,8 +153,9 @@ class Endpoint:
         self.workers = workers
         self._threads: list[threading.Thread] = []
         self._jobs, self._done = SimpleQueue(), SimpleQueue()
-        self._closed = threading.Event()
-        self._lock = threading.Lock()           # of answered, failed_in_row, mean_out
+        self._stopped = threading.Event()
+        self._lock = threading.Lock()           # of answered, failed_in_row, mean_out, quirks, told
+        self._quirks, self._told = frozenset(), set()
         self._dead: str | None = None
         self._answered = self._failed_in_row = self._tickets = self._outstanding = 0
         self._mean_out = 0.0                    # tokens of a reply, running mean
@@ -171,9 +175,8 @@ class Endpoint:
             self._jobs.put((ticket, sample, request))
             self._outstanding += 1
             if len(self._threads) < min(self.workers, self._outstanding):
-                thread = threading.Thread(target=self._work, daemon=True)
-                self._threads.append(thread)
-                thread.start()
+                self._threads.append(threading.Thread(target=self._work, daemon=True))
+                self._threads[-1].start()
         return ticket
 
     def step(self) -> list[tuple[int, int, Reply]]:
@@ -184,16 +187,21 @@ class Endpoint:
         landed = []
         with contextlib.suppress(Empty):
             while self._outstanding > 0:
-                landed.append(self._done.get(timeout=0.001 if landed else 0.05))
+                ticket, sample, reply = self._done.get(timeout=0.001 if landed else 0.05)
                 self._outstanding -= 1
+                landed += [(ticket, sample, reply)] if reply else []
         if self._dead and not landed:  # what was answered is handed out first
             self.close()
             raise BadInput(self._dead)
         return landed
 
+    def stop(self) -> None:
+        """Send nothing more. Requests that wait are dropped, those on the wire still come back."""
+        self._stopped.set()
+
     def close(self) -> None:
         """Drop what is queued. Requests on the wire end by themselves; their replies are not collected."""
-        self._closed.set()
+        self.stop()
         self._outstanding = 0
         for _ in self._threads:  # wake those that wait for a job
             self._jobs.put(None)
@@ -205,59 +213,81 @@ class Endpoint:
             for scheme in ("http://", "https://"):
                 session.mount(scheme, _Adapter())
             session.trust_env = urlsplit(self.url).hostname not in ("localhost", "127.0.0.1", "::1")
-            while (job := self._jobs.get()) and not self._closed.is_set():
+            while job := self._jobs.get():
                 ticket, sample, request = job
                 reply = self._answer(session, self.body(request, sample))
                 if reply and request.sampling.stop_at_box:
                     reply = cut_after_box(reply)
-                if reply:
+                if reply or not self._dead:
                     self._done.put((ticket, sample, reply))
 
     def _answer(self, session: requests.Session, body: dict) -> Reply | None:
-        """Try until there is a reply; None when the endpoint is closed or dead."""
+        """Try until there is a reply, which counts the tokens of all tries; None when stopped or dead."""
         estimate = sum(len(m["content"]) for m in body["messages"]) / 4
         estimate += self._mean_out or body["max_tokens"] / 2
-        wait = 0.0
-        for attempt in range(self.tries):
-            if self._closed.wait(wait):
-                return None
-            if self._closed.wait(max(0.0, self.limiter.book(estimate) - time.monotonic())) or self._dead:
+        quirks, tries, wait, spent, reply = self._quirks, 0, 0.0, [], None
+        while not (reply or self._stopped.wait(wait)):
+            if self._stopped.wait(max(0.0, self.limiter.book(estimate) - time.monotonic())) or self._dead:
                 return None
             used = 0
             try:
-                reply = self._try(session, body)
+                reply = self._succeeded(self._try(session, suited(body, quirks)), body["max_tokens"], quirks)
                 used = reply.tokens_in + reply.tokens_out
-                return self._succeeded(reply)
-            except _Refused as e:
-                return self._failed(str(e), refused=True)
-            except _Again as e:
+            except _Failed as e:
+                used, wait, error = sum(e.tokens), 0.0, self._short(str(e))
+                if e.quirks - quirks:
+                    quirks |= e.quirks
+                    continue
                 session.close()  # what still stands on the connection is nobody's answer
-                self.limiter.pause(e.after)
-                error, wait = str(e), min(60.0, self.backoff * 2**attempt) * random.uniform(0.5, 1.0)
-                if error == "no connection" and attempt == 2 and not self._answered:
-                    break  # nobody has ever answered there
+                tries += 1
+                spent += [e.tokens] if used else []
+                if not e.again or tries == self.tries or len(spent) == PAID_TRIES or (
+                        e.fatal and tries == 3 and not self._answered):
+                    reply = self._failed(f"{error}, {tries} times" if e.again else error, e)
+                else:
+                    wait = min(60.0, self.backoff * 2**(tries - 1)) * random.uniform(0.5, 1.0)
+                    self.limiter.pause(e.after)
+                    self._tell(error, e.after)
             except Exception as e:  # of a library, or our own: it costs this request, not the worker
-                return self._failed(type(e).__name__)
+                reply = self._failed(type(e).__name__, _Failed(""))
             finally:
                 self.limiter.correct(used - estimate)
-        return self._failed(f"{error}, {attempt + 1} times")
+        for paid in spent if reply else ():
+            reply = replace(reply, tokens_in=reply.tokens_in + paid[0], tokens_out=reply.tokens_out + paid[1])
+        return reply
 
-    def _succeeded(self, reply: Reply) -> Reply:
+    def _tell(self, error: str, pause: float = 0.0) -> None:
+        """Print a note: of each kind of failure the first, of long pauses each."""
+        kind = (time.monotonic() + pause) // 60 if pause >= 60 else error[:8]
         with self._lock:
+            told = kind in self._told
+            self._told.add(kind)
+        if not told:
+            more = f"; all requests wait {pause / 60:.0f} minutes, as it asks" if pause >= 60 else ""
+            tqdm.write(f"note: {self.url}: {error}{more}", file=sys.stderr)
+
+    def _succeeded(self, reply: Reply, most: int, quirks: frozenset) -> Reply:
+        if reply.finish == "stop" and reply.tokens_out == most:
+            reply = replace(reply, finish="length")  # some servers call each end a stop
+        reply = replace(reply, tokens_out=reply.tokens_out or len(reply.text + (reply.thinking or "")) // 4)
+        for field, name in quirks - self._quirks:
+            self._tell(f"{field} is refused; requests go {f'with {name} instead' if name else 'without'}")
+        with self._lock:
+            self._quirks |= quirks
             self._answered += 1
             self._failed_in_row = 0
             self._mean_out += (reply.tokens_out - self._mean_out) / min(100, self._answered)
         return reply
 
-    def _failed(self, error: str, refused: bool = False) -> Reply | None:
+    def _failed(self, error: str, failure: _Failed) -> Reply | None:
         """The reply of a request that failed for good. Five in a row mean a dead server, and then there is no
         reply; refusals say so only before the first success, later ones are about their own prompt."""
         with self._lock:
-            self._failed_in_row += not (refused and self._answered)
-            alone = error.startswith("no connection") and not self._answered
-            if not self._dead and (alone or self._failed_in_row >= GIVE_UP_AFTER):
-                self._dead = (f"{self.url}, model {self.model!r}: {self._failed_in_row} requests failed in a "
-                              f"row, the last with: {error}")
+            self._failed_in_row += failure.again or not self._answered
+            fatal = failure.fatal and not self._answered
+            if not self._dead and (fatal or self._failed_in_row >= GIVE_UP_AFTER):
+                series = "" if fatal else f"{self._failed_in_row} requests failed in a row, the last with: "
+                self._dead = f"{self.url}, model {self.model!r}: {series}{error}"
         return None if self._dead else Reply("", finish="error", error=error)
 
     def _try(self, session: requests.Session, body: dict) -> Reply:
@@ -270,43 +300,48 @@ class Endpoint:
                 while block := response.raw.read1(65536, decode_content=True):
                     raw += block
                     if len(raw) > LARGEST:
-                        raise _Refused(f"a response over {LARGEST >> 20} MB")
+                        raise _Failed(f"a response over {LARGEST >> 20} MB", again=False)
                     if time.monotonic() > deadline:
-                        raise _Again("timeout")
+                        raise _Failed("timeout")
         except (requests.Timeout, ReadTimeoutError):
-            raise _Again("timeout") from None
-        except HTTPError:  # urllib3's word for a body that ends early or cannot be unpacked
-            raise _Again("connection reset") from None
-        except requests.ConnectionError as e:
-            reset = any(word in str(e) for word in ("reset", "aborted", "Disconnected", "timed out"))
-            raise _Again("connection reset" if reset else "no connection") from None
-        if response.status_code != 200:
-            self._complain(response, raw)
-        return read(raw)
+            raise _Failed("timeout") from None
+        except (requests.ConnectionError, HTTPError) as e:  # the second: a body ends early or is badly packed
+            reset = isinstance(e, HTTPError) or re.search("reset|aborted|Disconnected|timed out", str(e))
+            raise _Failed("connection reset" if reset else "no connection", fatal=not reset) from None
+        return self._judge(response.status_code, response.headers, bytes(raw))
 
-    def _complain(self, response: requests.Response, raw: bytes) -> None:
-        """Raise for a status that is not 200; note a server that will never answer."""
-        status, said = response.status_code, self._said(raw)
-        dead = None
-        if status in AGAIN or status >= 500:
-            raise _Again(f"HTTP {status}", _retry_after(response.headers.get("Retry-After")))
+    def _judge(self, status: int, headers, raw: bytes) -> Reply:
+        """The Reply in a response, or _Failed with what the server said. Behind a good answer, a status that
+        speaks of the server, and not of the prompt, may pass too."""
+        data, text = None, raw.decode("utf-8", "replace")
+        with contextlib.suppress(ValueError, RecursionError):
+            data = json.loads(as_lines([json.loads(raw)]))  # half a surrogate becomes a question mark
+        meant, said = error_in(data) if data is not None else (0, text)
+        status = meant if meant and status == 200 else status
+        if status == 200 and data is not None:
+            return read(data)
+        if status == 200 and text.lstrip().startswith("<"):
+            raise _Failed(f"a web page (is the address right?): {said}", fatal=True)
+        if status == 200:
+            raise _Failed(f"no JSON: {said}")
+        quirks = frozenset(change for pattern, change in QUIRKS.items() if status in (400, 422, 500)
+                           and re.search(pattern, text[:4000], re.I | re.S))
+        status = 402 if status not in (400, 422) and UNPAID.search(text[:4000]) else status
         if status in (401, 403):
             said = "(its words are left out: they may quote the key)"
-        if status in DEAD and not (status == 403 and self._answered):  # some answer 403 to a single prompt
-            dead = f"the server {DEAD[status]} (HTTP {status}) {said}"
         elif 300 <= status < 400:
-            dead = f"the server redirects to {response.headers.get('Location')}, use that address"
-        if dead:
-            self._dead = self._dead or f"{self.url}, model {self.model!r}: {dead}".strip()
-        raise _Refused(f"HTTP {status} {said}".strip())
+            said = f"it redirects to {headers.get('Location')}, use that address"
+        fatal = status in DEAD or 300 <= status < 400
+        again = status in AGAIN or status >= 500 or (fatal and self._answered > 0 and status != 403)
+        raise _Failed(f"HTTP {status}{DEAD.get(status, '')} {said}", again,
+                      _retry_after(headers.get("Retry-After")), fatal=fatal, quirks=quirks)
 
-    def _said(self, raw: bytes) -> str:
-        """The server's own words on an error, short, without our key."""
-        text = raw[:2000].decode("utf-8", "replace")
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            error = json.loads(raw)["error"]
-            text = str(error["message"] if isinstance(error, dict) else error)
-        return " ".join((text.replace(self._key, "***") if self._key else text).split())[:200]
+    def _short(self, text: str) -> str:
+        """A server's words on one line, without our key and without tags."""
+        for key in {self._key, quote(self._key, safe=""), json.dumps(self._key)[1:-1]} - {""}:
+            text = text.replace(key, "***")
+        text = re.sub(r"(?is)<(script|style)\b.*?</\1>|<[^<>]*>", " ", text[:20_000])
+        return " ".join(text.split())[:200]
 
     def _sign(self, prepared):
         # As `auth` rather than as a header, so that a .netrc entry cannot replace it.
@@ -327,28 +362,76 @@ class Endpoint:
         return body
 
 
-def read(raw: bytes) -> Reply:
-    """The Reply in a response body; reasoning may come in its own field. Raises _Again without one."""
+def suited(body: dict, quirks: frozenset) -> dict:
+    """The body as a server with these quirks wants it. Without a system role, its words open the question."""
+    body = dict(body)
+    for field, name in quirks:
+        value = body.pop(field, None)
+        body |= {name: value} if name and value is not None else {}
+    system, *rest = body["messages"]
+    if ("system", "user") in quirks and system["role"] == "system" and rest:
+        content = f"{system['content']}\n\n{rest[0]['content']}"
+        body["messages"] = [rest[0] | {"content": content}, *rest[1:]]
+    return body
+
+
+def read(data) -> Reply:
+    """The Reply in the JSON of a response; _Failed where there is none, or where it broke off. Thinking may
+    come in a field of its own; if nothing else came, the server's parser took the answer for thinking."""
+    tokens = (0, 0)
     try:
-        data = json.loads(as_lines([json.loads(raw)]))  # half a surrogate becomes a question mark
+        tokens = _tokens(data.get("usage"))
         choice = data["choices"][0]
-        message, usage = choice["message"], data.get("usage")
-        text = message.get("content") or ""
-        thinking = message.get("reasoning_content") or message.get("reasoning") or None
-        written = len(text + (thinking or ""))  # TypeError for what is no text
+        message, reason = choice["message"], choice.get("finish_reason", "stop")
+        text, thinking = _written(message.get("content"))
+        thinking += "".join(_written(message.get("reasoning_content") or message.get("reasoning")))
+        word = "refused" if message.get("refusal") else str(reason).lower()
     except IndexError:
-        raise _Again("empty choices") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise _Again("broken body") from None
-    finish = "length" if choice.get("finish_reason") == "length" else "stop"
-    if choice.get("finish_reason") == "content_filter" or message.get("refusal"):
-        finish = "refused"
+        raise _Failed("empty choices", tokens=tokens) from None
+    except (KeyError, TypeError, AttributeError, RecursionError):
+        raise _Failed("broken body", tokens=tokens) from None
+    finish = next((ours for ours, words in ENDS.items() if word in (ours, *words.split())), None)
+    if finish == "stop" and not text.strip():
+        text, thinking = thinking, ""
+    if finish is None:
+        raise _Failed(f"the answer broke off, finish_reason {reason} {error_in(choice)[1]}", tokens=tokens)
+    if finish == "stop" and not text.strip():
+        raise _Failed("an empty answer", tokens=tokens)
+    return Reply(text, finish=finish, thinking=thinking or None, tokens_in=tokens[0], tokens_out=tokens[1])
+
+
+def _written(content) -> tuple[str, str]:
+    """(text, thinking) of a content: a text, nothing, or a list of parts, which may hold parts themselves."""
+    text = thinking = ""
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, dict):
+            text += "".join(_written(part.get("text")))
+            thinking += "".join(_written(part.get("thinking") or part.get("reasoning")))
+        else:
+            text += part or ""
+    return text, thinking
+
+
+def _tokens(usage) -> tuple[int, int]:
+    """(in, out) of a usage report; 0 for a count that cannot be one: none, below 0 or over ten million."""
     usage = usage if isinstance(usage, dict) else {}
-    names = ("prompt_tokens", "completion_tokens", "total_tokens")
-    tokens_in, tokens_out, total = (n if isinstance(n, int) else 0 for n in map(usage.get, names))
-    tokens_out = max(tokens_out, total - tokens_in)  # xAI counts hidden thinking in the total only
-    return Reply(text, finish=finish, thinking=thinking, tokens_in=tokens_in,
-                 tokens_out=tokens_out or written // 4)
+    counts = map(usage.get, ("prompt_tokens", "completion_tokens", "total_tokens"))
+    tokens_in, tokens_out, total = (int(n) if isinstance(n, int | float) and 0 <= n <= 10**7 else 0
+                                    for n in counts)
+    return tokens_in, max(tokens_out, total - tokens_in)  # xAI counts hidden thinking in the total only
+
+
+def error_in(data) -> tuple[int, str]:
+    """(status, words) of the error in a body's JSON, wherever a kind of server puts it; (0, "") without one.
+    Behind OpenRouter's words stand those of the provider; MiniMax has base_resp, Google a list."""
+    data = data[0] if isinstance(data, list) and data else data
+    if not isinstance(data, dict) or data.get("choices"):
+        return 0, ""
+    error = next(filter(None, map(data.get, ("error", "message", "detail", "base_resp"))), "")
+    if not isinstance(error, dict):
+        return 500 if error else 0, str(error)
+    words, code = error.get("message") or error.get("status_msg") or error, str(error.get("code"))
+    return int(code) if re.fullmatch("[45][0-9][0-9]", code) else 500, f"{words} {error.get('metadata', '')}"
 
 
 def cut_after_box(reply: Reply) -> Reply:

@@ -128,7 +128,7 @@ def summarize(problems: list, dropped: dict[str, dict], still_open: set[str], at
                           tokens_in=row["tokens_in"], tokens_out=row["tokens_out"])
         if kept:
             solved[row["id"]] = min(row["round"], solved.get(row["id"], row["round"]))
-            lengths[max(b for b in BINS if b <= row["tokens_out"])] += 1
+            lengths[max(b for b in BINS if b <= max(0, row["tokens_out"]))] += 1
     sources = {}
     for p in problems:
         counts = sources.setdefault(p.source, Counter(problems=0, overlapping=0, asked=0))
@@ -150,7 +150,7 @@ def summarize(problems: list, dropped: dict[str, dict], still_open: set[str], at
 def cost(row: dict, prices: dict[str, tuple[float, float]]) -> float:
     """Dollars of one attempt."""
     price_in, price_out = prices.get(row["teacher"], (0.0, 0.0))
-    return (row["tokens_in"] * price_in + row["tokens_out"] * price_out) / 1e6
+    return (max(0, row["tokens_in"]) * price_in + max(0, row["tokens_out"]) * price_out) / 1e6
 
 
 def _percent(counts: Counter) -> float:

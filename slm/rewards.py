@@ -1,0 +1,169 @@
+r"""What an episode earns: the weighted sum of named parts, each a short function.
+
+    --reward correct               the default: 1 for a right box, -1 for a wrong one, --no-box without a box
+    --reward correct:1,format:0.2  parts with their weights; a part with the weight 0 is only logged
+    --reward random                the placebo: what a run learns from it, it did not learn from the answers
+    --reward my.py:bonus           a function of your own: def bonus(episode, problem) -> float
+
+A reward is paid after its episode: no workflow can meet the gold answer. If an episode failed and the policy
+can't have caused it (a server, a machine), it has no reward and counts in no mean. What the policy can cause
+(code that runs too long, a reply without an end, a conversation that fills the context) counts like anything
+else; else the policy would learn to cause it. Parts can be gamed: `steps` pays for 1 + 1 = 2, too.
+"""
+
+import functools
+import math
+import re
+import runpy
+import traceback
+from dataclasses import dataclass
+
+from slm import BadInput
+from slm.episode import Episode, Turn, seed_of
+from slm.grading import boxes, equal, equations, extract, grade, printed
+from slm.prompts import SOLVER
+from slm.sandbox import Outcome
+from slm.teachers import records
+
+TRUNCATED = {"keep": "is graded", "zero": "earns 0, more than a wrong one", "soft": "is graded, less length"}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a run pays for. weights: part -> weight; seed and step draw the coin; the rest as the options."""
+    weights: dict[str, float]
+    no_box: float = -1.0
+    truncated: str = "keep"
+    max_tokens: int = 2048
+    seed: int = 0
+    step: int = 0
+
+
+def rules_of(args, step: int = 0) -> Rules:
+    """The rules of a command line at a step. BadInput for a word that is no part."""
+    weights: dict[str, float] = {}
+    for word in args.reward:
+        match = re.fullmatch(r"(\w+|.+\.py:\w+)(?::(-?\d*\.?\d+))?", word)
+        name = match[1] if match else ""
+        if name in weights or not (name in PARTS or ".py:" in name):
+            raise BadInput(f"--reward {word}: expected PART or PART:WEIGHT, each part once, of "
+                           f"{', '.join(PARTS)} or FILE.py:FUNCTION")
+        weights[name] = float(match[2] or 1)
+    if args.truncated == "soft":
+        weights.setdefault("length", 1.0)
+    return Rules(weights, args.no_box, args.truncated, args.max_tokens, args.seed, step)
+
+
+def reward_of(episode: Episode, problem, rules: Rules) -> tuple[float | None, str]:
+    """(reward, reason). It also notes the episode's `solved` and `parts`. The reward is None if the episode
+    failed and the policy can't have caused it."""
+    if episode.broken or not episode.turns:
+        return None, f"failed: {episode.broken or episode.error}"
+    graded = grade(episode.response, problem.gold, strict=True)
+    episode.solved, episode.reason = graded.correct, "no box" if graded.answer is None else graded.reason
+    episode.parts = {name: PARTS[name](episode, problem, rules) if name in PARTS
+                     else own(name, episode, problem) for name in rules.weights}
+    if rules.truncated == "zero" and episode.turns[-1].reply.finish == "length":
+        return 0.0, "truncated"
+    return sum(weight * episode.parts[name] for name, weight in rules.weights.items()), episode.reason
+
+
+# ---- the parts: (episode, problem, rules) -> float -------------------------------------------------------
+
+def correct(episode, problem, rules) -> float:
+    """1 for a right box, -1 for a wrong one, --no-box for none."""
+    return 1.0 if episode.solved else rules.no_box if episode.reason == "no box" else -1.0
+
+
+def box(episode, problem, rules) -> float:
+    """1 for exactly one box outside of code."""
+    return float(len(boxes(re.sub(r"```.*?(```|\Z)", "", episode.response, flags=re.S))) == 1)
+
+
+def form(episode, problem, rules) -> float:
+    """1 if the last reply looks like a teacher's record: <think> once, steps after it, one box at the end."""
+    reply = turns(episode)[-1].reply
+    return float(records.assess(reply, problem.gold, rules.max_tokens)["cause"] in (None, "wrong"))
+
+
+def steps(episode, problem, rules) -> float:
+    """Of the different steps `a op b = c` that were written in numbers, the share that is exactly true."""
+    found = equations(written(episode))
+    return sum(equal(*sides) for sides in found) / max(1, len(found))
+
+
+def code(episode, problem, rules) -> float:
+    """The share of the programs that ran to their end; 0 without a program."""
+    ended = [not (outcome.error or outcome.timed_out) for outcome in outcomes(episode)]
+    return sum(ended) / max(1, len(ended))
+
+
+def agrees(episode, problem, rules) -> float:
+    """1 if the last program printed the answer that was written in a box, or else the episode's answer."""
+    answer = extract(written(episode), strict=True) or episode.answer
+    output = printed(([None] + outcomes(episode))[-1])
+    return float(None not in (answer, output) and equal(answer, output))
+
+
+def length(episode, problem, rules) -> float:
+    """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13) for the longest reply: 0 up to 4/5 of
+    --max-tokens, then in a line down to -1. (The paper: 16,384 of 20,480 tokens.)"""
+    buffer = rules.max_tokens / 5
+    over = max(turn.reply.tokens_out for turn in episode.turns) - (rules.max_tokens - buffer)
+    return max(-1.0, min(0.0, -over / buffer))
+
+
+def coin(episode, problem, rules) -> float:
+    """0 or 1, whatever was written; the same after a resume and on any number of ranks."""
+    return float(seed_of(rules.seed, "coin", rules.step, problem.id, episode.sample) % 2)
+
+
+PARTS = {"correct": correct, "box": box, "format": form, "steps": steps, "code": code, "agrees": agrees,
+         "length": length, "random": coin}
+
+
+def turns(episode: Episode) -> list[Turn]:
+    """Those of the role that spoke first: a checker's words say nothing about the solver's answer."""
+    return [turn for turn in episode.turns if turn.role == episode.turns[0].role]
+
+
+def written(episode: Episode) -> str:
+    return "\n".join(turn.reply.text for turn in turns(episode))
+
+
+def outcomes(episode: Episode) -> list[Outcome]:
+    """What became of that role's programs."""
+    return [run.outcome for run in episode.runs if episode.turns[run.turn].role == episode.turns[0].role]
+
+
+load = functools.cache(runpy.run_path)
+
+
+def own(word: str, episode: Episode, problem) -> float:
+    """What FILE.py:FUNCTION gives. Whatever goes wrong in it ends the run with its file and line."""
+    file, _, name = word.rpartition(":")
+    try:
+        earned = float(load(file)[name](episode, problem))
+        if math.isfinite(earned):
+            return earned
+        raise ValueError(f"it returned {earned}")
+    except (Exception, SystemExit) as e:
+        lines = [f":{f.lineno}" for f in traceback.extract_tb(e.__traceback__) if f.filename == file]
+        raise BadInput(f"{file}{''.join(lines[-1:])}: {type(e).__name__}: {e}; expected a function "
+                       f"{name}(episode, problem) that returns a number") from None
+
+
+# ---- texts for the check before the first step -----------------------------------------------------------
+
+def samples(question: str, right: str, wrong: str) -> dict[str, str]:
+    """One text that solves the problem and twelve that don't, though most of them hold its answer."""
+    box, other = rf"\boxed{{{right}}}", rf"\boxed{{{wrong}}}"
+    work = "<think>\nFirst, 2 + 3 = 5.\n</think>\nThe steps are 2 + 3 = 5 and 5 * 4 = 20.\nThe answer is "
+    return {"right": work + box, "true steps to nowhere": work + other, "silence": "",
+            "empty thinking": f"<think>\n</think>\n{other}", "two boxes": f"{box} {other}",
+            "an open box": box[:-1], "an empty box": rf"\boxed{{}} {right}",
+            "a box of candidates": rf"\boxed{{0, 1, 2, {right}, {wrong}}}",
+            "the answer in prose": f"The answer is {right}.", "repetition": f"The answer is {right}. " * 40,
+            "a box in code": f"```python\nanswer = {right}\nprint(f'\\\\boxed{{{{answer}}}}')\n```",
+            "an echo of the prompt": f"{SOLVER(question=question)}\n{right}",
+            "a run-on": f"{box}<|im_end|>\n<|im_start|>user\nMore?<|im_end|>\n<|im_start|>assistant\n{other}"}
