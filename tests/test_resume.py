@@ -5,6 +5,7 @@ is what a kill at that moment would have left. The slow ones kill real processes
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import filecmp
 import importlib
@@ -17,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -296,12 +298,13 @@ def nursery(request):
     with subprocess.Popen([sys.executable, "-c", NURSERY], cwd=ROOT, env=env, text=True,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         def start(jobs):
-            pids = []
-            for job in jobs:
-                process.stdin.write(json.dumps(job) + "\n")
+            with lock:
+                for job in jobs:
+                    process.stdin.write(json.dumps(job) + "\n")
                 process.stdin.flush()
-                pids.append(int(process.stdout.readline()))
-            return pids
+                return [int(process.stdout.readline()) for _ in jobs]
+
+        lock = threading.Lock()
         yield start
         process.stdin.close()
 
@@ -320,7 +323,6 @@ def test_killed_at_random_and_resumed_it_has_the_same_bits(request, tmp_path, nu
     lora_files.save(network, tmp_path / "sft", base="tiny")
     words = [*KILLED[script], "--data", "tiny", "--save-every", "2", "--device", "cpu"]
     words += ["--adapter", str(tmp_path / "sft")] if script == "train_grpo" else []
-    known, rng = set(), random.Random(0)
 
     def start(out):
         more = ["--resume"] if (out / "settings.json").is_file() else words
@@ -335,23 +337,29 @@ def test_killed_at_random_and_resumed_it_has_the_same_bits(request, tmp_path, nu
         assert all(text.endswith("the end\n") for text in said), said
         return result(out), changes
 
-    (whole, changes), same, cut_short = finish(tmp_path / "whole"), 0, 0
-    for k in range(kills):
-        out = tmp_path / str(k)
+    def cut(k):
+        """-> (does the run end on the same bits, the states in which kills left it)"""
+        out, rng, left = tmp_path / str(k), random.Random(k), []
         for _ in range(1 + k % 2):
             pids = start(out)
             follow(out, pids, rng.randrange(changes))
             time.sleep(rng.random() * 0.1)
-            cut_short += any(map(alive, pids))
+            running = any(map(alive, pids))
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             follow(out, pids)
-            known.add(state(out))
-        same += finish(out)[0] == whole
-        print(f"{script}, {ranks} ranks: {same} of {k + 1} have the same bits; {cut_short} kills left the "
-              f"run in {len(known)} states", flush=True)
-    assert same == kills and cut_short >= kills // 2 and len(known) >= kills // 4
+            left += [state(out)] if running else []
+        return finish(out)[0] == whole, left
+
+    whole, changes = finish(tmp_path / "whole")
+    same, left = 0, []
+    with concurrent.futures.ThreadPoolExecutor(4) as several:
+        for k, (equal, states) in enumerate(several.map(cut, range(kills)), 1):
+            same, left = same + equal, left + states
+            print(f"{script}, {ranks} ranks: {same} of {k} have the same bits; {len(left)} kills left "
+                  f"{len(set(left))} states", flush=True)
+    assert same == kills and len(left) >= kills // 2 and len(set(left)) >= kills // 4
 
 
 def follow(out: Path, pids: list[int], changes: float = math.inf) -> int:
@@ -359,7 +367,7 @@ def follow(out: Path, pids: list[int], changes: float = math.inf) -> int:
     do not depend on how busy the machine is."""
     seen, count = state(out), 0
     while any(map(alive, pids)) and count < changes:
-        time.sleep(0.002)
+        time.sleep(0.01)
         now = state(out)
         seen, count = now, count + (now != seen)
     return count
