@@ -23,9 +23,10 @@ little: its value is near 0 by construction.
 from slm.runs import cli
 
 PAPER = {"lr": 5e-6, "batch": 16, "samples": 2, "kl": 0.05, "epochs": 1, "temperature": 0.7,
-         "max_tokens": 2048, "micro_tokens": 2048, "warmup": 0.1, "save_every": 20, "steps": 0}
+         "max_tokens": 2048, "micro_tokens": 2048, "warmup": 0.1, "save_every": 20, "steps": 0,
+         "targets": "all"}
 TINY = {"lr": 3e-3, "batch": 16, "samples": 8, "kl": 0.0, "temperature": 1.0, "max_tokens": 200,
-        "micro_tokens": 4096, "warmup": 0.05, "save_every": 1000, "steps": 16}
+        "micro_tokens": 4096, "warmup": 0.05, "save_every": 1000, "steps": 16, "targets": "qkvo"}
 
 
 def options():
@@ -69,7 +70,7 @@ def options():
     g.add_argument("--steps", type=lambda text: cli.positive(text, 0),
                    help=f"batches in all, 0: as the epochs give ({both('steps')})")
     g.add_argument("--epochs", type=cli.positive, help=f"({both('epochs')})")
-    cli.adapter_options(g)
+    cli.adapter_options(g, both)
     cli.training_options(p, g, both, "runs/grpo-<model>")
     return p
 
@@ -98,7 +99,7 @@ from slm.report import write as write_report
 from slm.rewards import reward_of
 from slm.runs import files, ranks
 from slm.runs.device import memory, parameter_counts, peak_memory
-from slm.runs.rundir import RunDir
+from slm.runs.rundir import CHECKPOINTS, RunDir
 from slm.sampling import Sampler
 from slm.sandbox import Sandbox
 
@@ -173,7 +174,8 @@ def main(args):
                    "replaced": int(ranks.summed({"n": len(replaced)})["n"]) // args.samples,
                    **shares(seconds, episodes + replaced)}
             rundir.log("metrics", row)
-            rundir.log("episodes", *[line(step + 1, e, own) for e, own in zip(episodes, records)])
+            told = [(e.group, e.sample, line(step + 1, e, own)) for e, own in zip(episodes, records)]
+            rundir.log("episodes", *[row for *_, row in sorted(ranks.gather(told), key=lambda t: t[:2])])
             bar.set_postfix_str(f"reward {row['reward']:+.2f}, solved {row['solved']:.0%}, "
                                 f"{row['mean_tokens']:.0f} tokens, {row['tokens_per_s']:,} tok/s")
     finish(policy, base, rundir.path)
@@ -408,10 +410,11 @@ def check_rewards(pool, args) -> str:
 def prepare(out, device, dtype, args):
     """(policy, tokenizer, base). The base is --model, with an SFT adapter merged in float32 if there is one.
     A merged base is kept in <run>/base, because the new adapter belongs to it. The policy is the base with a
-    new adapter; the reference is the base."""
+    new adapter; the reference is the base. A run that goes on without a checkpoint merges again: so it makes
+    the same random draws before the new adapter's."""
     merged = args.adapter or (checkpoint.resolve(args.model) / "adapter_config.json").is_file()
     base = str((out / "base").resolve()) if merged else args.model
-    if merged and not (args.resume and (out / "base").is_dir()):
+    if merged and not (args.resume and any(out.glob(CHECKPOINTS))):
         model, tokenizer = checkpoint.load(args.model, device, torch.float32)
         if args.adapter:
             lora_files.load(model, checkpoint.resolve(args.adapter), "sft")

@@ -19,7 +19,7 @@ how many greedy replies have the answer of the row. best/ is the adapter or mode
 from slm.runs import cli
 
 PAPER = {"batch": 128, "epochs": 2, "max_length": 2048, "micro_tokens": 2048, "dropout": 0.05, "warmup": 0.03,
-         "weight_decay": 0.01, "save_every": 20, "validate": 100}
+         "weight_decay": 0.01, "save_every": 20, "validate": 100, "targets": "qkvo"}
 TINY = {"batch": 16, "max_length": 1024, "micro_tokens": 4096, "dropout": 0.0, "save_every": 1000,
         "validate": 20}
 RATES = {"paper": {"lora": 1e-4, "full": 5e-5}, "tiny": {"lora": 1e-2, "full": 1e-3}}
@@ -42,7 +42,7 @@ def options():
     how = g.add_mutually_exclusive_group()
     how.add_argument("--lora", action="store_true", help="a LoRA adapter (the default)")
     how.add_argument("--full", action="store_true", help="all weights")
-    cli.adapter_options(g)
+    cli.adapter_options(g, both)
     g.add_argument("--dropout", type=cli.number(0, 0.99), help=f"on the adapter's input ({both('dropout')})")
     g = p.add_argument_group("optimization")
     g.add_argument("--lr", type=cli.number(0, 10), help="(default LoRA 1e-4, full 5e-5; tiny 1e-2, 1e-3)")

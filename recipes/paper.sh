@@ -30,8 +30,9 @@ stage() {
 stage sft-lora train_sft.py --model "$MODEL" --data "$RUNS/data/records.jsonl" --lora
 stage sft-full train_sft.py --model "$MODEL" --data "$RUNS/data/records.jsonl" --full
 
-# 3. GRPO from the LoRA adapter: K = 2, batch 16, KL 0.05, 5e-6 are the defaults.
-stage grpo train_grpo.py --model "$MODEL" --adapter "$RUNS/sft-lora/adapter" --data gsm8k
+# 3. GRPO from the LoRA adapter: K = 2, batch 16, KL 0.05, 5e-6 are the defaults. The default adapter is on all
+# linear layers; here it is as in stage 2.
+stage grpo train_grpo.py --model "$MODEL" --adapter "$RUNS/sft-lora/adapter" --data gsm8k --targets qkvo
 
 # 5. Evaluation: every stage, the same problems, the same greedy decoding.
 stage eval-base eval.py --model "$MODEL" "${TEST[@]}"

@@ -1,11 +1,14 @@
 """Models in and out: Hugging Face directories (config.json, *.safetensors, tokenizer.json, ...), nothing
 else.
 
+    python -m slm.checkpoint export runs/grpo-tiny DIR      a run's result, merged, for vLLM and llama.cpp
+
 A name is `tiny` (inside this package), a directory, or a hub id such as Qwen/Qwen2.5-Math-1.5B, which is
 downloaded once. Weights are read one tensor at a time straight into their place, so the peak is the model
 plus one tensor; pickles are never opened. Files appear under their final name only when they are complete.
 """
 
+import math
 import os
 import re
 import sys
@@ -19,7 +22,8 @@ from torch import nn
 
 from slm import BadInput, lora, lora_files
 from slm.model import Config, Qwen2
-from slm.runs.files import read_json, write_json
+from slm.runs import cli
+from slm.runs.files import base_of, read_json, write_json
 from slm.tensors import ADAPTER, CONFIG, SafeTensors, atomic_directory, check_tensors, write_safetensors
 from slm.tokenizer import Tokenizer
 
@@ -84,7 +88,7 @@ def load(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
     is used, with a note, as in transformers 5."""
     directory = resolve(name)
     if is_adapter(directory):
-        base = read_json(directory / ADAPTER).get("base_model_name_or_path")
+        base = base_of(directory)
         try:
             if is_adapter(resolve(base or "")):
                 raise BadInput("an adapter, expected the model that it belongs to")
@@ -112,6 +116,14 @@ def load(name: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> 
 def is_adapter(directory: Path) -> bool:
     weights = any((directory / name).is_file() for name in (WEIGHTS, INDEX))
     return (directory / ADAPTER).is_file() and not weights
+
+
+def own_dtype(directory: Path) -> torch.dtype:
+    """The dtype of a model's largest tensor on disk; of an adapter's base."""
+    if is_adapter(directory):
+        directory = resolve(base_of(directory) or "")
+    file = SafeTensors(weight_files(directory)[0])
+    return file.read(max(file.shapes, key=lambda name: math.prod(file.shapes[name]))).dtype
 
 
 def read_config(config: dict, where: str = "config.json") -> Config:
@@ -221,3 +233,26 @@ def save(model: Qwen2, tokenizer: Tokenizer, directory: str | Path, shard_bytes:
         write_json(temporary / CONFIG, config)
         write_json(temporary / GENERATION, generation)
         tokenizer.save(temporary)
+
+
+def export(source: str | Path, directory: str | Path) -> None:
+    """Write a run's result, an adapter with its base or a model as one directory, in the dtype that the base
+    has on disk. An adapter is merged in float32, then rounded."""
+    inside = (Path(source) / name for name in ("adapter", "model"))
+    source = resolve(next((path for path in inside if path.is_dir()), source))
+    dtype = own_dtype(source)
+    model, tokenizer = load(source, dtype=dtype)
+    for name in lora.names(model):
+        print(f"merged {source}: logits change by at most {lora.merge(model, name):.1e}")
+        lora.remove(model, name)
+    save(model, tokenizer, directory)
+    print(f"{directory}: {str(dtype).removeprefix('torch.')}; next: python eval.py --model {directory}\n"
+          f"  or: vllm serve {directory}\n  or: python convert_hf_to_gguf.py {directory}  (of llama.cpp)")
+
+
+if __name__ == "__main__":
+    p = cli.parser("Write a run's result as one model directory, for transformers, vLLM or llama.cpp.")
+    p.add_argument("what", choices=("export",))
+    p.add_argument("source", help="a run directory, an adapter's, a model's, or a hub id")
+    p.add_argument("out", help="the directory to write")
+    cli.run(lambda args: export(args.source, args.out), p.parse_args())

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import shutil
-import uuid
 from pathlib import Path
 
 import torch
@@ -74,11 +73,12 @@ def atomic_directory(directory: str | Path):
     if directory.exists() and not ours and not (directory.is_dir() and not any(directory.iterdir())):
         raise BadInput(f"{directory}: holds something other than a model, choose a new name")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex[:8]}"
+    temporary, older = (directory.parent / f".{directory.name}.{part}" for part in ("part", "old"))
+    for left in (temporary, older):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        older = Path(f"{temporary}.old")
         with contextlib.suppress(FileNotFoundError):
             directory.rename(older)
         temporary.rename(directory)

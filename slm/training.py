@@ -37,16 +37,19 @@ from slm.runs.device import peak_memory, pick_device
 from slm.runs.files import read_json
 from slm.runs.rundir import RunDir, new_path
 
+SAVE_SECONDS = 300  # between two checkpoints at most, if a step is not longer
+
 
 def settle(args, name: str) -> tuple[torch.device, torch.dtype, str]:
-    """Decide args.out (default runs/<name>) and args.dtype, so that settings.json tells them; join the other
-    ranks and seed what is drawn before the first step -> (device, dtype, both in words)."""
+    """Decide args.out (default runs/<name>), args.dtype and args.ranks, so that settings.json tells them;
+    join the other ranks and seed what is drawn before the first step -> (device, dtype, both in words)."""
     out = new_path(args.out, name, args.resume)
     if args.resume and args.dtype == "auto":  # a resumed run keeps the dtype that it was started with
         args.dtype = read_json(out / "settings.json", {}).get("settings", {}).get("dtype", "auto")
     device, dtype, reason = pick_device(args.device, args.dtype, args.model)
     args.out, args.dtype = str(out), str(dtype).removeprefix("torch.")
     ranks.start_ranks(device)
+    args.ranks = ranks.world()  # another number of processes adds up in another order
     torch.manual_seed(args.seed)  # an adapter's initial values
     return device, dtype, f"{device}, {args.dtype} ({reason})"
 
@@ -68,12 +71,16 @@ def start(model, weight_decay: float) -> tuple[dict[str, torch.nn.Parameter], to
     return trained, torch.optim.AdamW(trained.values(), weight_decay=weight_decay)
 
 
-def steps(total: int, rundir: RunDir, trained: dict, optimizer, args) -> Iterator[tuple[int, float, tqdm]]:
+def steps(total: int, rundir: RunDir, trained: dict, optimizer, args,
+          extra: dict | None = None) -> Iterator[tuple[int, float, tqdm]]:
     """Yield (step, its learning rate, progress bar) from the newest checkpoint on. A checkpoint is saved
-    every args.save_every steps, at the end, and after Ctrl-C, which then leaves as KeyboardInterrupt."""
+    every args.save_every steps, every SAVE_SECONDS, at the end, and after Ctrl-C, which then leaves as
+    KeyboardInterrupt. extra: what else a step hands to the next, numbers and tensors by name. The caller
+    changes it in place; each checkpoint holds it, and it is put back before the first step."""
+    extra = {} if extra is None else extra
     device = next(iter(trained.values())).device
     state = rundir.load(device) if args.resume else None
-    first = restore(state, trained, optimizer) if state else 0
+    first, saved = restore(state, trained, optimizer, extra) if state else 0, time.monotonic()
     bar = tqdm(total=total, initial=first, unit="step", disable=ranks.rank() > 0)
     words = ("\nfinishing this step, then saving; Ctrl-C again stops at once, and --resume then goes on from "
              "the last checkpoint")
@@ -82,9 +89,11 @@ def steps(total: int, rundir: RunDir, trained: dict, optimizer, args) -> Iterato
             torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + ranks.rank())  # for dropout
             yield step, args.lr * cosine(step, total, args.warmup), bar
             bar.update()
-            stopped = ranks.summed({"stop": stop.asked})["stop"] > 0
-            if stopped or (step + 1) % args.save_every == 0 or step + 1 == total:
-                rundir.save(training_state(step + 1, trained, optimizer))
+            late = time.monotonic() - saved > SAVE_SECONDS
+            stopped, late = ranks.summed({"stop": stop.asked, "late": late}).values()  # on any rank
+            if stopped or late or (step + 1) % args.save_every == 0 or step + 1 == total:
+                rundir.save(training_state(step + 1, trained, optimizer, extra))
+                saved = time.monotonic()
             if stopped:
                 raise KeyboardInterrupt
 
@@ -122,16 +131,17 @@ def update(optimizer, lr: float, clip: float) -> float:
     return norm.item()
 
 
-def training_state(step: int, trained: dict[str, torch.nn.Parameter], optimizer) -> dict:
+def training_state(step: int, trained: dict[str, torch.nn.Parameter], optimizer,
+                   extra: dict | None = None) -> dict:
     """What RunDir.save needs to continue after `step` steps. It holds this rank's part of sharded tensors."""
     tensors = {name: _local(p.detach()) for name, p in trained.items()}
     moments = []
     for p in trained.values():
         moments.append({name: _local(value) for name, value in optimizer.state.get(p, {}).items()})
-    return {"step": step, "parameters": tensors, "moments": moments}
+    return {"step": step, "parameters": tensors, "moments": moments, "extra": extra or {}}
 
 
-def restore(state: dict, trained: dict[str, torch.nn.Parameter], optimizer) -> int:
+def restore(state: dict, trained: dict[str, torch.nn.Parameter], optimizer, extra: dict | None = None) -> int:
     """Put a training_state back; returns its step. BadInput when it holds other tensors."""
     if set(state["parameters"]) != set(trained):
         raise BadInput("the checkpoint holds other tensors than this run trains")
@@ -140,6 +150,8 @@ def restore(state: dict, trained: dict[str, torch.nn.Parameter], optimizer) -> i
             _local(p).copy_(state["parameters"][name])
             if moments:
                 optimizer.state[p] = {name: _sharded_like(p, value) for name, value in moments.items()}
+    if extra is not None:
+        extra.update(state["extra"])
     return state["step"]
 
 

@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
@@ -406,3 +407,65 @@ def test_loading_does_not_import_the_compiler():
     code = ("import sys\nfrom slm import checkpoint\ncheckpoint.load('tiny')\n"
             "assert 'torch._dynamo' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+# ---- export ------------------------------------------------------------------------------------------------
+
+def a_run(model, folder, path, dtype):
+    """A run's folder: the model in base/, and an adapter for it in adapter/."""
+    checkpoint.save(model.to(dtype), Tokenizer.load(TINY), path / "base")
+    model, _ = checkpoint.load(path / "base", dtype=dtype)
+    lora.add(model, 4, 8)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in lora.parameters(model):
+            p.normal_(std=0.1)
+    lora_files.save(model, path / folder, base=path / "base")
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", ["", "adapter"])
+def test_a_run_is_exported_merged_in_the_dtype_of_its_base(random_model, tmp_path, dtype, given):
+    model = a_run(random_model(vocab=2000), "adapter", tmp_path, dtype)
+    checkpoint.export(tmp_path / given, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {dtype}
+    for path, layer in lora.layers(model).items():  # W + s B A by hand
+        A, B = layer.lora_A["default"].double(), layer.lora_B["default"].double()
+        expected = (layer.weight.double() + 2 * B @ A).to(dtype)
+        assert torch.allclose(tensors[f"{path}.weight"], expected, rtol=2 ** -7, atol=1e-6), path
+    there = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"} <= there
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == str(dtype)[6:]
+
+
+def test_export_is_one_command_and_says_what_is_no_run(random_model, tmp_path, monkeypatch, capsys):
+    a_run(random_model(vocab=2000), "adapter", tmp_path / "run", torch.float32)
+
+    def command(*words):  # python -m slm.checkpoint ...
+        monkeypatch.setattr(sys, "argv", ["checkpoint.py", *map(str, words)])
+        runpy.run_path(checkpoint.__file__, run_name="__main__")
+        return capsys.readouterr().out
+
+    assert "next: python eval.py --model" in command("export", tmp_path / "run", tmp_path / "out")
+    assert not lora.names(checkpoint.load(tmp_path / "out")[0])
+    for words in (("export", tmp_path / "none", tmp_path / "x"), ("export", tmp_path / "run", tmp_path)):
+        with pytest.raises(SystemExit, match="2"):
+            command(*words)
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_full_fine_tuning_is_exported_as_it_is(random_model, tmp_path):
+    checkpoint.save(random_model(vocab=2000), Tokenizer.load(TINY), tmp_path / "run" / "model")
+    checkpoint.export(tmp_path / "run", tmp_path / "out")
+    assert same(checkpoint.load(tmp_path / "run" / "model")[0], checkpoint.load(tmp_path / "out")[0])
+
+
+def test_a_folder_left_half_by_a_kill_is_replaced(random_model, tmp_path):
+    model, tokenizer = random_model(vocab=2000), Tokenizer.load(TINY)
+    for left in (".m.part", ".m.old"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "half").write_text("")
+    checkpoint.save(model, tokenizer, tmp_path / "m")
+    assert os.listdir(tmp_path) == ["m"] and same(checkpoint.load(tmp_path / "m")[0], model)

@@ -37,6 +37,7 @@ ALLOWED = {
     "args.data": "a script fills in its own arguments before it saves them",
     "args.dtype": "the same",
     "args.out": "the same",
+    "args.ranks": "the same",
     "setattr(args, *)": "argparse's own way to do so",
     "model.recompute": "a switch of the network, which Qwen2 declares and explains",
     "policy.recompute": "the same",

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slm import BadInput, lora, lora_files
+from slm import BadInput, checkpoint, lora, lora_files
 from slm.attention import Packed
+from slm.runs import cli
+from slm.tokenizer import Tokenizer
 
 
 def logits(model, *sequences):
@@ -136,52 +138,6 @@ def test_recomputing_layers_uses_the_adapter_of_the_forward_pass(random_model):
     assert all(torch.equal(a, b) for a, b in zip(*gradients)) and gradients[0][0].any()
 
 
-@pytest.mark.parametrize("rows", ["default", [("default", 15), (None, 5), ("other", 20)]])
-def test_layers_that_read_one_input_share_one_draw_of_dropout(random_model, rows):
-    """With A and B parts of the identity, what an adapter adds is its input after dropout, times s = 1."""
-    model, added = random_model().train(), {}
-    for name in ("default", "other"):
-        lora.add(model, r=32, alpha=32, dropout=0.5, name=name)
-        for layer in lora.layers(model, name).values():
-            layer.lora_A[name].data.copy_(torch.eye(*layer.lora_A[name].shape))
-            layer.lora_B[name].data.copy_(torch.eye(*layer.lora_B[name].shape))
-
-    def keep(leaf):
-        def hook(layer, inputs, output):
-            base = torch.nn.functional.linear(inputs[0], layer.weight, layer.bias)
-            added[leaf] = (output - base)[:, :16], inputs[0][:, :16]
-        return hook
-
-    for leaf in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        getattr(model.model.layers[0].self_attn, leaf).register_forward_hook(keep(leaf))
-    for leaf in ("gate_proj", "up_proj"):
-        getattr(model.model.layers[0].mlp, leaf).register_forward_hook(keep(leaf))
-    with lora.use(model, rows):
-        logits(model, IDS)
-    kept = {leaf: change.abs() > 1e-3 for leaf, (change, _) in added.items()}
-    assert torch.equal(kept["q_proj"], kept["k_proj"]) and torch.equal(kept["q_proj"], kept["v_proj"])
-    assert torch.equal(kept["gate_proj"], kept["up_proj"])
-    assert not torch.equal(kept["q_proj"], kept["o_proj"])
-    assert not torch.equal(kept["q_proj"], kept["gate_proj"])
-    change, x = added["v_proj"]
-    assert torch.allclose(change[kept["v_proj"]], 2 * x[kept["v_proj"]], atol=1e-5)
-    before = kept["q_proj"]
-    logits(model, IDS)
-    assert not torch.equal(before, added["q_proj"][0].abs() > 1e-3)  # each pass draws anew
-
-
-def test_recomputing_layers_draws_the_same_dropout(random_model):
-    model, gradients = trained(random_model(), dropout=0.5).train(), []
-    for recompute in (None, lora.recompute(model)):
-        model.recompute = recompute
-        torch.manual_seed(5)
-        attend = Packed([len(IDS)])
-        model(IDS, attend.positions, attend).square().mean().backward()
-        gradients.append([p.grad.clone() for p in lora.parameters(model)])
-        model.zero_grad()
-    assert all(torch.equal(a, b) for a, b in zip(*gradients)) and gradients[0][0].any()
-
-
 def test_an_adapter_gets_gradients_from_its_own_rows_only(random_model):
     model = trained(trained(random_model(), "a"), "b", seed=2)
     attend = Packed([8, 8])
@@ -237,6 +193,7 @@ def test_what_is_not_supported_is_refused_by_name(random_model, tmp_path, key, v
 
 def test_an_adapter_of_another_model_lists_all_its_faults_and_leaves_none_behind(random_model, tmp_path):
     lora_files.save(trained(random_model(layers=3, hidden=40)), tmp_path / "adapter")
+    (tmp_path / "adapter" / "base.json").unlink()  # PEFT's adapters do not know their base
     model = trained(random_model(), "mine")
     before = logits(model, IDS)
     with pytest.raises(BadInput) as error:
@@ -255,6 +212,80 @@ def test_a_missing_or_cut_adapter_is_named(random_model, tmp_path):
     path.unlink()
     with pytest.raises(BadInput, match="adapter_model"):
         lora_files.load(random_model(), tmp_path / "adapter")
+
+
+# ---- an adapter knows its base -----------------------------------------------------------------------------
+
+@pytest.fixture
+def model_and_adapter(random_model, tmp_path):
+    """A model's folder and an adapter for it, in runs/sft/adapter: (model folder, adapter folder)."""
+    model, adapter = random_model(vocab=2000), tmp_path / "runs" / "sft" / "adapter"
+    checkpoint.save(model, Tokenizer.load(checkpoint.TINY), tmp_path / "models" / "m")
+    lora_files.save(trained(model), adapter, base=tmp_path / "models" / "m")
+    return tmp_path / "models" / "m", adapter
+
+
+def test_an_adapter_is_refused_on_another_base_in_one_sentence(model_and_adapter, random_model):
+    folder, adapter = model_and_adapter
+    for other in (random_model(vocab=2000, seed=1), random_model(vocab=2000, layers=3)):
+        with pytest.raises(BadInput, match=f"trained on {folder}.*other weights.*--model {adapter}") as error:
+            lora_files.load(other, adapter)
+        assert "\n" not in str(error.value) and not lora.names(other)
+
+
+def test_an_adapter_is_refused_on_a_model_that_differs_by_a_merged_adapter(model_and_adapter):
+    folder, adapter = model_and_adapter
+    model, _ = checkpoint.load(folder)
+    lora_files.load(model, adapter, "first")
+    lora_files.load(model, adapter, "second")  # an adapter beside it is no part of the base
+    lora.remove(model, "second")
+    lora.merge(model, "first")
+    with pytest.raises(BadInput, match="other weights"):
+        lora_files.load(model, adapter, "second")
+
+
+def test_the_fingerprint_is_of_the_weights_and_not_of_dtype_adapters_or_order(model_and_adapter, tmp_path):
+    folder, _ = model_and_adapter
+    full, half = (checkpoint.load(folder, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    known = lora_files.weights_fingerprint(full[0])
+    assert known == lora_files.weights_fingerprint(half[0])
+    checkpoint.save(*half, tmp_path / "half")
+    assert known == lora_files.weights_fingerprint(checkpoint.load(tmp_path / "half")[0])
+    assert known == lora_files.weights_fingerprint(trained(full[0]))
+    for name, p in full[0].named_parameters():  # a change anywhere, of the size that training makes
+        if ".lora_" not in name:
+            before = p.detach().clone()
+            with torch.no_grad():
+                p += 1e-2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+            assert known != lora_files.weights_fingerprint(full[0]), name
+            p.data = before
+
+
+def test_an_adapter_without_identity_still_loads(model_and_adapter, random_model):
+    _, adapter = model_and_adapter
+    (adapter / "base.json").unlink()
+    lora_files.load(random_model(vocab=2000, seed=1), adapter)
+
+
+def test_copied_together_base_and_adapter_find_each_other(model_and_adapter, tmp_path, monkeypatch):
+    _, adapter = model_and_adapter
+    before = logits(checkpoint.load(adapter)[0], IDS)
+    (tmp_path / "models").rename(tmp_path / "gone")
+    with pytest.raises(BadInput, match="base_model_name_or_path"):
+        checkpoint.load(adapter)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "gone").rename(tmp_path / "elsewhere" / "models")
+    (tmp_path / "runs").rename(tmp_path / "elsewhere" / "runs")
+    monkeypatch.chdir(tmp_path / "elsewhere" / "runs")
+    assert torch.equal(logits(checkpoint.load("sft/adapter")[0], IDS), before)
+    assert cli.is_small("sft/adapter") and not cli.is_small("sft")
+
+
+def test_a_base_that_changed_under_its_adapter_is_noticed(model_and_adapter, random_model):
+    folder, adapter = model_and_adapter
+    checkpoint.save(random_model(vocab=2000, seed=1), Tokenizer.load(checkpoint.TINY), folder)
+    with pytest.raises(BadInput, match="other weights"):
+        checkpoint.load(adapter)
 
 
 # ---- adapters as other people save them (tests/test_parity.py compares with peft) --------------------------

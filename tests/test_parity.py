@@ -239,6 +239,31 @@ def test_our_adapters_load_in_peft(tmp_path, options):
     within("logits merged, here and in peft", difference(ours(model, ids), merged), 2e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_exported_run_loads_in_transformers_with_all_its_files(tmp_path, dtype):
+    """vLLM and llama.cpp's converter ask for the files that transformers' Auto classes read."""
+    checkpoint.save(checkpoint.load("tiny", dtype=dtype)[0], Tokenizer.load(TINY), tmp_path / "run" / "base")
+    model, tok = checkpoint.load(tmp_path / "run" / "base", dtype=dtype)
+    lora.add(model, r=4, alpha=8)
+    torch.manual_seed(0)
+    for p in lora.parameters(model):
+        torch.nn.init.normal_(p, 0, 0.02)
+    lora_files.save(model, tmp_path / "run" / "adapter", base=tmp_path / "run" / "base")
+    in_peft = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter", dtype=dtype).eval()
+    checkpoint.export(tmp_path / "run", tmp_path / "out")
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    assert peer.dtype == dtype and type(peer).__name__ == "Qwen2ForCausalLM"
+    assert set(peer.generation_config.eos_token_id) == tok.stop_ids
+    twin, messages = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), MESSAGES[0]
+    text = twin.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == tok.render(messages)
+    ids = torch.tensor(tok.chat(messages))
+    merged, apart = theirs(peer, ids), theirs(in_peft, ids)
+    in_peft = theirs(in_peft.merge_and_unload(), ids)
+    within(f"exported in {dtype}, against merged in peft", difference(merged, in_peft), 1e-5)
+    within(f"exported in {dtype}, not merged", difference(merged, apart), 4 * torch.finfo(dtype).eps ** 0.5)
+
+
 @pytest.mark.parametrize("change", [
     {"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]},
     {"init_lora_weights": "olora"}, {"trainable_token_indices": [3, 4]}], ids=str)

@@ -14,8 +14,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
-from slm import checkpoint
+from slm import checkpoint, lora, lora_files
 from slm.runs import cli
 
 ROOT = Path(__file__).parents[1]
@@ -157,6 +158,26 @@ def test_a_directory_that_is_no_usable_model_is_named(call, broken, tmp_path, sc
     for kind, said in (("empty", "empty.*config.json"), ("cut", "model.safetensors"),
                        ("other", "gpt_neox|GPTNeoX"), ("garbled", "config.json"), ("mute", "tokenizer.json")):
         refused(call(script, *WITH_MODEL[script], "--model", broken(kind), "--data", data), said)
+
+
+def test_an_adapter_on_another_base_is_refused_and_on_its_own_it_runs(call, tmp_path):
+    """A GRPO adapter belongs to the merged model in its run. On `tiny` it is refused, not scored."""
+    model, tokenizer = checkpoint.load("tiny")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:] *= 1.01
+    checkpoint.save(model, tokenizer, tmp_path / "grpo" / "base")
+    lora.add(model, 4, 8)
+    adapter = tmp_path / "grpo" / "adapter"
+    lora_files.save(model, adapter, base=tmp_path / "grpo" / "base")
+    data = rows(tmp_path / "good.jsonl", GOOD, GOOD)
+    for script in ("eval.py", "agents.py", "train_grpo.py"):
+        words = [*WITH_MODEL[script], "--data", data]
+        refused(call(script, *words, "--adapter", adapter), "trained on .*base, .*other weights.*--model")
+    assert call("eval.py", *WITH_MODEL["eval.py"], "--data", data, "--model", adapter)[0] == 0
+    shutil.rmtree(tmp_path / "grpo" / "base")
+    shutil.copytree(checkpoint.TINY, tmp_path / "grpo" / "base")
+    words = [*WITH_MODEL["make_data.py"], "--data", data, "--model", adapter]
+    refused(call("make_data.py", *words), "trained on .*base, .*other weights")
 
 
 def test_a_misspelt_adapter_does_not_claim_the_run_directory(call, tmp_path):

@@ -18,7 +18,7 @@ from slm import BadInput, checkpoint, lora, lora_files, losses
 from slm.episode import Episode, Reply, TokenRecord, Turn
 from slm.problems import Problem
 from slm.rewards import Rules, reward_of
-from slm.runs import rundir
+from slm.runs import cli, rundir
 from slm.workflows import WORKFLOWS
 from train_grpo import ALGORITHMS
 
@@ -54,6 +54,31 @@ def test_the_reward_rises_and_the_ratio_starts_at_one(small, tmp_path, monkeypat
     assert (tmp_path / "run" / "report.html").is_file()
     model, _ = checkpoint.load(tmp_path / "run" / "adapter")
     assert lora.active(model) == "default"
+
+
+def test_a_real_model_gets_adapters_on_all_linear_layers_and_tiny_keeps_its_own():
+    """Rank 1 to 32 and alpha 32 are what "LoRA without regret" advises for reinforcement learning."""
+    for model, targets in (("Qwen/Qwen2.5-Math-1.5B", "all"), ("tiny", "qkvo")):
+        args = train_grpo.options().parse_args(["--model", model])
+        cli.resolve(args, train_grpo.PAPER, train_grpo.TINY)
+        assert args.targets == targets and args.alpha == 32 and 1 <= args.rank <= 32
+    assert set(cli.TARGETS["all"]) == set(lora.ALL)
+
+
+def test_episodes_hold_those_of_all_ranks_in_the_order_of_the_problems(small, tmp_path, monkeypatch):
+    """Here the other rank is one that sampled the same, but as the problems before."""
+    def gather(rows):
+        others = [(group - 1, sample, row | {"problem": "other"}) for group, sample, row in rows
+                  if isinstance(row, dict)] if len(rows[0]) == 3 else []
+        return rows + others
+
+    monkeypatch.setattr(train_grpo.ranks, "gather", lambda rows: gather(rows) if isinstance(rows[0], tuple)
+                        else rows)
+    train(small, tmp_path / "run", "--samples", "2", steps=1)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "episodes.jsonl").read_text().splitlines()]
+    assert [row["problem"] == "other" for row in rows] == [
+        True, True, False, True, False, True, False, True, False, True, False, False]
+    assert [row["sample"] for row in rows[2:10]] == [0, 0, 1, 1] * 2
 
 
 @pytest.mark.parametrize("options", [
@@ -142,12 +167,18 @@ def test_two_ranks_take_the_same_steps_as_one_process(tmp_path, batch, options):
     for ranks in ("1", "2"):
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks]
         subprocess.run([*launch, *words, "--out", str(tmp_path / ranks)], check=True, cwd=root)
+    told = []
+    for ranks in ("1", "2"):
+        rows = map(json.loads, (tmp_path / ranks / "episodes.jsonl").read_text().splitlines())
+        told.append([(row["step"], row["problem"], row["sample"], row["reward"]) for row in rows])
+    assert told[0] == told[1] and len(told[0]) == 3 * int(batch) * 8
     logs = [(tmp_path / ranks / "metrics.jsonl").read_text().splitlines() for ranks in ("1", "2")]
     for lines in zip(*logs):
         one, two = map(json.loads, lines)
         for name in ("reward", "reward/random", "mean_tokens", "loss", "kl", "grad_norm", "learned_tokens",
                      "replaced"):
             assert one.get(name, 0) == pytest.approx(two.get(name, 0), rel=1e-3, abs=1e-6), name
+    checkpoint.load(tmp_path / "2" / "adapter")  # it knows its base
     a, b = (load_file(tmp_path / ranks / "adapter" / "adapter_model.safetensors") for ranks in ("1", "2"))
     # Adam turns the rounding of a gradient near 0 into a step, so single numbers may differ
     assert all((a[k] - b[k]).norm() < 1e-3 * a[k].norm() for k in a)

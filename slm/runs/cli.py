@@ -6,7 +6,6 @@ Imports nothing heavy: a script parses its arguments, and answers --help, before
 import argparse
 import contextlib
 import errno
-import json
 import math
 import os
 import signal
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from slm import BadInput
+from slm.runs.files import base_of, read_json
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS = {"all": (*QKVO, "gate_proj", "up_proj", "down_proj"), "qkvo": QKVO, "qv": ("q_proj", "v_proj")}
@@ -29,7 +29,25 @@ def parser(description: str) -> argparse.ArgumentParser:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     shape = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=100)
-    return argparse.ArgumentParser(description=description, formatter_class=shape, allow_abbrev=False)
+    return Parser(description=description, formatter_class=shape, allow_abbrev=False)
+
+
+class Parser(argparse.ArgumentParser):
+    """With --resume and --out, an option that is not given has the value that the run was started with.
+    RunDir refuses one that is given with another value."""
+
+    def parse_args(self, words=None, namespace=None):
+        args = super().parse_args(words, namespace)
+        if getattr(args, "resume", False) and args.out:
+            given = super().parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args))))
+            try:
+                settings = read_json(Path(args.out) / "settings.json", {}).get("settings", {})
+            except BadInput as e:
+                self.error(str(e))
+            for name in settings.keys() & vars(args).keys():
+                if getattr(given, name) is None:  # where an option is given it is not None
+                    setattr(args, name, settings[name])
+        return args
 
 
 class Names(argparse.Action):
@@ -78,11 +96,11 @@ def is_small(model: str) -> bool:
     """Whether `model` is tiny, or a directory whose config.json or base model is that small."""
     if model == "tiny":
         return True
-    for name in ("config.json", "adapter_config.json"):
-        with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-            config = json.loads((Path(model) / name).read_bytes())
-            base = config.get("base_model_name_or_path", "-")
-            return config.get("hidden_size", 1024) <= 256 or is_small(base)
+    with contextlib.suppress(BadInput, TypeError, RecursionError):
+        config = Path(model) / "config.json"
+        if config.is_file():
+            return read_json(config).get("hidden_size", 1024) <= 256
+        return is_small(base_of(Path(model)))
     return False
 
 
@@ -173,13 +191,13 @@ def answer_options(p, both):
     g.add_argument("--limit", type=positive, help=f"the first N problems of each set ({both('limit')})")
 
 
-def adapter_options(g):
+def adapter_options(g, both):
     """The options of LoRA, in both trainers."""
     g.add_argument("--rank", type=positive, default=16, help="LoRA rank (default 16)")
     g.add_argument("--alpha", type=number(0), default=32.0,
                    help="LoRA scale is alpha / rank (default 32)")
-    g.add_argument("--targets", choices=TARGETS, default="qkvo",
-                   help="qkvo, or qv as in the report's runs (default qkvo)")
+    g.add_argument("--targets", choices=TARGETS,
+                   help=f"all linear layers, qkvo, or qv as in the report's runs ({both('targets')})")
 
 
 def training_options(p, g, both, folder: str):

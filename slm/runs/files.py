@@ -27,6 +27,14 @@ def read_json(path: Path, default: dict | None = None) -> dict:
     return value
 
 
+def base_of(adapter: Path) -> str | None:
+    """The name or folder of the model that an adapter's folder belongs to. A path in base.json leads there
+    from the adapter, so that it holds where a run was copied to; else adapter_config.json's name counts."""
+    name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    near = read_json(adapter / "base.json", {}).get("path")
+    return str((adapter / near).resolve()) if near and (adapter / near).is_dir() else name
+
+
 def read_rows(path: Path) -> list[tuple[int, dict]]:
     """(line number, object) of every row of a JSON lines file, or of one JSON list of objects."""
     try:

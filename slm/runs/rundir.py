@@ -26,6 +26,8 @@ from slm import BadInput
 from slm.runs.files import Journal, read_json, write_json
 from slm.runs.ranks import barrier, rank
 
+CHECKPOINTS = "checkpoints/step-*[0-9]"  # a half-written one ends in .tmp
+
 
 class RunDir:
     """One run's folder, claimed by its process until `lock` is closed or the process ends.
@@ -88,7 +90,7 @@ class RunDir:
 
     def load(self, device="cpu") -> dict | None:
         """The newest checkpoint's state, or None; log lines of later steps are cut away."""
-        found = sorted(self.checkpoints.glob("step-*[0-9]"))  # a half-written one ends in .tmp
+        found = sorted(self.path.glob(CHECKPOINTS))
         state = None
         if found:
             file = found[-1] / f"rank{rank()}.pt"
