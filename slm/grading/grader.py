@@ -77,7 +77,7 @@ PLAIN_NUMBER = re.compile(r"[-+$\s\\]*\d[\d,]*(?:\.\d*)?(?:/\d+)?\s*\\?%?")
 FORMULA = r"\s*(?:\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\])[a-z\s]{0,30}[.\s]*\Z"
 LAST_FORMULA = re.compile(r"(?:\A|:|\b(?:is|are|get|gives?|have|find|that|by|answer|so|thus|hence|therefore"
                           r"|then)\b(?:(?!\band\b)[^$.\n]){0,40})" + FORMULA, re.I | re.S)
-DOUBT = re.compile(r"\b(?:or|not?|never|maybe|perhaps|than|except|at least|at most|between|about|approximately"
+DOUBT = re.compile(r"\b(?:or|not?|never|maybe|perhaps|than|except|least|most|between|about|approximately"
                    r"|times|plus|minus|half|twice|double|root|without|(?:of|by|to)(?= \$?\d))\b|n't", re.I)
 FORMULA_START = re.compile(r"[a-zA-Z]\w?\s*(?:=|<|>|\\[lg]e)|[-+−\d.\\({\[$|√π±]|[\w()]+[.\s]*$")
 MAX_TAIL = 20_000
