@@ -166,4 +166,4 @@ def samples(question: str, right: str, wrong: str) -> dict[str, str]:
             "the answer in prose": f"The answer is {right}.", "repetition": f"The answer is {right}. " * 40,
             "a box in code": f"```python\nanswer = {right}\nprint(f'\\\\boxed{{{{answer}}}}')\n```",
             "an echo of the prompt": f"{SOLVER(question=question)}\n{right}",
-            "a run-on": f"{box}<|im_end|>\n<|im_start|>user\nMore?<|im_end|>\n<|im_start|>assistant\n{other}"}
+            "a run-on": f"{other}<|im_end|>\n<|im_start|>user\nMore?<|im_end|>\n<|im_start|>assistant\n{box}"}

@@ -163,7 +163,7 @@ def tear(out: Path) -> None:
 @pytest.mark.parametrize("algorithm", train_grpo.ALGORITHMS)
 def test_every_objective_goes_on_to_the_same_bits(run, small, tmp_path, algorithm):
     words = ["--model", small, *GRPO, "--data", "tiny", "--device", "cpu", "--algorithm", algorithm,
-             "--batch", "1", "--steps", "2", "--max-tokens", "5", "--updates", "1"]
+             "--batch", "1", "--steps", "2", "--max-tokens", "5", "--updates", "1", "--samples", "5"]
     run(train_grpo, tmp_path / "whole", *words)
     with stopped_at(2):
         run(train_grpo, tmp_path / "cut", *words, "--save-every", "1")
