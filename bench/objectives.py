@@ -44,8 +44,8 @@ ARMS = {  # name: options of train_grpo.py
         "grpo", "dr_grpo", "dapo", "gspo", "gmpo", "cispo", "max_rl", "pass_at_k", "rloo", "reinforce",
         "report", "report_code", "distill")},
     "distill_grpo": ["--algorithm", "distill", "--teacher", str(RUNS / "grpo-0/adapter")],
-    "tools_random": ["--workflow", "solver_checker_with_tools", "--reward", "random"],
-    "tools": ["--workflow", "solver_checker_with_tools"],
+    "tools_random": ["--workflow", "python_tools", "--reward", "random"],
+    "tools": ["--workflow", "python_tools"],
 }
 CONTROL = {"tools": "tools_random"}  # the placebo of an arm, if it is not "random"
 KEPT = ("step", "reward", "solved", "entropy", "kl", "clipped", "importance", "cut", "mean_tokens",
@@ -63,7 +63,8 @@ def main() -> None:
     if not args.table:
         if not SFT.is_dir():
             script("make_data.py", "--out", RUNS / "data")
-            script("train_sft.py", "--lora", "--data", RUNS / "data/records.jsonl", "--out", SFT.parent)
+            script("train_sft.py", "--lora", "--validate", 0, "--data", RUNS / "data/records.jsonl",
+                   "--out", SFT.parent)
         missing = [(name, seed) for seed in range(args.seeds) for name in args.only
                    if not (RESULTS / f"{name}-{seed}.json").exists()]
         with ThreadPoolExecutor(args.jobs) as pool:
