@@ -86,7 +86,7 @@ def script(*words) -> None:
 def learn(name: str, seed: int) -> None:
     """Train an arm with a seed, score it, and leave its file."""
     out, scored = RUNS / f"{name}-{seed}", RUNS / f"{name}-{seed}-eval"
-    train = ["train_grpo.py", "--adapter", SFT, "--seed", seed, *ARMS[name], "--out", out]
+    train = ["train_grpo.py", "--adapter", SFT, "--batch", 8, "--seed", seed, *ARMS[name], "--out", out]
     score = ["eval.py", "--model", out / "adapter", "--data", "tiny", "--out", scored]
     if "--workflow" in train:
         score += ["--workflow", train[train.index("--workflow") + 1]]
