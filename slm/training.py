@@ -24,12 +24,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from slm import BadInput
-from slm.episode import TokenRecord
+from slm.episode import TokenRecord, seed_of
 from slm.losses import pack
 from slm.runs import ranks
 from slm.runs.cli import Interrupt
@@ -62,6 +63,21 @@ def batches(n: int, size: int, epochs: int, seed: int) -> list[list[int]]:
         random.Random(f"{seed}/{epoch}").shuffle(order)
         steps += [order[i:i + size] for i in range(0, n, size)]
     return steps
+
+
+def hold_out(rows: list, question: Callable[..., str], count: int, seed: int) -> tuple[list, list]:
+    """(rows to train on, those about `count` questions, a tenth of all at most, drawn from the seed).
+    Questions that differ in case or space only are one."""
+    keys = [" ".join(question(row).lower().split()) for row in rows]
+    drawn = sorted(set(keys), key=partial(seed_of, seed, "held out"))
+    held = set(drawn[:min(count, len(drawn) // 10)])
+    return ([row for key, row in zip(keys, rows) if key not in held],
+            [row for key, row in zip(keys, rows) if key in held])
+
+
+def look_due(step: int, total: int) -> bool:
+    """Whether what is held out is looked at after this step: ten times on the way, and at the end."""
+    return (step + 1) % max(1, total // 10) == 0 or step + 1 == total
 
 
 def start(model, weight_decay: float) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
