@@ -93,6 +93,7 @@ from functools import partial
 from itertools import chain, compress, pairwise
 from operator import attrgetter
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -376,16 +377,15 @@ def drift(policy, episodes, records, args) -> dict:
     """Estimate KL(policy || reference), in nats a token by k3, before the step changes the policy: on the
     first sample of the first eight problems, however many ranks there are."""
     some = [record for e, own in zip(episodes, records) if e.group < 8 and e.sample == 0 for record in own]
-    n = {"kl": 0.0, "tokens": 0}
+    found = []
     with torch.no_grad(), ranks.whole(policy):
         for record in some:
             logp, _ = losses.score(policy, [record.ids], [record.mask], args.temperature)
             with lora.off(policy):
                 reference, _ = losses.score(policy, [record.ids], [record.mask], args.temperature)
-            n["kl"] += losses.kl(logp, reference).sum().item()
-            n["tokens"] += len(logp)
-    n = ranks.summed(n)
-    return {"kl": n["kl"] / n["tokens"]} if n["tokens"] else {}
+            found += losses.kl(logp, reference).tolist()
+    found = ranks.gather(found)
+    return {"kl": fmean(found)} if found else {}
 
 
 # ---- on the way: problems that are not trained -----------------------------------------------------------
@@ -400,17 +400,14 @@ def split(pool, args) -> tuple[list, list]:
 
 
 def evaluate(held_out, workflow, policy, sampler, sandbox, args) -> dict:
-    """The share of the held-out problems that the workflow solves greedily, as eval.py counts, and its 95 %
-    interval."""
-    own = held_out[ranks.rank()::ranks.world()]
-    sampling = Sampling(max_tokens=args.max_tokens, stop_at_box=True)
+    """The share of held-out problems solved greedily, as eval.py counts it, and its 95 % interval."""
+    own, sampling = held_out[ranks.rank()::ranks.world()], Sampling(args.max_tokens, stop_at_box=True)
     with ranks.whole(policy):
         episodes = run_episodes(jobs_for(own, workflow), sampler, sandbox, sampling=sampling, seed=args.seed)
         sampler.close()
-    right = sum(grade(e.response, problem.gold).correct for e, problem in zip(episodes, own))
-    right = int(ranks.summed({"right": right})["right"])
-    low, high = stats.wilson(right, len(held_out))
-    return {"evaluated": right / len(held_out), "evaluated_low": low, "evaluated_high": high}
+    right = ranks.gather([grade(e.response, p.gold).correct for e, p in zip(episodes, own)])
+    low, high = stats.wilson(sum(right), len(right))
+    return {"evaluated": fmean(right), "evaluated_low": low, "evaluated_high": high}
 
 
 # ---- before the first step -------------------------------------------------------------------------------
@@ -467,10 +464,10 @@ def check_rewards(pool, args) -> str:
 
 def prepare(out, claim, device, dtype, args):
     """(policy, tokenizer, base, the run directory that `claim` gives). The base is --model, with an SFT
-    adapter merged in float32 if there is one; an adapter of another model claims nothing. A merged base is
-    kept in <run>/base, because the new adapter belongs to it. The policy is the base with a new adapter; the
-    reference is the base. A run that goes on without a checkpoint merges again: so it makes the same random
-    draws before the new adapter's."""
+    adapter merged in float32 if there is one: then it is kept in <run>/base, because the new adapter belongs
+    to it. An adapter of another model is refused before the claim. The policy is the base with a new adapter;
+    the reference is the base. A run that goes on without a checkpoint merges again: so it makes the same
+    random draws before the new adapter's."""
     merged = args.adapter or checkpoint.is_adapter(checkpoint.resolve(args.model))
     base = str((out / "base").resolve()) if merged else args.model
     made = merged and not (args.resume and any(out.glob(CHECKPOINTS)))

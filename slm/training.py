@@ -147,17 +147,16 @@ def update(optimizer, lr: float, clip: float) -> float:
     return norm.item()
 
 
-def training_state(step: int, trained: dict[str, torch.nn.Parameter], optimizer,
-                   extra: dict | None = None) -> dict:
+def training_state(step: int, trained: dict[str, torch.nn.Parameter], optimizer, extra: dict) -> dict:
     """What RunDir.save needs to continue after `step` steps. It holds this rank's part of sharded tensors."""
     tensors = {name: _local(p.detach()) for name, p in trained.items()}
     moments = []
     for p in trained.values():
         moments.append({name: _local(value) for name, value in optimizer.state.get(p, {}).items()})
-    return {"step": step, "parameters": tensors, "moments": moments, "extra": extra or {}}
+    return {"step": step, "parameters": tensors, "moments": moments, "extra": extra}
 
 
-def restore(state: dict, trained: dict[str, torch.nn.Parameter], optimizer, extra: dict | None = None) -> int:
+def restore(state: dict, trained: dict[str, torch.nn.Parameter], optimizer, extra: dict) -> int:
     """Put a training_state back; returns its step. BadInput when it holds other tensors."""
     if set(state["parameters"]) != set(trained):
         raise BadInput("the checkpoint holds other tensors than this run trains")
@@ -166,8 +165,7 @@ def restore(state: dict, trained: dict[str, torch.nn.Parameter], optimizer, extr
             _local(p).copy_(state["parameters"][name])
             if moments:
                 optimizer.state[p] = {name: _sharded_like(p, value) for name, value in moments.items()}
-    if extra is not None:
-        extra.update(state["extra"])
+    extra.update(state["extra"])
     return state["step"]
 
 

@@ -29,21 +29,20 @@ def lines(step: int, episodes: list[Episode], records: list[list[TokenRecord]], 
 
 def summary(rows: list[dict]) -> dict:
     """What the episodes of a step were like, from their lines. `failed` counts those without a reward."""
-    paid, replies, parts, groups = [], [], Counter(), defaultdict(set)
-    for row in rows:
-        replies += [turn["reply"] for turn in row["turns"]]
-        if row["reward"] is not None:
-            paid.append(row)
-            parts.update(row["parts"])
-            groups[row["problem"]].add(row["reward"])
-    right, wrong = ([row for row in paid if row["correct"] == kind] for kind in (True, False))
+    paid = [row for row in rows if row["reward"] is not None]
+    finishes = [turn["reply"]["finish"] for row in rows for turn in row["turns"]]
+    lengths, groups, parts = {True: [], False: []}, defaultdict(set), Counter()
+    for row in paid:
+        lengths[row["correct"]].append(row["tokens"])
+        groups[row["problem"]].add(row["reward"])
+        parts.update(row["parts"])
     return {"reward": mean(row["reward"] for row in paid), "solved": mean(row["correct"] for row in paid),
             "lenient": mean(row["lenient"] for row in paid),
             "no_answer": mean(row["reason"] == "no box" for row in rows),
-            "truncated": mean(reply["finish"] == "length" for reply in replies),
+            "truncated": mean(finish == "length" for finish in finishes),
             "mean_tokens": mean(row["tokens"] for row in rows),
-            **({"tokens_right": mean(row["tokens"] for row in right)} if right else {}),
-            **({"tokens_wrong": mean(row["tokens"] for row in wrong)} if wrong else {}),
+            **({"tokens_right": mean(lengths[True])} if lengths[True] else {}),
+            **({"tokens_wrong": mean(lengths[False])} if lengths[False] else {}),
             "zero_spread": mean(len(rewards) == 1 for rewards in groups.values()),
             "with_advantage": mean(bool(row["advantage"]) for row in rows), "failed": len(rows) - len(paid),
             **{f"reward/{name}": total / len(paid) for name, total in parts.items()}}
