@@ -16,17 +16,19 @@ model with the new adapter off. Sampling and loss use one distribution, so the r
 start of each step; the metric dlogp shows how far rounding moves it. If an episode's sampling fails, it has
 no reward and counts nowhere. Not covered: a value model, asynchronous rollouts, top-p or top-k sampling.
 
-What to watch: reward and solve rate rise, entropy falls slowly, kl (with --kl) grows slowly. The loss means
-little: its value is near 0 by construction.
+What to watch: reward and solve rate rise, entropy falls slowly, kl grows slowly. The loss means little: its
+value is near 0 by construction. Before the first step and ten times on the way the policy answers --evaluate
+other problems greedily: of the test split, or if --data has none, of those read, a tenth at most.
 """
 
 from slm.runs import cli
 
 PAPER = {"lr": 5e-6, "batch": 16, "samples": 2, "kl": 0.05, "epochs": 1, "temperature": 0.7,
          "max_tokens": 2048, "micro_tokens": 2048, "warmup": 0.1, "save_every": 20, "steps": 0,
-         "targets": "all"}
+         "targets": "all", "evaluate": 64}
 TINY = {"lr": 3e-3, "batch": 16, "samples": 8, "kl": 0.0, "temperature": 1.0, "max_tokens": 200,
-        "micro_tokens": 4096, "warmup": 0.05, "save_every": 1000, "steps": 16, "targets": "qkvo"}
+        "micro_tokens": 4096, "warmup": 0.05, "save_every": 1000, "steps": 16, "targets": "qkvo",
+        "evaluate": 32}
 
 
 def options():
@@ -38,6 +40,8 @@ def options():
     g.add_argument("--data", nargs="+", action=cli.Names, metavar="A,B",
                    help="problem sets or JSON lines files (default tiny; gsm8k for other models)")
     g.add_argument("--limit", type=cli.positive, help="only the first problems")
+    g.add_argument("--evaluate", type=lambda text: cli.positive(text, 0), metavar="N",
+                   help=f"problems not trained on, answered ten times on the way ({both('evaluate')})")
     g.add_argument("--workflow", default="solver", help="of agents.py (default solver: one answer)")
     g.add_argument("--roles", nargs="+", action=cli.Names, help="train only these roles (default all)")
     g = p.add_argument_group("sampling")
@@ -81,13 +85,15 @@ if __name__ == "__main__":
 import contextlib
 import random
 import shlex
-import time
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, compress, pairwise
+from operator import attrgetter
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -97,9 +103,10 @@ from slm.grading import equal, grade
 from slm.prompts import SHOWN, SOLVER
 from slm.report import write as write_report
 from slm.rewards import reward_of
-from slm.runs import files, ranks
+from slm.runs import files, ranks, stats
 from slm.runs.device import memory, parameter_counts, peak_memory
 from slm.runs.rundir import CHECKPOINTS, RunDir
+from slm.runs.steps import lines, shares, summary, tell, timed
 from slm.sampling import Sampler
 from slm.sandbox import Sandbox
 
@@ -142,26 +149,33 @@ def main(args):
     rounds = dtype == torch.bfloat16  # sampler and trainer then differ by more than the last digits
     cli.resolve(args, {"resample": algorithm.resample, "importance_cap": 2.0 if rounds else 0.0,
                        "dppo_mask": 0.2 if rounds else 0.0}, {})
-    pool = problems.load_all(args.data, "train", args.limit)
+    pool, held_out = split(problems.load_all(args.data, "train", args.limit), args)
     said = check_rewards(pool, args)
-    rundir = RunDir(args.out, vars(args), problems.fingerprint(pool), args.resume, log=ranks.rank() == 0)
-    policy, tokenizer, base = prepare(rundir.path, device, dtype, args)
-    pool = fitting(pool, tokenizer, policy.config.positions)
-    plan = training.batches(len(pool), args.batch, args.epochs, args.seed)
-    while len(plan) < args.steps:
-        plan += training.batches(len(pool), args.batch, 1, args.seed + len(plan))
-    plan = plan[:args.steps or None]
-    if ranks.rank() == 0:
-        introduce(policy, tokenizer, base, pool, plan, words, args)
-        print(said)
-
-    trained, optimizer = training.start(policy, weight_decay=0.0)
-    trained["moving mean"] = moving = torch.zeros(2, dtype=torch.float64)  # so that checkpoints hold it
-    sampler = Sampler(policy, tokenizer)
-    teacher = teacher_for(policy, tokenizer, device, dtype, args) if algorithm.taught else None
-    with contextlib.nullcontext() if args.workflow == "solver" else Sandbox() as sandbox:
-        for step, lr, bar in training.steps(len(plan), rundir, trained, optimizer, args):
-            batch, seconds = [pool[i] for i in plan[step]], {"generate": 0.0, "score": 0.0, "learn": 0.0}
+    with contextlib.ExitStack() as stack:
+        out = args.out
+        if args.dry_run:  # a folder for what two steps leave behind, the same one for all ranks
+            out = ranks.gather([stack.enter_context(tempfile.TemporaryDirectory())])[0]
+        claim = partial(RunDir, settings=vars(args), data=problems.fingerprint(pool + held_out),
+                        resume=args.resume and not args.dry_run, log=ranks.rank() == 0)
+        policy, tokenizer, base, rundir = prepare(Path(out), claim, device, dtype, args)
+        pool = fitting(pool, tokenizer, policy.config.positions)
+        plan = training.batches(len(pool), args.batch, args.epochs, args.seed)
+        while len(plan) < args.steps:
+            plan += training.batches(len(pool), args.batch, 1, args.seed + len(plan))
+        plan = plan[:args.steps or None]
+        trained, optimizer = training.start(policy, weight_decay=0.0)
+        sampler, moving = Sampler(policy, tokenizer), {"sum": 0.0, "steps": 0.0}
+        if ranks.rank() == 0:
+            introduce(policy, sampler, base, pool, held_out, plan, words, args)
+            print(said)
+        teacher = teacher_for(policy, tokenizer, device, dtype, args) if algorithm.taught else None
+        sandbox = None if args.workflow == "solver" else stack.enter_context(Sandbox())
+        answer = partial(evaluate, held_out, workflow, policy, sampler, sandbox, args)
+        total = len(plan[:2]) if args.dry_run else len(plan)
+        for step, lr, bar in training.steps(total, rundir, trained, optimizer, args, moving):
+            if step == 0 and held_out:
+                rundir.log("metrics", {"step": 0, **answer()})
+            batch, seconds = [pool[i] for i in plan[step]], Counter()
             episodes, replaced = roll_out(batch, spare_problems(pool, plan[step], step, args), step, policy,
                                           workflow, sampler, sandbox, seconds, args)
             with timed(seconds, "score"):
@@ -169,16 +183,20 @@ def main(args):
                 if teacher:
                     ask_teacher(teacher, policy, tokenizer, batch, episodes, records, args)
             with timed(seconds, "learn"):
-                learned = update_policy(policy, records, divisor, optimizer, lr, algorithm, args)
-            row = {"step": step + 1, **summary(episodes), **learned, "lr": lr,
+                learned = drift(policy, episodes, records, args)
+                learned |= update_policy(policy, records, divisor, optimizer, lr, algorithm, args)
+            with timed(seconds, "evaluate"):
+                learned |= answer() if held_out and training.look_due(step, total) else {}
+            told = lines(step + 1, episodes, records, batch)
+            row = {"step": step + 1, **summary(told), **learned, "lr": lr,
                    "replaced": int(ranks.summed({"n": len(replaced)})["n"]) // args.samples,
-                   **shares(seconds, episodes + replaced)}
+                   **shares(seconds, episodes + replaced), "memory": round(peak_memory(policy), 3)}
             rundir.log("metrics", row)
-            told = [(e.group, e.sample, line(step + 1, e, own)) for e, own in zip(episodes, records)]
-            rundir.log("episodes", *[row for *_, row in sorted(ranks.gather(told), key=lambda t: t[:2])])
-            bar.set_postfix_str(f"reward {row['reward']:+.2f}, solved {row['solved']:.0%}, "
-                                f"{row['mean_tokens']:.0f} tokens, {row['tokens_per_s']:,} tok/s")
-    finish(policy, base, rundir.path)
+            rundir.log("episodes", *told)
+            tell(bar, row)
+        if args.dry_run:
+            return forecast(policy, row, len(plan), args)
+        finish(policy, base, rundir.path)
 
 
 # ---- a step: roll out ------------------------------------------------------------------------------------
@@ -229,7 +247,7 @@ def spare_problems(pool, chosen: list[int], step: int, args) -> list:
 
 # ---- a step: give credit ---------------------------------------------------------------------------------
 
-def give_credit(episodes, algorithm: Algorithm, moving: torch.Tensor, args) -> tuple[list, int]:
+def give_credit(episodes, algorithm: Algorithm, moving: dict[str, float], args) -> tuple[list, int]:
     """(token records of each episode with their advantage and weight, none without a reward; the divisor of
     the loss). What counts are the episodes of all ranks that have a reward.
 
@@ -247,8 +265,9 @@ def give_credit(episodes, algorithm: Algorithm, moving: torch.Tensor, args) -> t
     groups, samples, rewards, tokens = zip(*scores)
     if algorithm.decay:
         now = sum(rewards) / len(rewards)
-        before = float(moving[0] / moving[1]) if moving[1] else now
-        moving.copy_(algorithm.decay * moving + moving.new_tensor([now, 1.0]))
+        before = moving["sum"] / moving["steps"] if moving["steps"] else now
+        moving["sum"] = algorithm.decay * moving["sum"] + now
+        moving["steps"] = algorithm.decay * moving["steps"] + 1
         rewards = [reward - before for reward in rewards]
     compared = torch.tensor(groups) * (not algorithm.whole_batch)
     advantages = losses.advantages(torch.tensor(rewards), compared, algorithm.advantage)
@@ -300,7 +319,7 @@ def update_policy(policy, records, divisor: int, optimizer, lr: float, algorithm
     tokens stay in the divisor."""
     active = [record for own in records for record in own if record.advantage or args.kl > 0]
     if not ranks.summed({"active": len(active)})["active"]:
-        return {"skipped": 1}
+        return {}
     for _ in range(args.updates):
         sums, tops = {}, [(0.0, 0.0)]
         for members in training.micro_batches(policy, active, args.micro_tokens):
@@ -348,11 +367,47 @@ def micro_batch_loss(policy, records: list[TokenRecord], algorithm: Algorithm, a
     total = (slope * trust * logp + args.kl * penalty * weight).sum()
     gap, importance = (old - sampled).abs(), (old - sampled).exp()
     sums = {"loss": (loss + args.kl * penalty * weight).detach().sum(), "entropy": entropy.sum(),
-            **({"kl": penalty.detach().sum()} if args.kl > 0 else {}), "dlogp": gap.sum(),
-            "clipped": ((slope == 0) & (loss != 0)).sum(), "importance": importance.sum(),
+            "dlogp": gap.sum(), "clipped": ((slope == 0) & (loss != 0)).sum(), "importance": importance.sum(),
             "cut": (trust != (importance if args.importance_cap else 1)).sum(), "tokens": len(logp)}
     top = max(gap.tolist(), default=0.0), max(importance.tolist(), default=0.0)
     return total, {name: float(value) for name, value in sums.items()}, top
+
+
+def drift(policy, episodes, records, args) -> dict:
+    """Estimate KL(policy || reference), in nats a token by k3, before the step changes the policy: on the
+    first sample of the first eight problems, however many ranks there are."""
+    some = [record for e, own in zip(episodes, records) if e.group < 8 and e.sample == 0 for record in own]
+    found = []
+    with torch.no_grad(), ranks.whole(policy):
+        for record in some:
+            logp, _ = losses.score(policy, [record.ids], [record.mask], args.temperature)
+            with lora.off(policy):
+                reference, _ = losses.score(policy, [record.ids], [record.mask], args.temperature)
+            found += losses.kl(logp, reference).tolist()
+    found = ranks.gather(found)
+    return {"kl": fmean(found)} if found else {}
+
+
+# ---- on the way: problems that are not trained -----------------------------------------------------------
+
+def split(pool, args) -> tuple[list, list]:
+    """(problems to train on, at most --evaluate others: of the test splits where all of --data have one)."""
+    splits = problems.SOURCES | {"tiny": ("train", "test")}
+    if args.evaluate and all("test" in splits.get(name, ()) for name in args.data):
+        others = problems.load_all(args.data, "test")
+        return pool, random.Random("held out").sample(others, min(args.evaluate, len(others)))
+    return training.hold_out(pool, attrgetter("question"), args.evaluate, args.seed)
+
+
+def evaluate(held_out, workflow, policy, sampler, sandbox, args) -> dict:
+    """The share of held-out problems solved greedily, as eval.py counts it, and its 95 % interval."""
+    own, sampling = held_out[ranks.rank()::ranks.world()], Sampling(args.max_tokens, stop_at_box=True)
+    with ranks.whole(policy):
+        episodes = run_episodes(jobs_for(own, workflow), sampler, sandbox, sampling=sampling, seed=args.seed)
+        sampler.close()
+    right = ranks.gather([grade(e.response, p.gold).correct for e, p in zip(episodes, own)])
+    low, high = stats.wilson(sum(right), len(right))
+    return {"evaluated": fmean(right), "evaluated_low": low, "evaluated_high": high}
 
 
 # ---- before the first step -------------------------------------------------------------------------------
@@ -407,14 +462,16 @@ def check_rewards(pool, args) -> str:
             f"the next problem; {told}; a reply cut short {rewards.TRUNCATED[args.truncated]}")
 
 
-def prepare(out, device, dtype, args):
-    """(policy, tokenizer, base). The base is --model, with an SFT adapter merged in float32 if there is one.
-    A merged base is kept in <run>/base, because the new adapter belongs to it. The policy is the base with a
-    new adapter; the reference is the base. A run that goes on without a checkpoint merges again: so it makes
-    the same random draws before the new adapter's."""
-    merged = args.adapter or (checkpoint.resolve(args.model) / "adapter_config.json").is_file()
+def prepare(out, claim, device, dtype, args):
+    """(policy, tokenizer, base, the run directory that `claim` gives). The base is --model, with an SFT
+    adapter merged in float32 if there is one: then it is kept in <run>/base, because the new adapter belongs
+    to it. An adapter of another model is refused before the claim. The policy is the base with a new adapter;
+    the reference is the base. A run that goes on without a checkpoint merges again: so it makes the same
+    random draws before the new adapter's."""
+    merged = args.adapter or checkpoint.is_adapter(checkpoint.resolve(args.model))
     base = str((out / "base").resolve()) if merged else args.model
-    if merged and not (args.resume and any(out.glob(CHECKPOINTS))):
+    made = merged and not (args.resume and any(out.glob(CHECKPOINTS)))
+    if made:
         model, tokenizer = checkpoint.load(args.model, device, torch.float32)
         if args.adapter:
             lora_files.load(model, checkpoint.resolve(args.adapter), "sft")
@@ -424,13 +481,15 @@ def prepare(out, device, dtype, args):
             if ranks.rank() == 0:
                 print(f"merged {args.adapter or args.model} in float32 (logits change by at most "
                       f"{gap:.1e}); a new adapter starts on top, and the reference is the merged model")
+    rundir = claim(out)
+    if made:
         if ranks.rank() == 0:
             checkpoint.save(model.to(dtype), tokenizer, out / "base")
         ranks.barrier()
     policy, tokenizer = checkpoint.load(base, device, dtype)
     policy.recompute = lora.recompute(policy) if args.recompute else None
     lora.add(policy, args.rank, args.alpha, cli.TARGETS[args.targets])
-    return policy, tokenizer, base
+    return policy, tokenizer, base, rundir
 
 
 def fitting(pool, tokenizer, context: int) -> list:
@@ -446,66 +505,27 @@ def fitting(pool, tokenizer, context: int) -> list:
 
 # ---- what a person reads ---------------------------------------------------------------------------------
 
-def introduce(policy, tokenizer, base: str, pool, plan, device: str, args):
+def introduce(policy, sampler, base: str, pool, held_out, plan, device: str, args):
     """Print what the run will do, before it starts."""
     parameters, updated = parameter_counts(policy)
+    prompt, tokenizer = [user(SOLVER(question=pool[plan[0][0]].question))], sampler.tokenizer
+    cached = args.batch * args.samples * (len(tokenizer.chat(prompt)) + args.max_tokens)
     cli.show(vars(args))
     print(f"device: {device}")
     print(f"policy: {base} with a new LoRA of rank {args.rank} on {args.targets}, {parameters:,} parameters, "
           f"{updated:,} trained; reference: the same with the adapter off")
     print(f"work: {len(plan)} steps of {args.batch} problems x {args.samples} samples, at most "
-          f"{args.batch * args.samples * args.max_tokens:,} new tokens a step; "
-          f"{memory(policy, args.micro_tokens)}")
-    prompt = user(SOLVER(question=pool[plan[0][0]].question))
-    print("the solver's prompt for the first problem:\n" + tokenizer.render([prompt]))
+          f"{args.batch * args.samples * args.max_tokens:,} new tokens a step; {len(held_out)} problems are "
+          f"held out; {memory(policy, args.micro_tokens, min(cached, sampler.slots.max_tokens))}")
+    print("the solver's prompt for the first problem:\n" + tokenizer.render(prompt))
 
 
-def summary(episodes: list[Episode]) -> dict:
-    """What the episodes of all ranks were like. `failed` counts those without a reward."""
-    rewarded = [e for e in episodes if e.reward is not None]
-    turns = [turn for e in episodes for turn in e.turns]
-    groups: dict[int, set] = {}
-    for e in rewarded:
-        groups.setdefault(e.group, set()).add(e.reward)
-    parts = Counter()
-    for own in ranks.gather([e.parts for e in rewarded]):
-        parts.update(own)
-    n = ranks.summed({
-        "reward": sum(e.reward for e in rewarded), "solved": sum(e.solved for e in rewarded),
-        "rewarded": len(rewarded), "no box": sum(e.reason == "no box" for e in episodes),
-        "tokens": sum(e.tokens_out for e in episodes), "episodes": len(episodes),
-        "cut": sum(turn.reply.finish == "length" for turn in turns), "turns": len(turns),
-        "even": sum(len(values) == 1 for values in groups.values()), "groups": len(groups)})
-    rewarded = max(1, n["rewarded"])
-    return {"reward": n["reward"] / rewarded, "solved": n["solved"] / rewarded,
-            "no_answer": n["no box"] / n["episodes"], "truncated": n["cut"] / max(1, n["turns"]),
-            "mean_tokens": n["tokens"] / n["episodes"], "zero_spread": n["even"] / max(1, n["groups"]),
-            "failed": int(n["episodes"] - n["rewarded"]),
-            **{f"reward/{name}": total / rewarded for name, total in parts.items()}}
-
-
-@contextlib.contextmanager
-def timed(seconds: dict[str, float], part: str):
-    """Add the time that the block takes to a part of the step."""
-    start = time.perf_counter()
-    yield
-    seconds[part] += time.perf_counter() - start
-
-
-def shares(seconds: dict[str, float], episodes: list[Episode]) -> dict:
-    """Seconds of the step, the share that each of its parts took, and tokens sampled a second of sampling."""
-    whole = sum(seconds.values())
-    tokens = sum(e.tokens_out for e in episodes)
-    return {"seconds": round(whole, 3), "tokens_per_s": round(tokens / seconds["generate"]),
-            **{f"{part}_share": round(span / whole, 3) for part, span in seconds.items()}}
-
-
-def line(step: int, e: Episode, records: list[TokenRecord]) -> dict:
-    """An episode for episodes.jsonl."""
-    turns = [{"role": t.role, "reply": {"text": t.reply.text, "finish": t.reply.finish}} for t in e.turns]
-    return {"step": step, "problem": e.problem_id, "sample": e.sample, "reward": e.reward, "reason": e.reason,
-            "parts": e.parts, "answer": e.answer, "tokens": e.tokens_out,
-            "advantage": records[0].advantage if records else None, "turns": turns}
+def forecast(policy, row: dict, steps: int, args) -> None:
+    """Say what --dry-run found. row: the metrics of a step that was evaluated, as not every step will be."""
+    looks = 1 + sum(training.look_due(step, steps) for step in range(steps))
+    look = row["seconds"] * row["evaluate_share"]
+    training.forecast(policy, steps, round(steps * args.batch * args.samples * row["mean_tokens"]),
+                      steps * (row["seconds"] - look) + looks * look)
 
 
 def finish(policy, base: str, out):
@@ -514,7 +534,7 @@ def finish(policy, base: str, out):
     if ranks.rank() == 0:
         lora_files.save(policy, out / "adapter", base=base)
         write_report(out)
-        if all("skipped" in row for row in files.readable_rows(out / "metrics.jsonl")):
+        if not any(row.get("with_advantage") for row in files.readable_rows(out / "metrics.jsonl")):
             print("nothing was learned: in no step did the samples of a problem differ in reward, or the "
                   "--roles never spoke; episodes.jsonl shows what was said")
         print(f"peak memory {peak_memory(policy):.1f} GB; the result is {out / 'adapter'}\n"

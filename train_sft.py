@@ -50,7 +50,6 @@ def options():
     g.add_argument("--epochs", type=cli.positive, help=f"({both('epochs')})")
     g.add_argument("--weight-decay", type=cli.number(0), help=f"({both('weight_decay')})")
     cli.training_options(p, g, both, "runs/sft-<model>-<lora or full>")
-    p.add_argument("--dry-run", action="store_true", help="measure two steps, predict time and memory, stop")
     return p
 
 
@@ -69,7 +68,7 @@ from statistics import fmean
 import torch
 
 from slm import BadInput, checkpoint, lora, lora_files, losses, problems, training
-from slm.episode import Request, Sampling, TokenRecord, seed_of, user
+from slm.episode import Request, Sampling, TokenRecord, user
 from slm.grading import extract, grade
 from slm.prompts import SOLVER
 from slm.report import write as write_report
@@ -85,8 +84,12 @@ def main(args):
     cli.resolve(args, {**PAPER, "lr": RATES["paper"][how]}, {**TINY, "lr": RATES["tiny"][how]})
     if args.data is None and not cli.is_small(args.model):
         raise BadInput("--data is missing: records of make_data.py, or gsm8k for its worked solutions")
+    if checkpoint.is_adapter(checkpoint.resolve(args.model)):
+        raise BadInput(f"--model {args.model}: an adapter, expected a model; export it first: "
+                       f"python -m slm.checkpoint export {args.model} DIR")
     args.data = args.data or [newest()]
-    train, held_out = split([row for data in args.data for row in read(data, args.limit)], args)
+    every_row = [row for data in args.data for row in read(data, args.limit)]
+    train, held_out = training.hold_out(every_row, itemgetter(0), args.validate, args.seed)
     device, dtype, words = training.settle(args, f"sft-{Path(args.model).name.lower()}-{how}")
     model, tokenizer = checkpoint.load(args.model, device, torch.float32 if args.full else dtype)
     model.recompute = lora.recompute(model) if args.recompute else None
@@ -109,18 +112,19 @@ def main(args):
             partial(lora_files.save, model, base=args.model))
     look_once = partial(look, model, Sampler(model, tokenizer), held_out, autocast)
     model.train()
-    every, tokens = max(1, len(plan) // 10), args.epochs * size(rows)
+    looks = [bool(held_out) and training.look_due(step, len(plan)) for step in range(len(plan))]
     if args.dry_run:
         learn = partial(one_step, model, largest, optimizer, args.lr, autocast, args)
+        tokens = args.epochs * size(rows)
         seconds = training.rehearse(learn) * tokens / size(largest)
         if held_out:
-            seconds += training.rehearse(look_once) * (1 + -(-len(plan) // every))
+            seconds += training.rehearse(look_once) * (1 + sum(looks))
         return training.forecast(model, len(plan), tokens, seconds)
     for step, lr, bar in training.steps(len(plan), rundir, trained, optimizer, args):
-        if held_out and step == 0 and not any(files.readable_rows(rundir.path / "metrics.jsonl")):
+        if held_out and step == 0:
             rundir.log("metrics", {"step": 0, **look_once()})
         row = one_step(model, [rows[i] for i in plan[step]], optimizer, lr, autocast, args)
-        if held_out and ((step + 1) % every == 0 or step + 1 == len(plan)):
+        if looks[step]:
             row |= look_once()
             row["best"] = keep_best(model, save, row["held_out_loss"], rundir.path)
         rundir.log("metrics", {"step": step + 1, **row})
@@ -209,16 +213,6 @@ def read(data: str, limit: int | None) -> list[tuple[str, list[dict]]]:
     return [(p.question, conversation(p.question, written_out(p))) for p in solved]
 
 
-def split(rows: list[tuple[str, list[dict]]], args) -> tuple[list, list]:
-    """The conversations to train on, and those about --validate questions (a tenth of all at most), which
-    are drawn from --seed. Questions that differ in case or space only are one."""
-    keys = [" ".join(question.lower().split()) for question, _ in rows]
-    drawn = sorted(set(keys), key=partial(seed_of, args.seed, "held out"))
-    held = set(drawn[:min(args.validate, len(drawn) // 10)])
-    return ([talk for key, (_, talk) in zip(keys, rows) if key not in held],
-            [talk for key, (_, talk) in zip(keys, rows) if key in held])
-
-
 def conversation(question: str, response: str) -> list[dict]:
     return [user(SOLVER(question=question)), {"role": "assistant", "content": response}]
 
@@ -273,8 +267,9 @@ def size(rows: list[TokenRecord]) -> int:
 
 
 def fitting(tokenizer, conversations, longest: int, train_on: str = "response") -> list[TokenRecord]:
-    """Encoded rows of at most `longest` tokens. Prints how many are longer; BadInput when all are."""
-    rows = [encode(tokenizer, messages, train_on) for messages in conversations]
+    """Of (question, conversation) those of at most `longest` tokens, encoded. Prints how many are longer;
+    BadInput when all are."""
+    rows = [encode(tokenizer, messages, train_on) for _, messages in conversations]
     fit = [row for row in rows if len(row.ids) <= longest]
     if len(fit) < len(rows):
         print(f"left out: {len(rows) - len(fit)} of {len(rows)} rows are longer than --max-length "

@@ -49,7 +49,7 @@ ARMS = {  # name: options of train_grpo.py
 }
 CONTROL = {"tools": "tools_random"}  # the placebo of an arm, if it is not "random"
 KEPT = ("step", "reward", "solved", "entropy", "kl", "clipped", "importance", "cut", "mean_tokens",
-        "truncated", "zero_spread", "replaced", "grad_norm", "skipped")
+        "truncated", "zero_spread", "replaced", "grad_norm", "kl")
 
 
 def main() -> None:
@@ -86,7 +86,8 @@ def script(*words) -> None:
 def learn(name: str, seed: int) -> None:
     """Train an arm with a seed, score it, and leave its file."""
     out, scored = RUNS / f"{name}-{seed}", RUNS / f"{name}-{seed}-eval"
-    train = ["train_grpo.py", "--adapter", SFT, "--batch", 8, "--seed", seed, *ARMS[name], "--out", out]
+    train = ["train_grpo.py", "--adapter", SFT, "--batch", 8, "--evaluate", 0, "--seed", seed, *ARMS[name],
+             "--out", out]
     score = ["eval.py", "--model", out / "adapter", "--data", "tiny", "--out", scored]
     if "--workflow" in train:
         score += ["--workflow", train[train.index("--workflow") + 1]]

@@ -24,12 +24,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from slm import BadInput
-from slm.episode import TokenRecord
+from slm.episode import TokenRecord, seed_of
 from slm.losses import pack
 from slm.runs import ranks
 from slm.runs.cli import Interrupt
@@ -62,6 +63,21 @@ def batches(n: int, size: int, epochs: int, seed: int) -> list[list[int]]:
         random.Random(f"{seed}/{epoch}").shuffle(order)
         steps += [order[i:i + size] for i in range(0, n, size)]
     return steps
+
+
+def hold_out(rows: list, question: Callable[..., str], count: int, seed: int) -> tuple[list, list]:
+    """(rows to train on, those about `count` questions, a tenth of all at most, drawn from the seed).
+    Questions that differ in case or space only are one."""
+    keys = [" ".join(question(row).lower().split()) for row in rows]
+    drawn = sorted(set(keys), key=partial(seed_of, seed, "held out"))
+    held = set(drawn[:min(count, len(drawn) // 10)])
+    return ([row for key, row in zip(keys, rows) if key not in held],
+            [row for key, row in zip(keys, rows) if key in held])
+
+
+def look_due(step: int, total: int) -> bool:
+    """Whether what is held out is looked at after this step: ten times on the way, and at the end."""
+    return (step + 1) % max(1, total // 10) == 0 or step + 1 == total
 
 
 def start(model, weight_decay: float) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
@@ -131,17 +147,16 @@ def update(optimizer, lr: float, clip: float) -> float:
     return norm.item()
 
 
-def training_state(step: int, trained: dict[str, torch.nn.Parameter], optimizer,
-                   extra: dict | None = None) -> dict:
+def training_state(step: int, trained: dict[str, torch.nn.Parameter], optimizer, extra: dict) -> dict:
     """What RunDir.save needs to continue after `step` steps. It holds this rank's part of sharded tensors."""
     tensors = {name: _local(p.detach()) for name, p in trained.items()}
     moments = []
     for p in trained.values():
         moments.append({name: _local(value) for name, value in optimizer.state.get(p, {}).items()})
-    return {"step": step, "parameters": tensors, "moments": moments, "extra": extra or {}}
+    return {"step": step, "parameters": tensors, "moments": moments, "extra": extra}
 
 
-def restore(state: dict, trained: dict[str, torch.nn.Parameter], optimizer, extra: dict | None = None) -> int:
+def restore(state: dict, trained: dict[str, torch.nn.Parameter], optimizer, extra: dict) -> int:
     """Put a training_state back; returns its step. BadInput when it holds other tensors."""
     if set(state["parameters"]) != set(trained):
         raise BadInput("the checkpoint holds other tensors than this run trains")
@@ -150,8 +165,7 @@ def restore(state: dict, trained: dict[str, torch.nn.Parameter], optimizer, extr
             _local(p).copy_(state["parameters"][name])
             if moments:
                 optimizer.state[p] = {name: _sharded_like(p, value) for name, value in moments.items()}
-    if extra is not None:
-        extra.update(state["extra"])
+    extra.update(state["extra"])
     return state["step"]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from slm import BadInput, report
+from slm.report import page
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,6 +65,20 @@ def test_grpo_runs_headline_reward_before_loss_and_get_a_plot(tmp_path):
     row = re.search(r"<th>reward</th><td>(.*?)</td><td>(.*?)</td>", text)
     assert float(row[1]) == pytest.approx(-0.94) and float(row[2]) == pytest.approx(-0.04)
     assert re.findall(r"p\d+", re.sub("<[^>]*>", "", text))[0] == "p0" and "p350" in text
+
+
+def test_each_part_of_a_reward_has_a_curve_after_the_reward_and_an_evaluation_its_interval(tmp_path):
+    own = "reward/a $b$ <i>.py:f_1"  # of a file: not a formula, and not markup
+    rows = [{"step": 0, "evaluated": 0.25, "evaluated_low": 0.1, "evaluated_high": 0.5}]
+    rows += [{"step": i, "reward": i / 9, "reward/correct": i / 10, own: 1 - i / 9, "kl": i} for i in (1, 2)]
+    rows += [{"step": 3, "reward": 1, "evaluated": 0.5, "evaluated_low": 0.3, "evaluated_high": 0.7}]
+    text = report.write(run(tmp_path / "r", metrics=rows)).read_text()
+    titles = re.findall(r"<tr><th>(.*?)</th>", text)
+    titles = [title for title in titles if title in ("reward", "KL to the reference (nats)") or ": " in title]
+    assert titles[:4] == ["reward", "reward: correct", "reward: a $b$ &lt;i&gt;.py:f_1",
+                          "KL to the reference (nats)"]
+    bare = [{k: v for k, v in row.items() if not k.endswith(("low", "high"))} for row in rows]
+    assert page.curves(rows) != page.curves(bare)
 
 
 @pytest.mark.parametrize("files", [

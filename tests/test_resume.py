@@ -32,7 +32,8 @@ from slm import BadInput, checkpoint, lora, lora_files, training
 from slm.runs import rundir
 
 ROOT = Path(__file__).parents[1]
-TIMED = {"seconds", "tokens_per_s", "generate_share", "score_share", "learn_share"}
+TIMED = {"seconds", "tokens_per_s", "generate_share", "score_share", "learn_share", "evaluate_share",
+         "memory"}
 SFT = ["--batch", "2", "--epochs", "1", "--limit", "8", "--lora", "--dropout", "0.1", "--lr", "0.01"]
 GRPO = ["--limit", "9", "--batch", "3", "--samples", "4", "--steps", "3", "--max-tokens", "9", "--lr", "0.02",
         "--kl", "0.01", "--updates", "2"]

@@ -227,7 +227,7 @@ def test_a_run_with_the_placebo_logs_the_coins_of_its_steps(tmp_path):
     def train(out, *more):
         words = ["--model", small, "--data", "tiny", "--limit", "40", "--out", str(out), "--batch", "3",
                  "--samples", "6", "--steps", "2", "--max-tokens", "9", "--device", "cpu", "--reward",
-                 "random:2,box:0", *more]
+                 "random:2,box:0", "--evaluate", "0", *more]
         train_grpo.main(train_grpo.options().parse_args(words))
         return [[json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
                 for name in ("metrics", "episodes")]

@@ -120,10 +120,10 @@ def test_parameters_and_moments_come_back_to_the_bit(tmp_path):
     for k in range(1, 6):
         model, optimizer, named = fresh()
         steps(model, optimizer, range(k))
-        rundir.RunDir(tmp_path / str(k), {}).save(training.training_state(k, named, optimizer))
+        rundir.RunDir(tmp_path / str(k), {}).save(training.training_state(k, named, optimizer, {}))
         model, optimizer, named = fresh()
         state = rundir.RunDir(tmp_path / str(k), {}, resume=True).load()
-        assert training.restore(state, named, optimizer) == k
+        assert training.restore(state, named, optimizer, {}) == k
         steps(model, optimizer, range(k, 6))
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters()))
 
@@ -139,11 +139,11 @@ def test_a_sharded_state_is_plain_tensors_and_comes_back():
         model, optimizer, named = sharded()
         model(torch.randn(4, 3)).sum().backward()
         training.update(optimizer, 0.1, clip=1.0)
-        state = training.training_state(1, named, optimizer)
+        state = training.training_state(1, named, optimizer, {})
         tensors = [*state["parameters"].values(), *(t for m in state["moments"] for t in m.values())]
         assert not any(isinstance(t, DTensor) for t in tensors)
         other, optimizer, others = sharded()
-        assert training.restore(state, others, optimizer) == 1
+        assert training.restore(state, others, optimizer, {}) == 1
         assert all(torch.equal(named[n].full_tensor(), others[n].full_tensor()) for n in named)
         assert all(isinstance(optimizer.state[p]["exp_avg"], DTensor) for p in other.parameters())
     finally:

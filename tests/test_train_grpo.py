@@ -1,7 +1,9 @@
 """GRPO by its promises, on a random model of two layers and with an easy reward."""
 
+import contextlib
 import itertools
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -14,11 +16,14 @@ from safetensors.torch import load_file
 from small import write_small
 
 import train_grpo
-from slm import BadInput, checkpoint, lora, lora_files, losses
+from slm import BadInput, checkpoint, lora, lora_files, losses, report
 from slm.episode import Episode, Reply, TokenRecord, Turn
+from slm.grading import grade
 from slm.problems import Problem
+from slm.report.page import HEADLINES
 from slm.rewards import Rules, reward_of
-from slm.runs import cli, rundir
+from slm.runs import cli, rundir, steps
+from slm.sampling import Sampler
 from slm.workflows import WORKFLOWS
 from train_grpo import ALGORITHMS
 
@@ -30,6 +35,12 @@ def small(tmp_path_factory):
     return write_small(tmp_path_factory.mktemp("small") / "model")
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """They take a second each."""
+    monkeypatch.setattr(train_grpo, "write_report", lambda out: out / "report.html")
+
+
 def odd(episode, problem, rules):
     """An easy reward: most of the sampled ids are odd."""
     ids = [i for turn in episode.turns for i in turn.reply.ids]
@@ -39,18 +50,21 @@ def odd(episode, problem, rules):
 def train(small, out, *options, steps=4):
     words = ["--model", small, "--data", "tiny", "--limit", "40", "--out", str(out), "--batch", "3",
              "--samples", "6", "--steps", str(steps), "--max-tokens", "9", "--lr", "0.02", "--device", "cpu",
-             *options]
+             "--evaluate", "0", *options]
     train_grpo.main(train_grpo.options().parse_args(words))
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_reward_rises_and_the_ratio_starts_at_one(small, tmp_path, monkeypatch):
     monkeypatch.setattr(train_grpo, "reward_of", odd)
+    monkeypatch.setattr(train_grpo, "write_report", report.write)
     rows = train(small, tmp_path / "run", "--kl", "0.01", "--lr", "0.005", steps=20)
     first, last = (sum(r["reward"] for r in part) / 3 for part in (rows[:3], rows[-3:]))
     assert last > first + 0.4, (first, last)
     assert all(r["dlogp_max"] < 1e-4 for r in rows)  # the sampler's log-probs are the trainer's
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[-1]["kl"] > 0.01
+    told = set(HEADLINES) | {"step", "failed", "seconds", "dlogp_max", "learned_tokens"}
+    assert set().union(*rows) <= told  # every other number has a curve
     assert (tmp_path / "run" / "report.html").is_file()
     model, _ = checkpoint.load(tmp_path / "run" / "adapter")
     assert lora.active(model) == "default"
@@ -81,8 +95,14 @@ def test_episodes_hold_those_of_all_ranks_in_the_order_of_the_problems(small, tm
     assert [row["sample"] for row in rows[2:10]] == [0, 0, 1, 1] * 2
 
 
+def untimed(rows, *more):
+    timed = ("seconds", "tokens_per_s", "generate_share", "score_share", "learn_share", "evaluate_share",
+             "memory", *more)
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
+
+
 @pytest.mark.parametrize("options", [
-    "--algorithm reinforce --samples 2 --resample 2 --updates 2 --kl 0.1",
+    "--evaluate 3 --algorithm reinforce --samples 2 --resample 2 --updates 2 --kl 0.1",
     "--algorithm distill --importance-cap 2 --dppo-mask 0.2"])
 def test_a_run_stopped_and_resumed_ends_on_the_same_bits(small, tmp_path, monkeypatch, options):
     monkeypatch.setattr(train_grpo, "reward_of", odd)
@@ -99,9 +119,7 @@ def test_a_run_stopped_and_resumed_ends_on_the_same_bits(small, tmp_path, monkey
         train(small, tmp_path / "cut", "--save-every", "2", *options.split())
     monkeypatch.setattr(rundir.RunDir, "log", log)
     cut = train(small, tmp_path / "cut", "--save-every", "2", "--resume", *options.split())
-    timed = ("seconds", "tokens_per_s", "generate_share", "score_share", "learn_share")
-    clean = [[{k: v for k, v in row.items() if k not in timed} for row in rows] for rows in (whole, cut)]
-    assert clean[0] == clean[1]
+    assert untimed(whole) == untimed(cut)
     a, b = (torch.load(tmp_path / n / "checkpoints" / "step-000004" / "rank0.pt") for n in ("whole", "cut"))
     assert all(torch.equal(a["parameters"][k], b["parameters"][k]) for k in a["parameters"])
 
@@ -118,7 +136,7 @@ def test_an_sft_adapter_is_merged_and_the_reference_is_the_merged_model(small, t
     expected = losses.score(model, ids, masks)[0]
     args = SimpleNamespace(model=small, adapter=str(tmp_path / "sft"), resume=False, recompute=False, rank=4,
                            alpha=8, targets="qv")
-    policy, _, base = train_grpo.prepare(tmp_path / "run", torch.device("cpu"), torch.float32, args)
+    policy, _, base, _ = train_grpo.prepare(tmp_path / "run", Path, torch.device("cpu"), torch.float32, args)
     assert "merged" in capsys.readouterr().out
     with lora.off(policy):
         assert torch.allclose(losses.score(policy, ids, masks)[0], expected, atol=1e-5)
@@ -134,12 +152,24 @@ def test_every_workflow_can_be_trained(small, tmp_path, monkeypatch, name):
     assert row["learned_tokens"] > 0 and row["dlogp_max"] < 1e-4 and row["grad_norm"] > 0
 
 
+def test_an_adapter_of_another_model_is_refused_before_a_run_directory_is_made(small, tmp_path):
+    model, _ = checkpoint.load(small)
+    lora.add(model, 4, 8)
+    with torch.no_grad():
+        model.model.norm.weight += 1
+    lora_files.save(model, tmp_path / "sft", base=small)
+    with pytest.raises(BadInput, match="other weights"):
+        train(small, tmp_path / "run", "--adapter", str(tmp_path / "sft"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kl", ["0", "0.05"])
 @pytest.mark.parametrize("rewards, learns", [((-1.0, -1.0), False), ((1.0, -1.0), True)])
-def test_a_run_that_learned_nothing_says_so(small, tmp_path, monkeypatch, capsys, rewards, learns):
+def test_a_run_that_learned_nothing_says_so(small, tmp_path, monkeypatch, capsys, rewards, learns, kl):
     turn = itertools.cycle(rewards)
     monkeypatch.setattr(train_grpo, "reward_of", lambda *_: (next(turn), "turns"))
-    rows = train(small, tmp_path / "run", "--batch", "1", "--samples", "2", "--kl", "0", steps=1)
-    assert "kl" not in rows[0]  # not measured, so not 0.0
+    rows = train(small, tmp_path / "run", "--batch", "1", "--samples", "2", "--kl", kl, steps=1)
+    assert rows[0]["kl"] == 0
     assert ("nothing was learned" not in capsys.readouterr().out) == learns
 
 
@@ -184,6 +214,139 @@ def test_two_ranks_take_the_same_steps_as_one_process(tmp_path, batch, options):
     assert all((a[k] - b[k]).norm() < 1e-3 * a[k].norm() for k in a)
 
 
+# ---- what a person sees ----------------------------------------------------------------------------------
+
+def test_what_is_measured_on_the_way_changes_no_bit_of_the_training(small, tmp_path, monkeypatch):
+    """The KL to the reference, and the evaluation: before the first step, ten times, after the last one."""
+    monkeypatch.setattr(train_grpo, "reward_of", odd)
+    looked = train(small, tmp_path / "looked", "--evaluate", "5", steps=3)
+    assert [row["step"] for row in looked if "evaluated" in row] == [0, 1, 2, 3]
+    monkeypatch.setattr(train_grpo, "drift", lambda *_: {})
+    alone = train(small, tmp_path / "alone", steps=3)
+    extra = ("kl", "evaluated", "evaluated_low", "evaluated_high")
+    assert untimed(looked[1:], *extra) == untimed(alone) and not set(extra) & set().union(*alone)
+    a, b = ((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+            for name in ("looked", "alone"))
+    assert a == b
+
+
+def test_the_evaluation_is_the_share_of_greedy_answers_with_its_interval(tiny):
+    model, tokenizer = tiny
+    held_out = train_grpo.problems.load("tiny", "test", 6)
+    args = SimpleNamespace(max_tokens=99, seed=0)
+    found = train_grpo.evaluate(held_out, WORKFLOWS["solver"], model, Sampler(model, tokenizer), None, args)
+    right = 0
+    for p in held_out:
+        ids = tokenizer.chat([train_grpo.user(train_grpo.SOLVER(question=p.question))])
+        start = len(ids)
+        while len(ids) < start + 99 and ids[-1] not in tokenizer.stop_ids:
+            with torch.no_grad():
+                row = torch.tensor(ids)
+                hidden = model(row, torch.arange(len(ids)), losses.Packed([len(ids)], row.device))
+                ids.append(int((hidden[-1] @ model.model.embed_tokens.weight[:model.config.ids].T).argmax()))
+        right += grade(tokenizer.decode(ids[start:]), p.gold).correct
+    p, z = right / 6, 1.959964
+    half = z / (1 + z * z / 6) * (p * (1 - p) / 6 + z * z / 4 / 36) ** 0.5  # Wilson's
+    middle = (p + z * z / 12) / (1 + z * z / 6)
+    assert 0 < right < 6 and found == pytest.approx(
+        {"evaluated": p, "evaluated_low": middle - half, "evaluated_high": middle + half}, abs=1e-6)
+
+
+def test_what_is_evaluated_is_not_trained(tmp_path, monkeypatch):
+    """A set's test split; of a file, a tenth is held out at most. With 0 no problem is read or held out."""
+    pool = train_grpo.problems.load("tiny", "train", 50)
+    ids = {p.id for p in pool}
+    for data, wanted, trained, held in ((["tiny"], 7, 50, 7), (["tiny"], 0, 50, 0), (["x.jsonl"], 64, 45, 5),
+                                        (["tiny", "x.jsonl"], 3, 47, 3), (["x.jsonl"], 0, 50, 0)):
+        args = SimpleNamespace(data=data, evaluate=wanted, seed=0)
+        left, held_out = train_grpo.split(pool, args)
+        assert (len(left), len(held_out)) == (trained, held)
+        assert {p.id for p in left}.isdisjoint(p.id for p in held_out)
+        assert ids.isdisjoint(p.id for p in held_out) == (data == ["tiny"] or not held)
+        assert train_grpo.split(pool, args) == (left, held_out)
+
+
+def test_kl_is_measured_on_the_first_sample_of_eight_problems(random_model):
+    """Against the log-probs of the whole vocabulary, at the temperature of the run."""
+    model, _ = adapted(random_model)
+    episodes, records, expected = [], [], []
+    for group in range(9):
+        for sample in range(2):
+            ids = torch.randint(0, 97, (6,), generator=torch.Generator().manual_seed(group)).tolist()
+            ids = ids if sample == 0 else [1, 2, 3, 4, 5, 6]
+            episodes.append(Episode(str(group), group=group, sample=sample))
+            records.append([TokenRecord(ids, [0, 0, 0, 1, 0, 1])])
+            told = []
+            for off in (False, True):
+                with torch.no_grad(), lora.off(model) if off else contextlib.nullcontext():
+                    row = torch.tensor(ids)
+                    hidden = model(row, torch.arange(6), losses.Packed([6], row.device))
+                    logits = hidden @ model.model.embed_tokens.weight.T / 0.8
+                    told.append(logits.log_softmax(-1)[[2, 4], row[[3, 5]]])
+            d = told[1] - told[0]
+            expected += (d.exp() - 1 - d).tolist() if sample == 0 and group < 8 else []
+    found = train_grpo.drift(model, episodes, records, settings())
+    assert found["kl"] == pytest.approx(sum(expected) / 16, rel=1e-4) and len(expected) == 16
+    assert train_grpo.drift(model, [], [], settings()) == {}
+
+
+def test_episodes_hold_question_and_gold_and_metrics_are_made_of_them(small, tmp_path):
+    row, = train(small, tmp_path / "run", "--reward", "correct:2,random", steps=1)
+    told = [json.loads(line) for line in (tmp_path / "run" / "episodes.jsonl").read_text().splitlines()]
+    known = {p.id: (p.question, p.gold) for p in train_grpo.problems.load("tiny", "train", 40)}
+    assert all(known[e["problem"]] == (e["question"], e["gold"]) for e in told) and len(told) == 18
+    assert row["reward"] == pytest.approx(2 * row["reward/correct"] + row["reward/random"])
+    assert row["mean_tokens"] == sum(e["tokens"] for e in told) / 18 and row["memory"] > 0.1
+
+
+def test_a_step_in_numbers():
+    """Four episodes with a reward and one without: a right box, a right number without box, two wrong."""
+    texts = ["\\boxed{12}", "The answer is 12.", "\\boxed{1}", "no idea", ""]
+    episodes = [episode(text, ids=[3] * (i + 2), error="lost" if i == 4 else None)
+                for i, text in enumerate(texts)]
+    records, _ = credit(episodes, "grpo")
+    for e, group in zip(episodes, (0, 0, 0, 1, 1)):
+        e.group = group
+    rows = steps.lines(3, episodes, records, [TWELVE, Problem("q", "1 + 1?", "2", "test")])
+    assert [row["correct"] for row in rows] == [True, False, False, False, False]
+    assert [row["lenient"] for row in rows] == [True, True, False, False, False]
+    assert [row["gold"] for row in rows] == ["12", "12", "12", "2", "2"]
+    found = steps.summary(rows)
+    assert found == pytest.approx({
+        "reward": -0.5, "solved": 0.25, "lenient": 0.5, "no_answer": 0.4, "truncated": 0.0,
+        "mean_tokens": 4.0, "tokens_right": 2.0, "tokens_wrong": 4.0, "zero_spread": 0.0,
+        "with_advantage": 0.8, "failed": 1, "reward/correct": -0.5})
+    assert {"tokens_right", "tokens_wrong"}.isdisjoint(steps.summary(rows[4:]))
+
+
+def test_a_dry_run_says_what_the_run_would_do_and_leaves_nothing(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_grpo, "reward_of", odd)
+    model, _ = checkpoint.load(small)
+    lora.add(model, 4, 8)
+    lora_files.save(model, tmp_path / "sft", base=small)
+    made = []
+    monkeypatch.setattr(train_grpo.tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    save = rundir.RunDir.save
+    monkeypatch.setattr(rundir.RunDir, "save", lambda self, state: made.append(state["step"]) or
+                        save(self, state))
+    words = ["--model", small, "--adapter", str(tmp_path / "sft"), "--data", "tiny", "--limit", "40",
+             "--batch", "3", "--samples", "6", "--steps", "7", "--max-tokens", "9", "--device", "cpu",
+             "--dry-run", "--out", str(tmp_path / "run")]
+    train_grpo.main(train_grpo.options().parse_args(words))
+    said = capsys.readouterr().out
+    assert re.search(r"dry run: 7 steps, 1,\d\d\d tokens; .* 0:00:\d\d .* memory \d\.\d\d GB", said)
+    assert "merged" in said and made == [2]
+    assert not (tmp_path / "run").exists() and not list((tmp_path / "temporary").iterdir())
+
+
+def test_the_forecast_counts_steps_and_evaluations(random_model, capsys):
+    """20 steps of 8 s without their evaluations, 11 evaluations of 2 s; 20 x 6 episodes of 5 tokens."""
+    row = {"seconds": 10.0, "evaluate_share": 0.2, "mean_tokens": 5.0}
+    train_grpo.forecast(random_model(), row, 20, SimpleNamespace(batch=2, samples=3))
+    assert "20 steps, 600 tokens; by what was measured they take 0:03:02" in capsys.readouterr().out
+
+
 # ---- rewards and credit ----------------------------------------------------------------------------------
 
 def episode(response="", error=None, ids=(3, 4)):
@@ -197,7 +360,7 @@ def credit(episodes, algorithm, moving=None):
         e.sample = i
         e.reward, e.reason = reward_of(e, TWELVE, Rules({"correct": 1.0}))
     args = SimpleNamespace(roles=None, max_tokens=10)
-    moving = torch.zeros(2) if moving is None else moving
+    moving = {"sum": 0.0, "steps": 0.0} if moving is None else moving
     return train_grpo.give_credit(episodes, ALGORITHMS[algorithm], moving, args)
 
 
@@ -247,7 +410,7 @@ def test_an_episode_without_a_trained_token_counts_in_the_means():
 
 
 def test_the_moving_baseline_is_the_faded_mean_of_earlier_steps():
-    moving, right, wrong = torch.zeros(2, dtype=torch.float64), "\\boxed{12}", "\\boxed{1}"
+    moving, right, wrong = {"sum": 0.0, "steps": 0.0}, "\\boxed{12}", "\\boxed{1}"
     steps = [[right, wrong, wrong, wrong], [right, right], [wrong, wrong]]  # means -0.5, 1, -1
     expected = [[1.5, -0.5, -0.5, -0.5], [1.5, 1.5], [-1 - 0.55 / 1.9] * 2]  # (0.9 x -0.5 + 1) / (0.9 + 1)
     for texts, values in zip(steps, expected):

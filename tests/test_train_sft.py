@@ -5,8 +5,8 @@ import json
 import re
 import subprocess
 import sys
+from operator import itemgetter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from small import write_small
 
 import train_sft
-from slm import BadInput, checkpoint, lora, training
+from slm import BadInput, checkpoint, lora, lora_files, training
 from slm.attention import Packed
 from slm.runs import rundir
 from slm.sampling import Sampler
@@ -36,7 +36,7 @@ def data(tmp_path):
 
 
 def train(small, data, out, *options):
-    words = ["--model", small, "--data", str(data), "--out", str(out), "--batch", "4", "--epochs", "2",
+    words = ["--model", str(small), "--data", str(data), "--out", str(out), "--batch", "4", "--epochs", "2",
              "--lr", "0.01", "--device", "cpu", "--validate", "0", *options]
     args = train_sft.options().parse_args(words)
     train_sft.main(args)
@@ -194,6 +194,10 @@ def test_the_cut_into_micro_batches_does_not_change_the_run(small, data, tmp_pat
 
 # ---- held-out rows ---------------------------------------------------------------------------------------
 
+def split(rows, wanted, seed=0):
+    return training.hold_out(rows, itemgetter(0), wanted, seed)
+
+
 def without_speed(rows):
     left_out = ("tokens_per_s", "held_out_loss", "held_out_right", "best")
     return [{k: v for k, v in row.items() if k not in left_out} for row in rows if row["step"]]
@@ -202,9 +206,9 @@ def without_speed(rows):
 @pytest.mark.parametrize("how", [["--lora", "--dropout", "0.1"], ["--full"]])
 def test_looking_at_held_out_rows_changes_no_bit_of_the_training(small, data, tmp_path, how):
     looked = train(small, data, tmp_path / "looked", *how, "--validate", "1")
-    kept = train_sft.split(train_sft.read(str(data), None), SimpleNamespace(validate=1, seed=0))[0]
+    kept = split(train_sft.read(str(data), None), 1)[0]
     rest = tmp_path / "rest.jsonl"
-    rest.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in kept))
+    rest.write_text("".join(json.dumps({"messages": talk}) + "\n" for _, talk in kept))
     alone = train(small, rest, tmp_path / "alone", *how)
     assert without_speed(looked) == without_speed(alone) and len(kept) == 11
     looks = [row["step"] for row in looked if "held_out_loss" in row]
@@ -215,12 +219,12 @@ def test_problems_are_held_out_with_all_their_rows_and_a_tenth_at_most():
     rows = [(f"Question {n}?", [n, way]) for n in range(40) for way in range(3)]
     rows += [(f" QUESTION  {n}?", [n, "shouted"]) for n in range(40)]
     for wanted, got in ((0, 0), (3, 3), (100, 4)):
-        train_rows, held_out = train_sft.split(rows, SimpleNamespace(validate=wanted, seed=0))
-        numbers = {n for n, _ in held_out}
+        train_rows, held_out = split(rows, wanted)
+        numbers = {n for _, (n, _) in held_out}
         assert len(numbers) == got and len(held_out) == 4 * got and len(train_rows) == 160 - 4 * got
-        assert numbers.isdisjoint(n for n, _ in train_rows)
-    other = train_sft.split(rows, SimpleNamespace(validate=3, seed=1))[1]
-    again = train_sft.split(rows, SimpleNamespace(validate=3, seed=0))[1]
+        assert numbers.isdisjoint(n for _, (n, _) in train_rows)
+    other = split(rows, 3, seed=1)[1]
+    again = split(rows, 3)[1]
     assert {n for n, _ in other} != {n for n, _ in again}
 
 
@@ -327,6 +331,16 @@ def test_a_run_in_which_nothing_was_learned_says_so(small, data, tmp_path, capsy
     assert "nothing was learned" in capsys.readouterr().out and not (tmp_path / "run" / "best").exists()
     train(small, data, tmp_path / "more", "--epochs", "6", *options)
     assert "nothing was learned" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["--lora", "--full"])
+def test_an_adapter_as_the_model_is_refused_with_the_way_out(small, data, tmp_path, how):
+    model, _ = checkpoint.load(small)
+    lora.add(model, 4, 8)
+    lora_files.save(model, tmp_path / "adapter", base=small)
+    with pytest.raises(BadInput, match=r"an adapter, .* export it first: python -m slm"):
+        train(tmp_path / "adapter", data, tmp_path / "run", how)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("options", [["--validate", "1"], ["--full"]])

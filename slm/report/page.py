@@ -17,12 +17,19 @@ from slm.runs.files import read_json, readable_rows, write_whole
 
 # Metric -> title, in the order of the page. The loss comes late because it says little in GRPO.
 HEADLINES = {
-    "reward": "reward", "solved": "solved (share)", "kl": "KL to the reference", "entropy": "entropy (nats)",
-    "mean_tokens": "tokens a reply", "truncated": "truncated (share)", "no_answer": "no answer (share)",
-    "zero_spread": "groups without a signal (share)", "loss": "loss",
+    "reward": "reward", "evaluated": "held-out problems right (share)", "solved": "solved (share)",
+    "lenient": "solved, box or not (share)", "kl": "KL to the reference (nats)", "entropy": "entropy (nats)",
+    "mean_tokens": "tokens a reply", "tokens_right": "tokens of right ones",
+    "tokens_wrong": "tokens of wrong ones", "truncated": "truncated (share)",
+    "no_answer": "no answer (share)", "zero_spread": "groups without a signal (share)",
+    "with_advantage": "with an advantage (share)", "replaced": "groups replaced", "loss": "loss",
     "held_out_loss": "loss on held-out rows", "held_out_right": "held-out rows right (share)",
-    "grad_norm": "gradient norm", "dlogp": "gap of log-probs to the sampler", "lr": "learning rate",
-    "tokens_per_s": "tokens a second"}
+    "grad_norm": "gradient norm", "clipped": "clipped tokens (share)",
+    "dlogp": "gap of log-probs to the sampler", "importance": "importance weight, mean",
+    "importance_max": "importance weight, largest", "cut": "weights cut (share)", "lr": "learning rate",
+    "tokens_per_s": "tokens a second", "generate_share": "time to sample (share)",
+    "score_share": "time to reward (share)", "learn_share": "time to learn (share)",
+    "evaluate_share": "time to evaluate (share)", "memory": "peak memory (GB)"}
 LOGS = ("answers", "episodes", "records", "rejected")
 SHOWN = 8  # rows of a log
 STYLE = """
@@ -64,7 +71,8 @@ def write(run_dir: str | Path) -> Path:
 
 def curves(rows: list[dict]) -> bytes:
     """One panel a metric that changes, against the step, as a PNG. If none changes: all that there are."""
-    found = {name: series(rows, name) for name in HEADLINES}
+    words = titles(rows)
+    found = {name: series(rows, name) for name in words}
     names = [name for name, points in found.items() if len(set(dict(points).values())) > 1]
     names = names or [name for name, points in found.items() if points]
     lines = -(-len(names) // 3)
@@ -74,13 +82,23 @@ def curves(rows: list[dict]) -> bytes:
         axes = figure.add_subplot(lines, 3, i)
         axes.plot(x, y, color="#9db8d9", linewidth=1, marker="o" if len(x) == 1 else None)
         axes.plot(x, smooth(y, max(1, len(y) // 15)), color="#1f4e8c", linewidth=2)
-        axes.set_title(HEADLINES[name], fontsize=10)
+        low, high = (dict(series(rows, f"{name}_{end}")) for end in ("low", "high"))
+        if low.keys() & high.keys() >= set(x):  # a 95 % interval
+            axes.fill_between(x, list(map(low.get, x)), list(map(high.get, x)), color="#dfe8f3")
+        axes.set_title(words[name], fontsize=10, parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
         axes.locator_params(axis="x", integer=True)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
     return file.getvalue()
+
+
+def titles(rows: list[dict]) -> dict[str, str]:
+    """HEADLINES, and after the reward its parts if there are several."""
+    parts = {name: f"reward: {name.removeprefix('reward/')}" for row in rows for name in row
+             if name.startswith("reward/")}
+    return {"reward": HEADLINES["reward"], **(parts if len(parts) > 1 else {}), **HEADLINES}
 
 
 def series(rows: list[dict], name: str) -> list[tuple]:
@@ -99,14 +117,13 @@ def smooth(y: tuple[float, ...], width: int) -> list[float]:
 
 
 def ends(rows: list[dict]) -> str:
-    """The mean of each metric over the first and the last tenth of the steps."""
-    width = max(1, len(rows) // 10)
+    """The mean of each metric over the first and the last tenth of its values."""
     table = {}
-    for name, title in HEADLINES.items():
-        first, last = series(rows[:width], name), series(rows[-width:], name)
-        if first and last:
-            table[title] = {f"first {width} steps": fmean(v for _, v in first),
-                            f"last {width} steps": fmean(v for _, v in last)}
+    for name, title in titles(rows).items():
+        values = [value for _, value in series(rows, name)]
+        width = max(1, len(values) // 10)
+        if values:
+            table[title] = {"first tenth": fmean(values[:width]), "last tenth": fmean(values[-width:])}
     return show(table)
 
 

@@ -3,4 +3,5 @@
     cli      options, help, one sentence for bad input       device   device, dtype and memory
     rundir   RunDir: a run's folder, its claim, checkpoints   ranks    several processes under torchrun
     files    JSON on disk; Journal: rows that survive a kill  stats    intervals and comparisons
+    steps    what a step of GRPO logs
 """

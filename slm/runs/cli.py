@@ -210,3 +210,4 @@ def training_options(p, g, both, folder: str):
     g.add_argument("--recompute", action="store_true", help="less memory for a third more time")
     g = run_options(p, folder)
     g.add_argument("--save-every", type=positive, help=f"steps a checkpoint ({both('save_every')})")
+    g.add_argument("--dry-run", action="store_true", help="measure two steps, predict time and memory, stop")

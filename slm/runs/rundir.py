@@ -98,7 +98,7 @@ class RunDir:
                 state = torch.load(file, map_location=device, weights_only=True)
             except Exception as e:  # a damaged file fails in many ways
                 raise BadInput(f"{file} is not a readable checkpoint ({e}); remove its folder") from None
-        last = state["step"] if state else 0
+        last = state["step"] if state else -1  # what is measured before the first step is step 0
         for rows in self.path.glob("*.jsonl") if self.log_here else ():
             self.journal(rows.stem).keep(lambda row: row["step"] <= last)
         return state
