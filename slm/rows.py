@@ -46,8 +46,7 @@ def read(row: dict) -> Row:
     value = {part: low.get(key) for part, key in name.items()}
     text = {part: v if isinstance(v, str) else "" for part, v in value.items()}
     asked = text["question"] or "\n".join(filter(None, (text["prompt"], text["input"])))
-    if asked and text["story"] not in asked:
-        asked = f"{text['story']} {asked}"
+    asked = f"{text['story']} {asked}" if asked and text["story"] not in asked else asked
     before = [{"role": "system", "content": text["system"]}] if text["system"] else []
     answer = [_message(turn) for turn in value["response"]] if isinstance(value["response"], list) else []
     answer = [{"role": "assistant", "content": text["response"]}] if text["response"] else answer

@@ -333,5 +333,6 @@ def test_local_folders_come_before_the_network(server, tmp_path, monkeypatch):
 
 
 def test_a_list_of_golds_as_gsm8k_writes_them_is_read(tmp_path):
-    (tmp_path / "mine.jsonl").write_text(json.dumps({"question": "a", "answer": ["so\n#### 4", "#### 1,200"]}))
+    row = {"question": "a", "answer": ["so\n#### 4", "#### 1,200"]}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row))
     assert [p.gold for p in problems.load(str(tmp_path / "mine.jsonl"))] == ["4, 1200"]

@@ -81,7 +81,7 @@ PART_OF_MORE = re.compile(r"(?<! )\w|[\\%!^{]|[a-zA-Z]\b")  # after a number: 7x
 
 
 def equations(text: str) -> list[tuple[str, str]]:
-    r"""The steps of a text, each once, 256 at most: a left side with an operator and a right side, in numbers.
+    r"""The steps of a text, each once, at most 256: a left side with an operator, a right side, both numbers.
 
     >>> equations("So $1,000 \\times 2 = 2000$. x + 3 * 2 = 7. Then 2 + 3 = 1 + 4 = 5 nuts")
     [('1,000 \\times 2', '2000'), ('2 + 3', '1 + 4'), ('1 + 4', '5')]
