@@ -40,14 +40,14 @@ def resolve(name: str | Path) -> Path:
     none of these, or not there and not to be had."""
     if str(name) == "tiny":
         return TINY
-    path = Path(os.path.expanduser(name))
-    if path.is_dir() and str(name):
+    path = Path(os.path.expanduser(str(name)))
+    if os.path.isdir(path) and str(name):
         if not (path / CONFIG).is_file() and not (path / ADAPTER).is_file():
             inside = next((f"; try {p.parent}" for p in (path / "adapter" / ADAPTER, path / "model" / CONFIG)
                            if p.is_file()), "")
             raise BadInput(f"{path}: not a model, this directory has no {CONFIG} and no {ADAPTER}{inside}")
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise BadInput(f"{path}: a file, expected a Hugging Face directory, a hub id or 'tiny'")
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         return download(str(name))

@@ -15,12 +15,12 @@ from slm.tensors import ADAPTER, SafeTensors, atomic_directory, check_tensors, w
 WEIGHTS, BASE, PREFIX = "adapter_model.safetensors", "base.json", "base_model.model."
 # Keys of adapter_config.json that say what we need or nothing about the numbers; any other must be unset.
 KNOWN = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "base_model_name_or_path",
-         "peft_type", "task_type", "inference_mode", "revision", "auto_mapping", "peft_version", "eva_config",
+         "task_type", "inference_mode", "revision", "auto_mapping", "peft_version", "eva_config",
          "loftq_config", "corda_config", "megatron_core", "qalora_group_size", "runtime_config",
          "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern", "modules_to_save",
          "ensure_weight_tying", "fan_in_fan_out"}  # peft, too, ignores the last for linear layers
-UNSET = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
-         "layers_pattern": (None, "", [], "layers", ["layers"])}  # else falsy
+UNSET = {"init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"), "bias": ("none",),
+         "peft_type": ("LORA",), "layers_pattern": (None, "", [], "layers", ["layers"])}  # else falsy
 
 
 def save(model: Qwen2, directory: str | Path, name: str = "default", base: str | Path = "") -> None:
@@ -42,9 +42,8 @@ def save(model: Qwen2, directory: str | Path, name: str = "default", base: str |
 
 @torch.no_grad()
 def load(model: Qwen2, directory: str | Path, name: str = "default") -> None:
-    """Put an adapter of PEFT's on the model and make it active: the same function as in peft. BadInput names
-    what is not supported, and lists all missing, unexpected and wrongly shaped tensors at once; then the
-    model is as it was. BadInput if the adapter knows its base and this model is another.
+    """Put an adapter of PEFT's on the model, active: the same function as in peft. BadInput for what is not
+    supported, for another base than it knows, for all tensors that don't fit; then the model is as it was.
 
     Layers may have ranks and alphas of their own. Here all get the largest rank, filled up with zeros, and
     one alpha; B is multiplied by what that changes. A tensor saved beside (modules_to_save, an embedding)
@@ -58,7 +57,11 @@ def load(model: Qwen2, directory: str | Path, name: str = "default") -> None:
         base = base_of(directory) or "a model without a name"
         raise BadInput(f"{directory}: this adapter was trained on {base}, the model has other weights "
                        f"(fingerprint {here}, expected {known}); give --model {directory}")
-    file, layers = SafeTensors(directory / WEIGHTS), _layers(model, config)
+    try:
+        file, layers = SafeTensors(directory / WEIGHTS), _layers(model, config)
+    except (re.error, TypeError, AttributeError) as e:
+        found = {k: v for k, v in config.items() if v and re.search("pattern|modules|layers", k)}
+        raise BadInput(f"{directory / ADAPTER}: {found} cannot be read as peft reads it ({e})") from None
     if not layers:
         raise BadInput(f"{directory / ADAPTER}: target_modules {config['target_modules']!r} is nothing here")
     keys, shapes = _own_keys(model, file, config), {}
@@ -77,8 +80,7 @@ def load(model: Qwen2, directory: str | Path, name: str = "default") -> None:
 
 
 def _layers(model: Qwen2, config: dict) -> dict[str, tuple[int, float]]:
-    """Full name -> (rank, scale) of the linear layers that an adapter changes, by peft's rules. A name that
-    the model lacks is no fault."""
+    """Full name -> (rank, scale) of the layers to change. As in peft, a name may be unknown."""
     numbers, found = config.get("layers_to_transform"), {}
     numbers = [numbers] if isinstance(numbers, int) else numbers
     targets, *without = (config.get(key) for key in ("target_modules", "exclude_modules", "modules_to_save"))
@@ -114,7 +116,7 @@ def _own_keys(model: Qwen2, file: SafeTensors, config: dict) -> dict[str, str]:
     for key in file.shapes:
         p = base.get(key.removeprefix(PREFIX).replace(".base_layer.", "."))
         if p is None:
-            keys[re.sub(r"(lora_[AB])\.\w+\.weight$", r"\1.weight", key)] = key
+            keys[re.sub(r"(lora_[AB])\.[^.]+\.weight$", r"\1.weight", key)] = key
         elif not torch.equal(p, file.read(key, p.device, p.dtype)):
             raise BadInput(f"{file.path}: {key} differs from the base model's; modules_to_save and trained "
                            "embeddings are not supported, merge the adapter into its base with peft first")
@@ -130,9 +132,9 @@ def _own_keys(model: Qwen2, file: SafeTensors, config: dict) -> dict[str, str]:
 
 @torch.no_grad()
 def weights_fingerprint(model: Qwen2) -> str:
-    """A hash of the base weights: name and shape of every tensor, and 64 of its numbers in bfloat16, so that
-    the dtype in which a model is loaded does not matter. A fine-tuned or merged model differs; a change of a
-    few numbers, or one that bfloat16 rounds away, is not seen. Adapters that are not merged don't count."""
+    """A hash of name, shape and 64 numbers of each base tensor, in bfloat16, so that a model's dtype does not
+    matter. A fine-tuned or merged model differs; a change of few numbers, or one that bfloat16 rounds away,
+    is not seen. Adapters that are not merged don't count."""
     found = []
     for name, p in model.named_parameters():
         if ".lora_" not in name:
@@ -151,11 +153,9 @@ def _tensors(model: Qwen2, name: str) -> dict[str, torch.nn.Parameter]:
 
 
 def _refuse(config: dict, where: Path) -> None:
-    if config.get("peft_type") != "LORA":
-        raise BadInput(f"{where}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
-    for key, kind in (("r", int), ("lora_alpha", (int, float)), ("target_modules", (list, str))):
-        if not config.get(key) or not isinstance(config[key], kind):
-            raise BadInput(f"{where}: {key} is {config.get(key)!r}, expected a value")
     for key, value in config.items():
         if key not in KNOWN and value not in UNSET.get(key, ()) and (value or key in UNSET):
             raise BadInput(f"{where}: {key} is {value!r}, which is not supported here")
+    for key, kind in (("r", int), ("lora_alpha", (int, float)), ("target_modules", (list, str))):
+        if not config.get(key) or not isinstance(config[key], kind):
+            raise BadInput(f"{where}: {key} is {config.get(key)!r}, expected a value")

@@ -193,7 +193,7 @@ def _gold_and_solution(found: Row, row: dict, source: str, where: str) -> tuple[
         raise BadInput(f"{where}: no question; expected a text named question or problem, found {names}")
     if found.gold is None and not solution:
         raise BadInput(f"{where}: no gold answer; expected one named answer or gold, found {names}")
-    if "####" in str(found.gold):
+    if isinstance(found.gold, str) and "####" in found.gold:
         solution = solution or found.gold.rsplit("####", 1)[0].strip()
     gold = _gold(found.gold, source, where) or extract(solution, strict=True)
     line = solution.rstrip().rpartition("\n")[2]

@@ -46,16 +46,16 @@ def read(row: dict) -> Row:
     value = {part: low.get(key) for part, key in name.items()}
     text = {part: v if isinstance(v, str) else "" for part, v in value.items()}
     asked = text["question"] or "\n".join(filter(None, (text["prompt"], text["input"])))
-    if asked and text["story"] not in asked:
-        asked = f"{text['story']} {asked}"
+    asked = f"{text['story']} {asked}" if asked and text["story"] not in asked else asked
     before = [{"role": "system", "content": text["system"]}] if text["system"] else []
-    answer = value["response"] if isinstance(value["response"], list) else []
+    answer = [_message(turn) for turn in value["response"]] if isinstance(value["response"], list) else []
     answer = [{"role": "assistant", "content": text["response"]}] if text["response"] else answer
     if text["question"] and answer and not before:
         messages = []
     elif value["talk"] or isinstance(value["prompt"], list):  # of a prompt nothing is trained
         earlier = [] if value["talk"] else [_message(turn, weight=0) for turn in value["prompt"]]
-        messages = before + earlier + [_message(turn) for turn in value["talk"] or answer]
+        talk = value["talk"] if isinstance(value["talk"] or [], list) else [value["talk"]]
+        messages = before + earlier + [_message(turn) for turn in talk or answer]
     else:
         messages = [*before, user(asked), *answer] if asked and answer else []
     spoken = [m for m in messages if isinstance(m, dict) and isinstance(m["content"], str)]

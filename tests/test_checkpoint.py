@@ -267,6 +267,17 @@ def test_an_adapter_without_its_base_says_where_it_looked(random_model, tmp_path
         checkpoint.load(tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("name", [5, ["a"], "a" * 5000])
+def test_a_base_that_is_no_name_is_one_sentence(random_model, tmp_path, name):
+    model = random_model()
+    lora.add(model, r=2)
+    lora_files.save(model, tmp_path / "adapter", base=tmp_path)
+    edit(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=name)
+    (tmp_path / "adapter" / "base.json").write_text(json.dumps({"path": name}))
+    with pytest.raises(BadInput, match=r"adapter_config\.json: base_model_name_or_path "):
+        checkpoint.load(tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("bases", [["a"], ["b", "a"], ["b", None]])
 def test_an_adapter_whose_base_is_an_adapter_is_one_sentence(random_model, tmp_path, bases):
     """The base of a is itself; or they are each other's; or b is an adapter without a base."""

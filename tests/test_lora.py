@@ -181,7 +181,10 @@ def test_save_and_load_give_the_same_adapter(random_model, tmp_path, options):
 @pytest.mark.parametrize("key, value", [
     ("use_dora", True), ("bias", "all"), ("modules_to_save", ["lm_head"]), ("layers_pattern", "h"),
     ("init_lora_weights", "pissa"), ("lora_bias", True), ("peft_type", "IA3"), ("something_new", 3),
-    ("layer_replication", [[0, 2]]), ("r", 0), ("target_modules", None), ("target_modules", ["c_attn"])])
+    ("layer_replication", [[0, 2]]), ("r", 0), ("target_modules", None), ("target_modules", ["c_attn"]),
+    ("target_modules", "(q"), ("rank_pattern", {"(": 2}), ("rank_pattern", ["q"]),
+    ("rank_pattern", {"q_proj": "2"}), ("alpha_pattern", {"q_proj": None}), ("layers_to_transform", "1"),
+    ("exclude_modules", 5), ("modules_to_save", 5)])
 def test_what_is_not_supported_is_refused_by_name(random_model, tmp_path, key, value):
     model = trained(random_model())
     lora_files.save(model, tmp_path / "adapter")

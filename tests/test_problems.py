@@ -330,3 +330,9 @@ def test_local_folders_come_before_the_network(server, tmp_path, monkeypatch):
     write(tmp_path / "given" / "set" / "test.jsonl", GOOD, GOOD)
     monkeypatch.setenv("SLM_DATA", str(tmp_path / "given"))
     assert len(problems.load("set", "test")) == 2
+
+
+def test_a_list_of_golds_as_gsm8k_writes_them_is_read(tmp_path):
+    row = {"question": "a", "answer": ["so\n#### 4", "#### 1,200"]}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row))
+    assert [p.gold for p in problems.load(str(tmp_path / "mine.jsonl"))] == ["4, 1200"]

@@ -132,6 +132,7 @@ def test_steps_of_long_and_hostile_texts_are_found_at_once():
     for text in ("1 + 1 = 2\n" * 5000, "\n" * 50_000, "(" * 20_000 + "1 + 1 = 2", "9^" * 5000 + "9 = 9",
                  "1 + " * 10_000 + "1 = 2", "$" * 50_000, "\\frac{" * 9000):
         assert len(equations(text)) <= 1
+    assert len(equations("\n".join(f"{n} + 1 = {n + 1}" for n in range(50_000)))) == 256  # the first ones
 
 
 RAN, FAILED, STUCK = Outcome("12\n"), Outcome(error="NameError: x"), Outcome("12", timed_out=True)

@@ -95,6 +95,9 @@ def test_what_else_a_message_holds_is_kept():
 
 @pytest.mark.parametrize("row", [{"conversations": "Human: a"}, {"messages": [["user", "a"]]},
                                  {"conversations": [{"from": ["gpt"], "value": 3}]},
+                                 {"conversation": -1}, {"conversation": True},
+                                 {"prompt": "a", "output": [{"content": "b"}]},
+                                 {"prompt": "a", "output": [{}]},
                                  {"prompt": [ASKED], "completion": 5}, {"prompt": ["a"], "completion": "b"}])
 def test_a_broken_conversation_is_one_sentence(tmp_path, row):
     path = tmp_path / "mine.jsonl"

@@ -32,7 +32,7 @@ def base_of(adapter: Path) -> str | None:
     from the adapter, so that it holds where a run was copied to; else adapter_config.json's name counts."""
     name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     near = read_json(adapter / "base.json", {}).get("path")
-    return str((adapter / near).resolve()) if near and (adapter / near).is_dir() else name
+    return str((adapter / near).resolve()) if near and os.path.isdir(adapter / str(near)) else name
 
 
 def read_rows(path: Path) -> list[tuple[int, dict]]:
