@@ -97,8 +97,9 @@ from statistics import fmean
 
 import torch
 
-from slm import BadInput, checkpoint, lora, lora_files, losses, problems, rewards, training, workflows
+from slm import BadInput, checkpoint, lora, losses, problems, rewards, training, workflows
 from slm.episode import Episode, Reply, Sampling, TokenRecord, Turn, jobs_for, run_episodes, seed_of, user
+from slm.formats import lora_files
 from slm.grading import equal, grade
 from slm.prompts import SHOWN, SOLVER
 from slm.report import write as write_report

@@ -6,8 +6,8 @@
 
 Data: JSON lines. A row has `question` and `response`, as make_data.py writes them (the standard prompt is put
 around the question), or it is taken as it is: `messages`, `prompt` and `completion`, Alpaca, ShareGPT (see
-slm/rows.py). Every response or assistant message is trained, if its `weight` is not 0, with the token that
-ends it. Rows over --max-length are left out, counted.
+slm/formats/rows.py). Every response or assistant message is trained, if its `weight` is not 0, with the
+token that ends it. Rows over --max-length are left out, counted.
 
 A step trains on --batch rows, packed without padding into micro-batches of --micro-tokens. The loss of each
 is a sum, divided by the number of trained tokens in the batch: micro-batches don't change the gradient.
@@ -67,12 +67,13 @@ from statistics import fmean
 
 import torch
 
-from slm import BadInput, checkpoint, lora, lora_files, losses, problems, training
+from slm import BadInput, checkpoint, lora, losses, problems, training
 from slm.episode import Request, Sampling, TokenRecord, user
+from slm.formats import lora_files
+from slm.formats.rows import read as read_row
 from slm.grading import extract, grade
 from slm.prompts import SOLVER
 from slm.report import write as write_report
-from slm.rows import read as read_row
 from slm.runs import files, ranks
 from slm.runs.device import memory, parameter_counts, peak_memory
 from slm.runs.rundir import RunDir

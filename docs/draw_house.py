@@ -16,7 +16,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 SCRIPTS = ("make_data.py", "train_sft.py", "train_grpo.py", "agents.py", "eval.py")  # by stage
-OPEN_ROOMS = ("runs",)  # engine rooms in which every module is a door
+OPEN_ROOMS = ("formats", "runs")  # engine rooms in which every module is a door
 
 
 # ---- Reading the tree --------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from slm import checkpoint, lora, lora_files
+from slm import checkpoint, lora
+from slm.formats import lora_files
 from slm.runs.device import pick_device
 from slm.sampling import Sampler
 from slm.teachers import Endpoint

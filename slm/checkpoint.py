@@ -20,11 +20,19 @@ import torch
 from huggingface_hub import errors
 from torch import nn
 
-from slm import BadInput, lora, lora_files
+from slm import BadInput, lora
+from slm.formats import lora_files
+from slm.formats.tensors import (
+    ADAPTER,
+    CONFIG,
+    SafeTensors,
+    atomic_directory,
+    check_tensors,
+    write_safetensors,
+)
 from slm.model import Config, Qwen2
 from slm.runs import cli
 from slm.runs.files import base_of, read_json, write_json
-from slm.tensors import ADAPTER, CONFIG, SafeTensors, atomic_directory, check_tensors, write_safetensors
 from slm.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"

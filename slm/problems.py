@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from slm import BadInput
 from slm.episode import user
+from slm.formats.rows import Row
+from slm.formats.rows import read as read_row
 from slm.grading import equal, extract
 from slm.prompts import SOLVER
-from slm.rows import Row
-from slm.rows import read as read_row
 from slm.runs import files
 from slm.tiny import world
 

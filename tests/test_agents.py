@@ -432,7 +432,8 @@ def test_a_stopped_comparison_goes_on_without_asking_twice(tmp_path, monkeypatch
 def test_an_adapter_serves_its_role_and_no_other(tiny, tmp_path):
     import torch
 
-    from slm import lora, lora_files
+    from slm import lora
+    from slm.formats import lora_files
     model, _ = tiny
     lora.add(model, r=4)
     for p in lora.parameters(model):

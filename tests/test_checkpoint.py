@@ -18,9 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slm import BadInput, checkpoint, lora, lora_files
+from slm import BadInput, checkpoint, lora
 from slm.checkpoint import TINY
-from slm.tensors import SafeTensors, write_safetensors
+from slm.formats import lora_files
+from slm.formats.tensors import SafeTensors, write_safetensors
 from slm.tokenizer import Tokenizer
 
 

@@ -9,9 +9,10 @@ import torch
 from test_lora import IDS, logits, trained
 from test_sampler import Letters, build, drain, ids_of, run, some_requests
 
-from slm import lora, lora_files
+from slm import lora
 from slm.attention import Packed
 from slm.episode import Request, Sampling
+from slm.formats import lora_files
 from slm.sampling import Sampler, fast
 from slm.sampling.fast import Fast, Plain, by_columns
 

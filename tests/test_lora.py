@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slm import BadInput, checkpoint, lora, lora_files
+from slm import BadInput, checkpoint, lora
 from slm.attention import Packed
+from slm.formats import lora_files
 from slm.runs import cli
 from slm.tokenizer import Tokenizer
 

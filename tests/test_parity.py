@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import train_sft
-from slm import checkpoint, lora, lora_files, problems, training
+from slm import checkpoint, lora, problems, training
 from slm.attention import Packed
 from slm.checkpoint import TINY
 from slm.episode import Reply, Request, Sampling
+from slm.formats import lora_files
 from slm.runs.cli import TARGETS
 from slm.tokenizer import Tokenizer
 

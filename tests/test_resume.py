@@ -28,7 +28,8 @@ from small import write_small
 
 import train_grpo
 import train_sft
-from slm import BadInput, checkpoint, lora, lora_files, training
+from slm import BadInput, checkpoint, lora, training
+from slm.formats import lora_files
 from slm.runs import rundir
 
 ROOT = Path(__file__).parents[1]

@@ -5,7 +5,8 @@ import json
 import pytest
 
 import train_sft
-from slm import checkpoint, problems, rows
+from slm import checkpoint, problems
+from slm.formats import rows
 from slm.prompts import SOLVER
 from slm.tokenizer import Tokenizer
 

@@ -16,7 +16,8 @@ from unittest import mock
 import pytest
 import torch
 
-from slm import checkpoint, lora, lora_files
+from slm import checkpoint, lora
+from slm.formats import lora_files
 from slm.runs import cli
 
 ROOT = Path(__file__).parents[1]

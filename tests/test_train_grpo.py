@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from small import write_small
 
 import train_grpo
-from slm import BadInput, checkpoint, lora, lora_files, losses, report
+from slm import BadInput, checkpoint, lora, losses, report
 from slm.episode import Episode, Reply, TokenRecord, Turn
+from slm.formats import lora_files
 from slm.grading import grade
 from slm.problems import Problem
 from slm.report.page import HEADLINES

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from small import write_small
 
 import train_sft
-from slm import BadInput, checkpoint, lora, lora_files, training
+from slm import BadInput, checkpoint, lora, training
 from slm.attention import Packed
+from slm.formats import lora_files
 from slm.runs import rundir
 from slm.sampling import Sampler
 from slm.tokenizer import Tokenizer

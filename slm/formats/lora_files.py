@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from slm import BadInput, lora
+from slm.formats.tensors import ADAPTER, SafeTensors, atomic_directory, check_tensors, write_safetensors
 from slm.model import Qwen2
 from slm.runs.files import base_of, fingerprint, read_json, write_json
-from slm.tensors import ADAPTER, SafeTensors, atomic_directory, check_tensors, write_safetensors
 
 WEIGHTS, BASE, PREFIX = "adapter_model.safetensors", "base.json", "base_model.model."
 # Keys of adapter_config.json that say what we need or nothing about the numbers; any other must be unset.

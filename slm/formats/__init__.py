@@ -1,0 +1,8 @@
+"""What other projects' files look like. A reader of the pipeline can skip this room: every module is a door.
+
+    tensors      safetensors, read one tensor at a time; folders that appear whole or not at all
+    lora_files   adapters in PEFT's format, and which base they belong to
+    rows         the shapes in which people keep questions, answers and conversations
+"""
+
+__all__: list[str] = []
