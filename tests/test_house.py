@@ -286,7 +286,7 @@ SMALL = {  # a tree without a fault
 LONG = "def f():\n" + "    pass\n" * 60
 PLANTED = [  # the check, the file that is changed, what is added to it, a part of the fault
     (too_many_lines, "slm/model.py", "\n" * 190, "slm/model.py has"),
-    (too_many_lines, "slm/episode.py", "\n" * 4200, "the teaching core has"),
+    (too_many_lines, "slm/episode.py", "\n" * LIMITS["the teaching core"], "the teaching core has"),
     (too_many_lines, "slm/grading/values.py", "\n" * LIMITS["the whole"], "the whole has"),
     (long_functions, "slm/model.py", LONG, "f has 61 lines"),
     (long_functions, "slm/model.py", "class C:\n    async " + LONG.replace("\n", "\n    "), "f has 61 lines"),
