@@ -242,8 +242,8 @@ def messages_of(row: dict, where: str) -> tuple[str, list[dict]]:
             and m.get("weight") in (None, 0, 1) and not m.get("tool_calls")
             and (m["content"].strip() or not trained(m)) for m in messages]
     if not all(good) or not any(map(trained, messages)):
-        raise BadInput(f"{where}: messages must be a list of role and content, both texts, no tool_calls "
-                       "(and weight, 0 or 1), one of the assistant and not of weight 0, no such one empty")
+        raise BadInput(f"{where}: messages must be a list of role and content (and weight, 0 or 1), no "
+                       "tool_calls, at least one of the assistant and not of weight 0, no such one empty")
     return found.question or next((m["content"] for m in messages if m["role"] == "user"), ""), messages
 
 
