@@ -231,15 +231,15 @@ def messages_of(row: dict, where: str) -> tuple[str, list[dict]]:
     if not messages and found.question and response:
         return found.question, conversation(found.question, response)
     if not messages:
-        there = [str(key) if str(value).strip() else f"{key} (empty)" for key, value in row.items()]
+        there = [str(key) if str(value or "").strip() else f"{key} (empty)" for key, value in row.items()]
         raise BadInput(f"{where}: expected question and response, or messages; found {', '.join(there)}")
-    kinds = [(type(m.get("role")), type(m.get("content")), m.get("weight") in (None, 0, 1))
-             for m in messages if isinstance(m, dict)]
-    if kinds != [(str, str, True)] * len(messages) or not any(map(trained, messages)):
-        raise BadInput(f"{where}: messages must be a list of role and content (and weight, 0 or 1), at least "
-                       "one of the assistant and not of weight 0")
-    asked = [m["content"] for m in messages if m["role"] == "user"]
-    return found.question or (asked or [""])[0], messages
+    good = [isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            and m.get("weight") in (None, 0, 1) and not m.get("tool_calls")
+            and (m["content"].strip() or not trained(m)) for m in messages]
+    if not all(good) or not any(map(trained, messages)):
+        raise BadInput(f"{where}: messages must be a list of role and content (and weight, 0 or 1), no "
+                       "tool_calls, at least one of the assistant and not of weight 0, no such one empty")
+    return found.question or next((m["content"] for m in messages if m["role"] == "user"), ""), messages
 
 
 def trained(message: dict) -> bool:

@@ -107,3 +107,24 @@ def test_a_broken_conversation_is_one_sentence(tmp_path, row):
         [talk for _, talk in train_sft.read(str(path), None)]
     with pytest.raises(problems.BadInput, match="line 1"):
         problems.load(str(path))
+
+
+@pytest.mark.parametrize("turn", [
+    {"role": "assistant", "content": " "},
+    {"role": "assistant", "content": "I look.", "tool_calls": [{"function": {"name": "f"}}]}])
+def test_a_turn_of_which_nothing_or_only_a_part_would_be_trained_is_refused(turn):
+    """Its tool calls are not written: the model would learn to end its reply at once, or without the call."""
+    with pytest.raises(train_sft.BadInput, match=r"x line 1: messages must be .* no tool_calls"):
+        train_sft.messages_of({"messages": [ASKED, turn, ASKED, ANSWERED]}, "x line 1")
+    skipped = {"role": "assistant", "content": "", "weight": 0, "tool_calls": None}
+    assert train_sft.messages_of({"messages": [ASKED, skipped, ASKED, ANSWERED]}, "x")[1][1] == skipped
+
+
+def test_a_field_that_is_null_is_called_empty():
+    with pytest.raises(train_sft.BadInput, match=r"found question, response \(empty\)"):
+        train_sft.messages_of({"question": SHOWN, "response": None}, "x line 1")
+
+
+def test_choices_that_are_not_shown_to_the_model_are_named():
+    row = {"question": "1 + 1?", "options": ["1", "2"], "answer": "B", "tags": ["sum"]}
+    assert rows.read(row).unread == ["options"]

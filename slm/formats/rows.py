@@ -30,7 +30,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assist
 class Row(NamedTuple):
     """What a row holds, '' or [] where it lacks that. gold: as it stands there, None without such a field.
     messages: a conversation to train on as it is; without one the standard prompt goes around the question.
-    unread: the names of texts that were not taken."""
+    unread: the names of fields with several words that were not taken."""
     question: str
     response: str
     gold: Any
@@ -64,7 +64,7 @@ def read(row: dict) -> Row:
     gold = value["gold"] if name["gold"] else "" if low.keys() & FIELDS["gold"] else None
     gold = gold.get("ground_truth", gold) if isinstance(gold, dict) else gold
     used = {key for part, key in name.items() if not (text["question"] and part in ("prompt", "input"))}
-    unread = [key for key, v in low.items() if isinstance(v, str) and " " in v and key not in used]
+    unread = [key for key, v in low.items() if " " in str(v) and key not in used]  # also lists of choices
     return Row(asked or (asks[0] if len(asks) == 1 else ""), text["response"] or (told or [""])[-1], gold,
                text["solution"], messages, unread)
 
