@@ -54,8 +54,9 @@ def options():
                    help="such as correct:1,format:0.2; slm/rewards.py has all parts (default correct:1)")
     g.add_argument("--no-box", type=cli.number(-1, 1), default=-1.0,
                    help="correct without a final box; the report's -0.5 pays for silence (default -1)")
-    g.add_argument("--truncated", choices=("keep", "zero", "soft"), default="keep",
-                   help="a reply cut at --max-tokens is graded, earns 0, or is graded with the part length")
+    g.add_argument("--truncated", choices=("keep", "zero", "soft"),
+                   help="a reply cut at --max-tokens is graded (default), earns 0, or is graded with the "
+                        "part length (dapo's default)")
     g = p.add_argument_group("objective")
     g.add_argument("--algorithm", default="grpo", help="of the table ALGORITHMS (default grpo)")
     g.add_argument("--resample", type=lambda text: cli.positive(text, 0),
@@ -120,7 +121,8 @@ class Algorithm:
     samples: int = 1           # K, at least
     whole_batch: bool = False  # compare the rewards of all episodes, not those of a problem
     decay: float = 0.0         # of the moving mean of earlier steps, which is taken from rewards; 0: none is
-    resample: int = 0          # --resample if it is not given
+    resample: int = 0          # --resample and --truncated if they are not given
+    truncated: str = "keep"
     taught: bool = False       # a teacher's log-probs of each token take the place of the advantage
 
 
@@ -128,7 +130,8 @@ CLIPPED = partial(losses.clipped, low=0.2, high=0.2)
 ALGORITHMS = {  # with "constant", the gradient is the paper's divided by --max-tokens
     "grpo": Algorithm(losses.over_std, CLIPPED, "sequence", 2),
     "dr_grpo": Algorithm(losses.minus_mean, CLIPPED, "constant", 2),
-    "dapo": Algorithm(losses.over_std, partial(losses.clipped, low=0.2, high=0.28), "token", 2, resample=3),
+    "dapo": Algorithm(losses.over_std, partial(losses.clipped, low=0.2, high=0.28), "token", 2, resample=3,
+                      truncated="soft"),
     "gspo": Algorithm(losses.over_std, partial(losses.sequence_clipped, low=3e-4, high=4e-4), "sequence", 2),
     "gmpo": Algorithm(losses.over_std, partial(losses.geometric, width=0.4), "sequence", 2),
     "cispo": Algorithm(losses.over_std, partial(losses.cispo, low=1, high=4), "token", 2),
@@ -148,8 +151,8 @@ def main(args):
     algorithm, workflow = checked(args)
     device, dtype, words = training.settle(args, f"grpo-{Path(args.model).name.lower()}")
     rounds = dtype == torch.bfloat16  # sampler and trainer then differ by more than the last digits
-    cli.resolve(args, {"resample": algorithm.resample, "importance_cap": 2.0 if rounds else 0.0,
-                       "dppo_mask": 0.2 if rounds else 0.0}, {})
+    cli.resolve(args, {"resample": algorithm.resample, "truncated": algorithm.truncated,
+                       "importance_cap": 2.0 if rounds else 0.0, "dppo_mask": 0.2 if rounds else 0.0}, {})
     pool, held_out = split(problems.load_all(args.data, "train", args.limit), args)
     said = check_rewards(pool, args)
     with contextlib.ExitStack() as stack:

@@ -2,7 +2,7 @@
 
 Hu et al. 2021, arXiv:2106.09685, eq. 3. A starts like the weight of nn.Linear and B at zero, so a new adapter
 changes nothing. With rslora s = alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732). A and B are kept in
-float32 and used in the model's dtype. sampling/fast.py computes the same; formats/lora_files.py has the files.
+float32 and used in the model's dtype. sampling/fast.py computes the same; formats/lora_files.py has files.
 
 Several adapters can live on one base model, each under a name. One is active: `add` activates its own. `use`
 and `off` change that inside a with block. Only `merge` and `unmerge` change base weights. So with its adapter

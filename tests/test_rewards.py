@@ -252,7 +252,8 @@ def own(folder, source, name="bonus", weight=""):
 
 
 def checked(word, *more):
-    args = train_grpo.options().parse_args(["--reward", word, "--max-tokens", "100", *more])
+    args = train_grpo.options().parse_args(["--reward", word, "--max-tokens", "100", "--truncated", "keep",
+                                               *more])
     return train_grpo.check_rewards(problems.load("tiny", "train", 60), args)
 
 
@@ -321,7 +322,7 @@ def test_a_coin_is_not_refused_and_said():
 
 @pytest.mark.parametrize("gold", ["41.5", "12", "\\frac{1}{2}"])
 def test_a_single_problem_is_checked_too(gold):
-    args = train_grpo.options().parse_args(["--max-tokens", "9"])
+    args = train_grpo.options().parse_args(["--max-tokens", "9", "--truncated", "keep"])
     assert "12 hacks at most -1" in train_grpo.check_rewards([replace(TWELVE, gold=gold)], args)
 
 

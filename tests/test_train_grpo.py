@@ -348,6 +348,18 @@ def test_the_forecast_counts_steps_and_evaluations(random_model, capsys):
     assert "20 steps, 600 tokens; by what was measured they take 0:03:02" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words, resample, truncated", [
+    ("--algorithm dapo", 3, "soft"), ("--algorithm dapo --resample 0 --truncated zero", 0, "zero"),
+    ("", 0, "keep")])
+def test_dapo_brings_its_resampling_and_its_overlong_reward(small, tmp_path, words, resample, truncated):
+    """Yu et al. 2025, arXiv 2503.14476, eq. 11 and 13."""
+    train(small, tmp_path / "run", *words.split(), "--samples", "2", "--batch", "1", steps=1)
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())["settings"]
+    assert (settings["resample"], settings["truncated"]) == (resample, truncated)
+    row = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert ("reward/length" in row) == (truncated == "soft")
+
+
 # ---- rewards and credit ----------------------------------------------------------------------------------
 
 def episode(response="", error=None, ids=(3, 4)):
