@@ -41,7 +41,6 @@ import re
 import time
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 from slm.answers import answer_record, finished, run_graded
 from slm.backends import asked_with, open_backend
@@ -50,13 +49,13 @@ from slm.problems import fingerprint, load_all, refuse_long
 from slm.report import write as write_report
 from slm.runs import stats
 from slm.runs.files import write_json
-from slm.runs.rundir import RunDir, new_path
+from slm.runs.rundir import RunDir, name_of, new_path
 from slm.sandbox import Sandbox
 
 
 def main(args: argparse.Namespace) -> None:
     names, problems = chosen(args.workflow), load_all(args.data, args.split, args.limit)
-    args.out = str(new_path(args.out, f"agents-{Path(args.model).name}", args.resume))
+    args.out = str(new_path(args.out, f"agents-{name_of(args.model)}", args.resume))
     cli.show(vars(args))
     backend, adapters = open_backend(args)
     refuse_long(problems, backend)

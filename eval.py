@@ -63,7 +63,7 @@ from slm.grading import grade, version
 from slm.report import write as write_report
 from slm.runs import stats
 from slm.runs.files import as_lines, read_json, read_rows, write_json, write_whole
-from slm.runs.rundir import RunDir, new_path
+from slm.runs.rundir import RunDir, name_of, new_path
 from slm.sandbox import Sandbox
 
 
@@ -131,8 +131,7 @@ def identity(args: argparse.Namespace) -> dict:
 
 def label(args: argparse.Namespace) -> str:
     """A run's default name: what answered, and how."""
-    folder = Path(args.adapter[-1].rpartition("=")[2] if args.adapter else args.model)
-    name = folder.parent.name if folder.name in ("adapter", "model") else folder.name
+    name = name_of(args.adapter[-1].rpartition("=")[2] if args.adapter else args.model)
     return name if args.workflow == "solver" else f"{name}-{args.workflow}"
 
 

@@ -107,7 +107,7 @@ from slm.report import write as write_report
 from slm.rewards import reward_of
 from slm.runs import files, ranks, stats
 from slm.runs.device import memory, parameter_counts, peak_memory
-from slm.runs.rundir import CHECKPOINTS, RunDir
+from slm.runs.rundir import CHECKPOINTS, RunDir, name_of
 from slm.runs.steps import lines, shares, summary, tell, timed
 from slm.sampling import Sampler
 from slm.sandbox import Sandbox
@@ -149,7 +149,7 @@ def main(args):
     cli.resolve(args, PAPER, TINY)
     args.data = args.data or ["tiny" if cli.is_small(args.model) else "gsm8k"]
     algorithm, workflow = checked(args)
-    device, dtype, words = training.settle(args, f"grpo-{Path(args.model).name.lower()}")
+    device, dtype, words = training.settle(args, f"grpo-{name_of(args.model).lower()}")
     rounds = dtype == torch.bfloat16  # sampler and trainer then differ by more than the last digits
     cli.resolve(args, {"resample": algorithm.resample, "truncated": algorithm.truncated,
                        "importance_cap": 2.0 if rounds else 0.0, "dppo_mask": 0.2 if rounds else 0.0}, {})

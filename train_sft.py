@@ -76,7 +76,7 @@ from slm.prompts import SOLVER
 from slm.report import write as write_report
 from slm.runs import files, ranks
 from slm.runs.device import memory, parameter_counts, peak_memory
-from slm.runs.rundir import RunDir
+from slm.runs.rundir import RunDir, name_of
 from slm.sampling import Sampler
 
 
@@ -91,7 +91,7 @@ def main(args):
     args.data = args.data or [newest()]
     every_row = [row for data in args.data for row in read(data, args.limit)]
     train, held_out = training.hold_out(every_row, itemgetter(0), args.validate, args.seed)
-    device, dtype, words = training.settle(args, f"sft-{Path(args.model).name.lower()}-{how}")
+    device, dtype, words = training.settle(args, f"sft-{name_of(args.model).lower()}-{how}")
     model, tokenizer = checkpoint.load(args.model, device, torch.float32 if args.full else dtype)
     model.recompute = lora.recompute(model) if args.recompute else None
     if not args.full:

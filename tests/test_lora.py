@@ -265,6 +265,11 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_dtype_adapters_or_order(mo
             p.data = before
 
 
+def test_a_model_given_as_an_adapter_is_called_a_model(random_model):
+    with pytest.raises(BadInput, match=r"tiny: a model, expected an adapter's folder"):
+        lora_files.load(random_model(), checkpoint.TINY)
+
+
 def test_an_adapter_without_identity_still_loads(model_and_adapter, random_model):
     _, adapter = model_and_adapter
     (adapter / "base.json").unlink()

@@ -242,6 +242,12 @@ def test_resume_and_out_are_enough_and_an_option_given_again_must_agree(run, sma
     assert result(tmp_path / "cut") == result(tmp_path / "whole")
 
 
+def test_a_run_of_another_script_is_called_one(run, small, tmp_path):
+    run(train_sft, tmp_path / "run", *start_words(train_sft, small))
+    with pytest.raises(BadInput, match="is a run of another script, or of another version of this one: "):
+        run(train_grpo, tmp_path / "run", "--resume")
+
+
 def test_another_number_of_processes_is_refused_by_name(run, small, tmp_path, monkeypatch):
     run(train_sft, tmp_path / "run", *start_words(train_sft, small))
     monkeypatch.setattr(training.ranks, "world", lambda: 2)

@@ -41,6 +41,11 @@ def test_resuming_with_other_settings_or_data_is_refused(tmp_path, settings, dat
         rundir.RunDir(tmp_path, settings, data, resume=True)
 
 
+def test_a_run_is_called_by_the_run_that_made_its_model():
+    names = map(rundir.name_of, ("tiny", "Qwen/Qwen2.5-Math-1.5B", "runs/grpo-tiny/adapter", "runs/b/best/"))
+    assert list(names) == ["tiny", "Qwen2.5-Math-1.5B", "grpo-tiny", "b"]
+
+
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
     first = rundir.RunDir(tmp_path, {})
     for resume in (False, True):

@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 
 from slm import BadInput, lora
-from slm.formats.tensors import ADAPTER, SafeTensors, atomic_directory, check_tensors, write_safetensors
+from slm.formats.tensors import (
+    ADAPTER,
+    CONFIG,
+    SafeTensors,
+    atomic_directory,
+    check_tensors,
+    write_safetensors,
+)
 from slm.model import Qwen2
 from slm.runs.files import base_of, fingerprint, read_json, write_json
 
@@ -50,6 +57,8 @@ def load(model: Qwen2, directory: str | Path, name: str = "default") -> None:
     must be the base model's: peft puts it in its place, but here a model without its adapter is its base.
     """
     directory = Path(directory)
+    if (directory / CONFIG).is_file() and not (directory / ADAPTER).is_file():
+        raise BadInput(f"{directory}: a model, expected an adapter's folder")
     config = read_json(directory / ADAPTER)
     _refuse(config, directory / ADAPTER)
     known, here = read_json(directory / BASE, {}).get("fingerprint"), weights_fingerprint(model)

@@ -69,10 +69,14 @@ class RunDir:
         if not old:
             raise BadInput(f"--resume: {self.path} holds no run to continue (no settings.json)")
         now = json.loads(json.dumps(settings))
-        for name in sorted(now.keys() | old["settings"].keys()):
-            if name not in self.FREE and now.get(name) != old["settings"].get(name):
-                raise BadInput(f"{self.path} was run with {name}={old['settings'].get(name)}, now it is "
-                               f"{now.get(name)}; use the same, or another --out")
+        if now.keys() - self.FREE != old["settings"].keys() - self.FREE:
+            raise BadInput(f"{self.path} is a run of another script, or of another version of this one: "
+                           f"{old['command']}")
+        for name in sorted(now.keys() - self.FREE):
+            if now[name] != old["settings"][name]:
+                raise BadInput(f"{self.path} was run with {name}={old['settings'][name]}, now it is "
+                               f"{now[name]}; use the same (--resume --out {self.path} takes them), or "
+                               "another --out")
         if data != old["data"]:
             raise BadInput(f"the data changed since {self.path} was started (fingerprint {old['data']}, now "
                            f"{data}); use the same, or another --out")
@@ -131,6 +135,12 @@ def new_path(out: str | None, default: str, resume: bool) -> Path:
     while (following := path if n == 1 else path.with_name(f"{default}-{n}")).exists():
         n, last = n + 1, following
     return last if resume and n > 1 else following
+
+
+def name_of(model: str) -> str:
+    """What a run calls its model: grpo-tiny for runs/grpo-tiny/adapter, else the last part of the name."""
+    folder = Path(model)
+    return folder.parent.name if folder.name in ("adapter", "model", "best") else folder.name
 
 
 def versions() -> dict:
