@@ -11,8 +11,8 @@ test problems the trained model gets right, greedily. A run that has its file is
 
 The table: greedy accuracy over all seeds and its difference to the placebo, both with a 95 % interval by a
 bootstrap over problems (the seeds of a problem stay together), the lowest and highest seed, and the share
-solved while sampling in the last four steps. The figure: that share by step, the mean of the seeds with their
-range as a band.
+solved while sampling in the last four steps. The figure: that share by step, over four steps, the mean of the
+seeds with their range as a band.
 """
 
 import argparse
@@ -38,7 +38,8 @@ from slm.runs import stats
 RUNS, RESULTS, FIGURE = ROOT / "runs/objectives", ROOT / "results/objectives", ROOT / "docs/objectives.svg"
 SFT = RUNS / "sft/adapter"
 LAST = 4  # steps whose sampling counts
-ARMS = {  # name: options of train_grpo.py
+ARMS = {  # name: options of train_grpo.py; "start" is the SFT adapter as it is
+    "start": [],
     "random": ["--reward", "random"],
     **{name: ["--algorithm", name] for name in (
         "grpo", "dr_grpo", "dapo", "gspo", "gmpo", "cispo", "max_rl", "pass_at_k", "rloo", "reinforce",
@@ -66,7 +67,7 @@ def main() -> None:
             script("train_sft.py", "--lora", "--validate", 0, "--data", RUNS / "data/records.jsonl",
                    "--out", SFT.parent)
         missing = [(name, seed) for seed in range(args.seeds) for name in args.only
-                   if not (RESULTS / f"{name}-{seed}.json").exists()]
+                   if not (RESULTS / f"{name}-{seed}.json").exists() and (name != "start" or seed == 0)]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda arm: learn(*arm), missing))
     found = read()
@@ -88,22 +89,24 @@ def learn(name: str, seed: int) -> None:
     out, scored = RUNS / f"{name}-{seed}", RUNS / f"{name}-{seed}-eval"
     train = ["train_grpo.py", "--adapter", SFT, "--batch", 8, "--evaluate", 0, "--seed", seed, *ARMS[name],
              "--out", out]
-    score = ["eval.py", "--model", out / "adapter", "--data", "tiny", "--out", scored]
+    adapter = SFT if name == "start" else out / "adapter"
+    score = ["eval.py", "--model", adapter, "--data", "tiny", "--out", scored]
     if "--workflow" in train:
         score += ["--workflow", train[train.index("--workflow") + 1]]
     for folder in (out, scored):
         shutil.rmtree(folder, ignore_errors=True)
-    script(*train)
-    script(*score)
+    done = [score] if name == "start" else [train, score]
+    for words in done:
+        script(*words)
     answers = sorted(rows(scored / "answers.jsonl"), key=lambda row: row["id"])
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     result = {
-        "commands": [typed(train), typed(score)], "commit": commit, "date": str(date.today()),
+        "commands": [typed(words) for words in done], "commit": commit, "date": str(date.today()),
         "device": f"one thread, {processor()}",
         "right": "".join(str(int(row["correct"])) for row in answers),  # by problem, in the order of the ids
         "metrics": [{key: shortened(row[key]) for key in row if key in KEPT or key.startswith("reward/")}
-                    for row in rows(out / "metrics.jsonl")]}
+                    for row in rows(out / "metrics.jsonl")] if name != "start" else []}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}-{seed}.json").write_text(json.dumps(result, indent=0) + "\n")
     print(f"{name}, seed {seed}: {100 * result['right'].count('1') / len(answers):.1f} %", flush=True)
@@ -142,38 +145,40 @@ def shares(results: list[dict]) -> list[float]:
     return [sum(map(int, column)) / len(column) for column in zip(*(r["right"] for r in results))]
 
 
-def solved(result: dict) -> float:
-    last = [row["solved"] for row in result["metrics"][-LAST:]]
-    return sum(last) / len(last)
-
-
 def table(found: dict[str, list[dict]]) -> list[str]:
     lines = ["| objective | seeds | greedy % | lowest, highest | over the placebo | sampled % | tokens "
              "| replaced |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for name, results in found.items():
         now, single = shares(results), [100 * r["right"].count("1") / len(r["right"]) for r in results]
-        control = found.get(CONTROL.get(name, "random"))
-        over = stats.points(*stats.difference(shares(control), now)) if control and control != results else ""
-        last = [row["mean_tokens"] for r in results for row in r["metrics"][-LAST:]]
+        control = None if name in ("random", *CONTROL.values()) else found.get(CONTROL.get(name, "random"))
+        over = stats.points(*stats.difference(shares(control), now)) if control else ""
+        last = [row for r in results for row in r["metrics"][-LAST:]]
         replaced = [row.get("replaced", 0) for r in results for row in r["metrics"]]
+        sampled = [f"{sum(row[key] for row in last) * factor / len(last):{form}}" if last else "" for
+                   key, factor, form in (("solved", 100, ".1f"), ("mean_tokens", 1, ".0f"))]
         cells = [name, len(results), f"{100 * sum(now) / len(now):.1f} ({stats.span(*stats.interval(now))})",
                  f"{min(single):.1f}, {max(single):.1f}", over,
-                 f"{100 * sum(map(solved, results)) / len(results):.1f}", f"{sum(last) / len(last):.0f}",
-                 f"{sum(replaced) / len(results):.0f}"]
+                 *sampled, f"{sum(replaced) / len(results):.0f}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
 
+def smooth(values: list[float]) -> list[float]:
+    """The mean of each value and the LAST - 1 before it: a step has only 64 episodes."""
+    windows = [values[max(0, i - LAST):i] for i in range(1, len(values) + 1)]
+    return [sum(window) / len(window) for window in windows]
+
+
 def draw(found: dict[str, list[dict]]) -> None:
     """A panel for each arm: share solved by step, mean and range of the seeds, the placebo behind it."""
-    names = [name for name in found if not name.endswith("random")]
+    names = [name for name in found if not name.endswith("random") and name != "start"]
     columns = 5
     height = -(-len(names) // columns)
     figure, axes = plt.subplots(height, columns, figsize=(13, 2.2 * height), sharex=True, sharey=True,
                                 squeeze=False)
     for axis, name in zip(axes.flat, names):
         for arm, colour in ((CONTROL.get(name, "random"), "0.6"), (name, "tab:blue")):
-            curves = [[100 * row["solved"] for row in r["metrics"]] for r in found.get(arm, [])]
+            curves = [smooth([100 * row["solved"] for row in r["metrics"]]) for r in found.get(arm, [])]
             columns_of = list(zip(*curves))
             steps = range(1, len(columns_of) + 1)
             axis.plot(steps, [sum(c) / len(c) for c in columns_of], color=colour, linewidth=1.3)
@@ -184,7 +189,7 @@ def draw(found: dict[str, list[dict]]) -> None:
     for axis in list(axes.flat)[len(names):]:
         axis.axis("off")
     figure.supxlabel("step")
-    figure.supylabel("solved while sampling, %")
+    figure.supylabel("solved while sampling, mean of four steps, %")
     figure.suptitle("Mean of the seeds, with their range; grey: the placebo, a reward at random", fontsize=10)
     figure.tight_layout()
     FIGURE.parent.mkdir(exist_ok=True)
