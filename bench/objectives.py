@@ -9,10 +9,10 @@ same settings: only the objective differs. The placebo is GRPO whose reward toss
 one small file, results/objectives/NAME-SEED.json: its command, its commit, its metrics, and which of the 500
 test problems the trained model gets right, greedily. A run that has its file is not made again.
 
-The table: greedy accuracy over all seeds and its difference to the placebo, both with a 95 % interval by a
-bootstrap over problems (the seeds of a problem stay together), the lowest and highest seed, and the share
-solved while sampling in the last four steps. The figure: that share by step, over four steps, the mean of the
-seeds with their range as a band.
+The table: greedy accuracy over all seeds and its difference to the placebo (the placebo's is to the start),
+both with a 95 % interval by a bootstrap over problems (the seeds of a problem stay together), the lowest and
+highest seed, and the share solved while sampling in the last four steps. The figure: that share by step, over
+four steps, the mean of the seeds with their range as a band.
 """
 
 import argparse
@@ -48,7 +48,7 @@ ARMS = {  # name: options of train_grpo.py; "start" is the SFT adapter as it is
     "tools_random": ["--workflow", "python_tools", "--reward", "random"],
     "tools": ["--workflow", "python_tools"],
 }
-CONTROL = {"tools": "tools_random"}  # the placebo of an arm, if it is not "random"
+CONTROL = {"tools": "tools_random", "random": "start", "start": "", "tools_random": ""}  # else "random"
 KEPT = ("step", "reward", "solved", "entropy", "kl", "clipped", "importance", "cut", "mean_tokens",
         "truncated", "zero_spread", "replaced", "grad_norm", "kl")
 
@@ -150,7 +150,7 @@ def table(found: dict[str, list[dict]]) -> list[str]:
              "| replaced |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for name, results in found.items():
         now, single = shares(results), [100 * r["right"].count("1") / len(r["right"]) for r in results]
-        control = None if name in ("random", *CONTROL.values()) else found.get(CONTROL.get(name, "random"))
+        control = found.get(CONTROL.get(name, "random"))
         over = stats.points(*stats.difference(shares(control), now)) if control else ""
         last = [row for r in results for row in r["metrics"][-LAST:]]
         replaced = [row.get("replaced", 0) for r in results for row in r["metrics"]]
