@@ -58,7 +58,8 @@ def options():
                    help="a reply cut at --max-tokens is graded (default), earns 0, or is graded with the "
                         "part length (dapo's default)")
     g = p.add_argument_group("objective")
-    g.add_argument("--algorithm", default="grpo", help="of the table ALGORITHMS (default grpo; another word lists them)")
+    g.add_argument("--algorithm", default="grpo",
+                   help="of the table ALGORITHMS (default grpo; another word lists them)")
     g.add_argument("--resample", type=lambda text: cli.positive(text, 0),
                    help="times that a problem solved always or never makes way (default 0; dapo 3)")
     g.add_argument("--teacher", metavar="DIR",
