@@ -298,13 +298,14 @@ def ask_teacher(teacher, policy, tokenizer, batch, episodes, records, args) -> N
     """Give every record the teacher's log-probs, and as advantage its tokens' mean of teacher - sampler. A
     policy that teaches itself is shown the worked solution, or the right box (SDFT, arXiv 2601.19897)."""
     seen = []  # (record, ids and mask as the teacher sees them)
-    for episode, own in zip(episodes, records):
-        problem = batch[episode.group]
+    shown = {}  # number of each problem -> the policy's prompt as its own teacher
+    for group, problem in enumerate(batch if teacher is policy else ()):
         solution = problem.solution or f"\\boxed{{{problem.gold}}}"
-        shown = tokenizer.chat([user(SHOWN(question=problem.question, solution=solution))])
+        shown[group] = tokenizer.chat([user(SHOWN(question=problem.question, solution=solution))])
+    for episode, own in zip(episodes, records):
         for record in own:
             start = record.mask.index(1)
-            prompt = shown if teacher is policy else record.ids[:start]
+            prompt = shown[episode.group] if shown else record.ids[:start]
             seen.append((record, prompt + record.ids[start:], [0] * len(prompt) + record.mask[start:]))
     with torch.no_grad(), ranks.whole(teacher):
         for part in losses.pack([len(ids) for _, ids, _ in seen], args.micro_tokens):

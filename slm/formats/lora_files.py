@@ -61,8 +61,8 @@ def load(model: Qwen2, directory: str | Path, name: str = "default") -> None:
         raise BadInput(f"{directory}: a model, expected an adapter's folder")
     config = read_json(directory / ADAPTER)
     _refuse(config, directory / ADAPTER)
-    known, here = read_json(directory / BASE, {}).get("fingerprint"), weights_fingerprint(model)
-    if known not in (None, here):
+    known = read_json(directory / BASE, {}).get("fingerprint")
+    if known is not None and known != (here := weights_fingerprint(model)):
         base = base_of(directory) or "a model without a name"
         raise BadInput(f"{directory}: this adapter was trained on {base}, the model has other weights "
                        f"(fingerprint {here}, expected {known}); give --model {directory}")
