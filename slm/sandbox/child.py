@@ -81,6 +81,8 @@ def be_a_run(plan: dict, scratch: str, channel: int, out: int, err: int) -> None
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()
     gc.enable()
+    for name in signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU:  # else without effect: there is no terminal
+        signal.signal(name, stop_here)
     sys.set_int_max_str_digits(0)  # answers of any size; the clock bounds the quadratic conversion
     os.write(CHANNEL, b".")  # ready
     heard = bytearray()
@@ -115,6 +117,11 @@ def run_blocks(blocks: list[str], token: bytes, out, write=os.write, leave=os._e
             stream.flush()
     write(CHANNEL, token + report)
     leave(0)
+
+
+def stop_here(*_) -> None:
+    """Stop this process until the clock ends it, as a program would stop that asked for it at a terminal."""
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def run_cell(source: str, name: str, space: dict) -> None:
