@@ -124,6 +124,7 @@ class Algorithm:
     decay: float = 0.0         # of the moving mean of earlier steps, which is taken from rewards; 0: none is
     resample: int = 0          # --resample and --truncated if they are not given
     truncated: str = "keep"
+    two_valued: bool = False   # a reward above 0 is right, any other is wrong
     taught: bool = False       # a teacher's log-probs of each token take the place of the advantage
 
 
@@ -136,8 +137,8 @@ ALGORITHMS = {  # with "constant", the gradient is the paper's divided by --max-
     "gspo": Algorithm(losses.over_std, partial(losses.sequence_clipped, low=3e-4, high=4e-4), "sequence", 2),
     "gmpo": Algorithm(losses.over_std, partial(losses.geometric, width=0.4), "sequence", 2),
     "cispo": Algorithm(losses.over_std, partial(losses.cispo, low=1, high=4), "token", 2),
-    "max_rl": Algorithm(losses.max_rl, CLIPPED, "constant", 2),
-    "pass_at_k": Algorithm(partial(losses.pass_at_k, k=4), CLIPPED, "sequence", 5),
+    "max_rl": Algorithm(losses.max_rl, CLIPPED, "constant", 2, two_valued=True),
+    "pass_at_k": Algorithm(partial(losses.pass_at_k, k=4), CLIPPED, "sequence", 5, two_valued=True),
     "rloo": Algorithm(losses.leave_one_out, losses.reinforce, "constant", 2),
     "reinforce": Algorithm(losses.raw, losses.reinforce, "constant", decay=0.9),
     "report": Algorithm(losses.raw, losses.reinforce, "constant"),  # the formula as the report writes it
@@ -371,7 +372,7 @@ def micro_batch_loss(policy, records: list[TokenRecord], algorithm: Algorithm, a
             reference, _ = losses.score(policy, *sequences, args.temperature)
         penalty = losses.kl(logp, reference, args.kl_kind)
     total = (slope * trust * logp + args.kl * penalty * weight).sum()
-    gap, importance = (old - sampled).abs(), (old - sampled).exp()
+    gap, importance = (old - sampled).abs(), losses.ratio(old, sampled)
     sums = {"loss": (loss + args.kl * penalty * weight).detach().sum(), "entropy": entropy.sum(),
             "dlogp": gap.sum(), "clipped": ((slope == 0) & (loss != 0)).sum(), "importance": importance.sum(),
             "cut": (trust != (importance if args.importance_cap else 1)).sum(), "tokens": len(logp)}
@@ -431,6 +432,10 @@ def checked(args):
     if args.samples < least:
         raise BadInput(f"--samples {args.samples}: {'--resample' if args.resample else args.algorithm} "
                        f"compares a problem's samples and needs {least} or more")
+    paid = [part for part, weight in rewards.rules_of(args).weights.items() if weight]
+    if algorithm.two_valued and len(paid) > 1:
+        raise BadInput(f"--reward {','.join(paid)}: {args.algorithm} knows right (more than 0) and wrong only; "
+                       "expected one part, others with the weight 0")
     if args.teacher and not algorithm.taught:
         raise BadInput(f"--teacher {args.teacher}: only distill has one, not --algorithm {args.algorithm}")
     if algorithm.taught and not args.teacher and args.workflow != "solver":

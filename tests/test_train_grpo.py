@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -526,6 +527,8 @@ def test_distillation_brings_the_policy_to_its_teacher(small, tmp_path):
     ("--algorithm ppo", "ppo.*grpo, dr_grpo"), ("--algorithm grpo --samples 1", "samples 1.*2 or more"),
     ("--algorithm pass_at_k --samples 4", "samples 4.*5 or more"),
     ("--algorithm reinforce --samples 1 --resample 2", "--resample.*2 or more"),
+    ("--algorithm max_rl --reward correct,format:0.2", "correct,format: max_rl knows right .* and wrong only"),
+    ("--algorithm pass_at_k --samples 8 --truncated soft", "correct,length: pass_at_k"),
     ("--teacher tiny", "only distill"), ("--algorithm distill --workflow python_tools", "solver"),
     ("--algorithm distill --teacher none/such", "none/such")])
 def test_objectives_that_cannot_be_are_refused(words, said):
@@ -533,6 +536,13 @@ def test_objectives_that_cannot_be_are_refused(words, said):
     train_grpo.cli.resolve(args, train_grpo.PAPER, train_grpo.TINY)
     with pytest.raises(BadInput, match=said):
         train_grpo.checked(args)
+
+
+@pytest.mark.parametrize("reward", ["correct", "correct,format:0,steps:0", "random"])
+def test_objectives_of_right_and_wrong_take_one_part(reward):
+    args = train_grpo.options().parse_args(["--algorithm", "max_rl", "--reward", *reward.split()])
+    train_grpo.cli.resolve(args, train_grpo.PAPER, train_grpo.TINY)
+    assert train_grpo.checked(args)[0].two_valued
 
 
 def test_a_teacher_with_other_tokens_is_refused(small):
@@ -606,6 +616,8 @@ def test_old_log_probs_are_the_trainers_own_at_the_start_of_the_step(random_mode
     assert row["importance"] == pytest.approx((expected + 3).exp().mean().item())
     row = step()
     assert row["loss"] < -1.001 and records[0].old == expected.tolist()
+    records[0].logprobs = [0.0, 0.0, -100.0, -100.0]  # 90 nats and more below the trainer's
+    assert math.isfinite(step()["importance_max"])
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "gspo", "gmpo", "cispo", "report", "rloo"])
