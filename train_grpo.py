@@ -434,8 +434,8 @@ def checked(args):
                        f"compares a problem's samples and needs {least} or more")
     paid = [part for part, weight in rewards.rules_of(args).weights.items() if weight]
     if algorithm.two_valued and len(paid) > 1:
-        raise BadInput(f"--reward {','.join(paid)}: {args.algorithm} knows right (more than 0) and wrong only; "
-                       "expected one part, others with the weight 0")
+        raise BadInput(f"--reward {','.join(paid)}: {args.algorithm} knows only right (more than 0) and "
+                       "wrong; expected one part, and the weight 0 for others")
     if args.teacher and not algorithm.taught:
         raise BadInput(f"--teacher {args.teacher}: only distill has one, not --algorithm {args.algorithm}")
     if algorithm.taught and not args.teacher and args.workflow != "solver":

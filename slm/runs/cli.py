@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from slm import BadInput
-from slm.runs.files import base_of, read_json
+from slm.runs.files import CONFIG, base_of, read_json
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS = {"all": (*QKVO, "gate_proj", "up_proj", "down_proj"), "qkvo": QKVO, "qv": ("q_proj", "v_proj")}
@@ -97,7 +97,7 @@ def is_small(model: str) -> bool:
     if model == "tiny":
         return True
     with contextlib.suppress(BadInput, TypeError, RecursionError):
-        config = Path(model) / "config.json"
+        config = Path(model) / CONFIG
         if config.is_file():
             return read_json(config).get("hidden_size", 1024) <= 256
         return is_small(base_of(Path(model)))
