@@ -148,6 +148,7 @@ ALGORITHMS = {  # with "constant", the gradient is the paper's divided by --max-
 
 
 def main(args):
+    """Settle all that the steps need, then take them; with --dry-run two, to say what all would take."""
     cli.resolve(args, PAPER, TINY)
     args.data = args.data or ["tiny" if cli.is_small(args.model) else "gsm8k"]
     algorithm, workflow = checked(args)
@@ -170,39 +171,52 @@ def main(args):
             plan += training.batches(len(pool), args.batch, 1, args.seed + len(plan))
         plan = plan[:args.steps or None]
         trained, optimizer = training.start(policy, weight_decay=0.0)
-        sampler, moving = Sampler(policy, tokenizer), {"sum": 0.0, "steps": 0.0}
+        sampler = Sampler(policy, tokenizer)
         if ranks.rank() == 0:
             introduce(policy, sampler, base, pool, held_out, plan, words, args)
             print(said)
-        teacher = teacher_for(policy, tokenizer, device, dtype, args) if algorithm.taught else None
         sandbox = None if args.workflow == "solver" else stack.enter_context(Sandbox())
-        answer = partial(evaluate, held_out, workflow, policy, sampler, sandbox, args)
-        total = len(plan[:2]) if args.dry_run else len(plan)
-        for step, lr, bar in training.steps(total, rundir, trained, optimizer, args, moving):
-            if step == 0 and held_out:
-                rundir.log("metrics", {"step": 0, **answer()})
-            batch, seconds = [pool[i] for i in plan[step]], Counter()
-            episodes, replaced = roll_out(batch, spare_problems(pool, plan[step], step, args), step, policy,
-                                          workflow, sampler, sandbox, seconds, args)
-            with timed(seconds, "score"):
-                records, divisor = give_credit(episodes, algorithm, moving, args)
-                if teacher:
-                    ask_teacher(teacher, policy, tokenizer, batch, episodes, records, args)
-            with timed(seconds, "learn"):
-                learned = drift(policy, episodes, records, args)
-                learned |= update_policy(policy, records, divisor, optimizer, lr, algorithm, args)
-            with timed(seconds, "evaluate"):
-                learned |= answer() if held_out and training.look_due(step, total) else {}
-            told = lines(step + 1, episodes, records, batch)
-            row = {"step": step + 1, **summary(told), **learned, "lr": lr,
-                   "replaced": int(ranks.summed({"n": len(replaced)})["n"]) // args.samples,
-                   **shares(seconds, episodes + replaced), "memory": round(peak_memory(policy), 3)}
-            rundir.log("metrics", row)
-            rundir.log("episodes", *told)
-            tell(bar, row)
+        sample = partial(roll_out, policy=policy, workflow=workflow, sampler=sampler, sandbox=sandbox,
+                         args=args)
+        look = partial(evaluate, held_out, workflow, policy, sampler, sandbox, args) if held_out else None
+        ask = None
+        if algorithm.taught:
+            teacher = teacher_for(policy, tokenizer, device, dtype, args)
+            ask = partial(ask_teacher, teacher, policy, tokenizer, args=args)
+        rows = train(policy, pool, plan[:2] if args.dry_run else plan, sample, ask, look, algorithm, rundir,
+                     trained, optimizer, args)
         if args.dry_run:
-            return forecast(policy, row, len(plan), args)
-        finish(policy, base, rundir.path)
+            forecast(policy, rows, plan, args)
+        else:
+            finish(policy, base, rundir.path)
+
+
+def train(policy, pool, plan, sample, ask, look, algorithm: Algorithm, rundir, trained, optimizer, args):
+    """Take the steps of the plan, each a list of places in pool; returns their rows of metrics.jsonl. sample:
+    roll_out for this policy; ask: ask_teacher, if there is one; look: the evaluation, if there is one."""
+    rows, moving = [], {"sum": 0.0, "steps": 0.0}
+    for step, lr, bar in training.steps(len(plan), rundir, trained, optimizer, args, moving, look):
+        batch, seconds = [pool[i] for i in plan[step]], Counter()
+        spare = spare_problems(pool, plan[step], step, args)
+        episodes, replaced = sample(batch, spare, step, seconds=seconds)
+        with timed(seconds, "score"):
+            records, divisor = give_credit(episodes, algorithm, moving, args)
+            if ask:
+                ask(batch, episodes, records)
+        with timed(seconds, "learn"):
+            learned = drift(policy, episodes, records, args)
+            learned |= update_policy(policy, records, divisor, optimizer, lr, algorithm, args)
+        with timed(seconds, "evaluate"):
+            learned |= look() if look and training.look_due(step, len(plan)) else {}
+        told = lines(step + 1, episodes, records, batch)
+        row = {"step": step + 1, **summary(told), **learned, "lr": lr,
+               "replaced": int(ranks.summed({"n": len(replaced)})["n"]) // args.samples,
+               **shares(seconds, episodes + replaced), "memory": round(peak_memory(policy), 3)}
+        rundir.log("metrics", row)
+        rundir.log("episodes", *told)
+        tell(bar, row)
+        rows.append(row)
+    return rows
 
 
 # ---- a step: roll out ------------------------------------------------------------------------------------
@@ -525,18 +539,25 @@ def introduce(policy, sampler, base: str, pool, held_out, plan, device: str, arg
     print(f"device: {device}")
     print(f"policy: {base} with a new LoRA of rank {args.rank} on {args.targets}, {parameters:,} parameters, "
           f"{updated:,} trained; reference: the same with the adapter off")
-    print(f"work: {len(plan)} steps of {args.batch} problems x {args.samples} samples, at most "
-          f"{args.batch * args.samples * args.max_tokens:,} new tokens a step; {len(held_out)} problems are "
-          f"held out; {memory(policy, args.micro_tokens, min(cached, sampler.slots.max_tokens))}")
+    print(f"work: {cli.count(len(plan), 'step')} of {cli.count(args.batch, 'problem')} x "
+          f"{cli.count(args.samples, 'sample')}, at most {args.batch * args.samples * args.max_tokens:,} new "
+          f"tokens a step; held out: {cli.count(len(held_out), 'problem')}; "
+          f"{memory(policy, args.micro_tokens, min(cached, sampler.slots.max_tokens))}")
     print("the solver's prompt for the first problem:\n" + tokenizer.render(prompt))
 
 
-def forecast(policy, row: dict, steps: int, args) -> None:
-    """Say what --dry-run found. row: the metrics of a step that was evaluated, as not every step will be."""
-    looks = 1 + sum(training.look_due(step, steps) for step in range(steps))
-    look = row["seconds"] * row["evaluate_share"]
-    training.forecast(policy, steps, round(steps * args.batch * args.samples * row["mean_tokens"]),
-                      steps * (row["seconds"] - look) + looks * look)
+def forecast(policy, rows: list[dict], plan: list[list[int]], args) -> None:
+    """Say what --dry-run found. rows: the metrics of the plan's first two steps; both were evaluated, as not
+    every step will be. The length of replies is the mean of both. The time of a token is the second's: the
+    first paid for moments and caches. A run may learn to write longer replies: the line names the length."""
+    length = sum(row["mean_tokens"] for row in rows) / len(rows)
+    taken = [len(step) + row["replaced"] for step, row in zip(plan, rows)]  # problems, with those replaced
+    tokens = sum(map(len, plan)) * sum(taken) / sum(map(len, plan[:2])) * args.samples * length
+    looks = 1 + sum(training.look_due(step, len(plan)) for step in range(len(plan)))
+    look = rows[-1]["seconds"] * rows[-1]["evaluate_share"]
+    token = (rows[-1]["seconds"] - look) / max(1, taken[-1] * args.samples * rows[-1]["mean_tokens"])
+    training.forecast(policy, len(plan), round(tokens), tokens * token + looks * look,
+                      f" while replies have {length:.0f} tokens, as now")
 
 
 def finish(policy, base: str, out):

@@ -40,7 +40,7 @@ def options():
                    help="tokens in the loss; `all` is what the report did (default response)")
     g = p.add_argument_group("what is trained")
     how = g.add_mutually_exclusive_group()
-    how.add_argument("--lora", action="store_true", help="a LoRA adapter (the default)")
+    how.add_argument("--lora", dest="full", action="store_false", help="a LoRA adapter (the default)")
     how.add_argument("--full", action="store_true", help="all weights")
     cli.adapter_options(g, both)
     g.add_argument("--dropout", type=cli.number(0, 0.99), help=f"on the adapter's input ({both('dropout')})")
@@ -121,9 +121,8 @@ def main(args):
         if held_out:
             seconds += training.rehearse(look_once) * (1 + sum(looks))
         return training.forecast(model, len(plan), tokens, seconds)
-    for step, lr, bar in training.steps(len(plan), rundir, trained, optimizer, args):
-        if held_out and step == 0:
-            rundir.log("metrics", {"step": 0, **look_once()})
+    first = look_once if held_out else None
+    for step, lr, bar in training.steps(len(plan), rundir, trained, optimizer, args, look=first):
         row = one_step(model, [rows[i] for i in plan[step]], optimizer, lr, autocast, args)
         if looks[step]:
             row |= look_once()
@@ -290,10 +289,10 @@ def introduce(model, tokenizer, rows, held_out, plan, largest, device: str, args
     print(f"device: {device}")
     print(f"model: {args.model}, {parameters:,} parameters, {updated:,} trained "
           f"({'all' if args.full else f'LoRA rank {args.rank} on {args.targets}'})")
-    print(f"data: {', '.join(args.data)}: {len(rows):,} rows, {tokens:,} tokens, "
-          f"{trained / tokens:.0%} in the loss; {len(held_out):,} rows more are held out")
-    print(f"work: {args.epochs} epochs, {len(plan)} steps of {args.batch} rows, "
-          f"{args.epochs * tokens:,} tokens; "
+    print(f"data: {', '.join(args.data)}: {cli.count(len(rows), 'row')}, {cli.count(tokens, 'token')}, "
+          f"{trained / tokens:.0%} in the loss; held out: {cli.count(len(held_out), 'row')}")
+    print(f"work: {cli.count(args.epochs, 'epoch')}, {cli.count(len(plan), 'step')} of "
+          f"{cli.count(args.batch, 'row')}, {cli.count(args.epochs * tokens, 'token')}; "
           f"{memory(model, min(size(largest), args.micro_tokens), size(held_out))}")
     sizes = model.model.embed_tokens.weight.detach().float().norm(dim=1)
     if not args.full and sizes[tokenizer.end_of_turn] < 0.5 * sizes.median():
@@ -309,7 +308,7 @@ def finish(model, save, out, args):
     if ranks.rank() == 0:
         save(result)
         rows = list(files.readable_rows(out / "metrics.jsonl"))
-        print(f"loss {rows[-1]['loss']:.4f} after {rows[-1]['step']} steps, peak memory "
+        print(f"loss {rows[-1]['loss']:.4f} after {cli.count(rows[-1]['step'], 'step')}, peak memory "
               f"{peak_memory(model):.2f} GB; the result is {result}; curves: {write_report(out)}")
         print(verdict(rows, out))
         result = shlex.quote(str(result))

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import math
 import os
+import shlex
 import signal
 import sys
 import textwrap
@@ -19,6 +20,7 @@ from slm.runs.files import CONFIG, base_of, read_json
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS = {"all": (*QKVO, "gate_proj", "up_proj", "down_proj"), "qkvo": QKVO, "qv": ("q_proj", "v_proj")}
+FREE = frozenset({"out", "resume", "save_every", "dry_run"})  # a run and its continuation may differ in these
 CANNOT_WRITE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EEXIST,
                 errno.ENOTDIR}
 
@@ -33,21 +35,36 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 class Parser(argparse.ArgumentParser):
-    """With --resume and --out, an option that is not given has the value that the run was started with.
-    RunDir refuses one that is given with another value."""
+    """With --resume, an option that is not given has the value that the run in --out was started with. RunDir
+    refuses one that is given with another value. Without --out it is the newest run of this script in runs/
+    that was started with the options that are given."""
 
     def parse_args(self, words=None, namespace=None):
         args = super().parse_args(words, namespace)
-        if getattr(args, "resume", False) and args.out:
-            given = super().parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args))))
-            try:
-                settings = read_json(Path(args.out) / "settings.json", {}).get("settings", {})
-            except BadInput as e:
-                self.error(str(e))
-            for name in settings.keys() & vars(args).keys():
-                if getattr(given, name) is None:  # where an option is given it is not None
-                    setattr(args, name, settings[name])
+        if not getattr(args, "resume", False):
+            return args
+        given = vars(super().parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args)))))
+        given = {name: value for name, value in given.items() if value not in (None, "auto")}
+        args.out = args.out or self.newest_run(given)
+        if not args.out:
+            return args
+        try:
+            settings = read_json(Path(args.out) / "settings.json", {}).get("settings", {})
+        except BadInput as e:
+            self.error(str(e))
+        for name in settings.keys() & vars(args).keys() - given.keys() - {"out"}:
+            setattr(args, name, settings[name])
         return args
+
+    def newest_run(self, given: dict) -> str | None:
+        found = []
+        for path in Path("runs").glob("*/settings.json"):
+            with contextlib.suppress(BadInput, KeyError, ValueError, IndexError):
+                run = read_json(path)
+                own = Path(shlex.split(run["command"])[0]).name == self.prog
+                if own and all(run["settings"][name] == given[name] for name in given.keys() - FREE):
+                    found.append((run["started"], path.stat().st_mtime, str(path.parent)))
+        return max(found)[-1] if found else None
 
 
 class Names(argparse.Action):
@@ -65,7 +82,7 @@ def run_options(p: argparse.ArgumentParser, folder: str, resume: bool = True):
     g = p.add_argument_group("run")
     g.add_argument("--out", help=f"run directory (default {folder})")
     if resume:
-        g.add_argument("--resume", action="store_true", help="go on with the stopped run in --out")
+        g.add_argument("--resume", action="store_true", help="go on with the run in --out, or the newest")
     g.add_argument("--seed", type=lambda text: positive(text, 0), default=0,
                    help="of all that is drawn (default 0)")
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -102,6 +119,14 @@ def is_small(model: str) -> bool:
             return read_json(config).get("hidden_size", 1024) <= 256
         return is_small(base_of(Path(model)))
     return False
+
+
+def count(n: int, thing: str) -> str:
+    """
+    >>> count(1, "step"), count(1200, "step")
+    ('1 step', '1,200 steps')
+    """
+    return f"{n:,} {thing}" + "s" * (n != 1)
 
 
 def show(settings: dict) -> None:
