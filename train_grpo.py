@@ -85,6 +85,7 @@ if __name__ == "__main__":
     args = options().parse_args()  # before the heavy imports, so that --help answers at once
 
 import contextlib
+import math
 import random
 import shlex
 import tempfile
@@ -166,10 +167,8 @@ def main(args):
                         resume=args.resume and not args.dry_run, log=ranks.rank() == 0)
         policy, tokenizer, base, rundir = prepare(Path(out), claim, device, dtype, args)
         pool = fitting(pool, tokenizer, policy.config.positions)
-        plan = training.batches(len(pool), args.batch, args.epochs, args.seed)
-        while len(plan) < args.steps:
-            plan += training.batches(len(pool), args.batch, 1, args.seed + len(plan))
-        plan = plan[:args.steps or None]
+        epochs = max(args.epochs, math.ceil(args.steps * args.batch / len(pool)))
+        plan = training.batches(len(pool), args.batch, epochs, args.seed)[:args.steps or None]
         trained, optimizer = training.start(policy, weight_decay=0.0)
         sampler = Sampler(policy, tokenizer)
         if ranks.rank() == 0:
@@ -179,22 +178,20 @@ def main(args):
         sample = partial(roll_out, policy=policy, workflow=workflow, sampler=sampler, sandbox=sandbox,
                          args=args)
         look = partial(evaluate, held_out, workflow, policy, sampler, sandbox, args) if held_out else None
-        ask = None
-        if algorithm.taught:
-            teacher = teacher_for(policy, tokenizer, device, dtype, args)
-            ask = partial(ask_teacher, teacher, policy, tokenizer, args=args)
-        rows = train(policy, pool, plan[:2] if args.dry_run else plan, sample, ask, look, algorithm, rundir,
-                     trained, optimizer, args)
-        if args.dry_run:
-            forecast(policy, rows, plan, args)
-        else:
+        ask = algorithm.taught and partial(ask_teacher, teacher_for(policy, tokenizer, device, dtype, args),
+                                           policy, tokenizer, args=args)
+        taken = plan[:2] if args.dry_run else plan
+        train(policy, pool, taken, sample, ask, look, algorithm, rundir, trained, optimizer, args)
+        if not args.dry_run:
             finish(policy, base, rundir.path)
+        elif ranks.rank() == 0:
+            forecast(policy, list(files.readable_rows(rundir.path / "metrics.jsonl")), plan, args)
 
 
 def train(policy, pool, plan, sample, ask, look, algorithm: Algorithm, rundir, trained, optimizer, args):
-    """Take the steps of the plan, each a list of places in pool; returns their rows of metrics.jsonl. sample:
-    roll_out for this policy; ask: ask_teacher, if there is one; look: the evaluation, if there is one."""
-    rows, moving = [], {"sum": 0.0, "steps": 0.0}
+    """Take the steps of the plan, each a list of places in pool. sample is roll_out for this policy; ask is
+    ask_teacher and look the evaluation, where there is one."""
+    moving = {"sum": 0.0, "steps": 0.0}
     for step, lr, bar in training.steps(len(plan), rundir, trained, optimizer, args, moving, look):
         batch, seconds = [pool[i] for i in plan[step]], Counter()
         spare = spare_problems(pool, plan[step], step, args)
@@ -215,8 +212,6 @@ def train(policy, pool, plan, sample, ask, look, algorithm: Algorithm, rundir, t
         rundir.log("metrics", row)
         rundir.log("episodes", *told)
         tell(bar, row)
-        rows.append(row)
-    return rows
 
 
 # ---- a step: roll out ------------------------------------------------------------------------------------
@@ -547,16 +542,16 @@ def introduce(policy, sampler, base: str, pool, held_out, plan, device: str, arg
 
 
 def forecast(policy, rows: list[dict], plan: list[list[int]], args) -> None:
-    """Say what --dry-run found. rows: the metrics of the plan's first two steps; both were evaluated, as not
-    every step will be. The length of replies is the mean of both. The time of a token is the second's: the
-    first paid for moments and caches. A run may learn to write longer replies: the line names the length."""
+    """Say what --dry-run found. rows: the metrics of the plan's first two steps, both evaluated. Replies are
+    as long as in both; a run that learns to write more takes longer. The time of a token is the second's: the
+    first paid for moments and caches."""
+    rows = [row for row in rows if row["step"]]
     length = sum(row["mean_tokens"] for row in rows) / len(rows)
     taken = [len(step) + row["replaced"] for step, row in zip(plan, rows)]  # problems, with those replaced
     tokens = sum(map(len, plan)) * sum(taken) / sum(map(len, plan[:2])) * args.samples * length
-    looks = 1 + sum(training.look_due(step, len(plan)) for step in range(len(plan)))
     look = rows[-1]["seconds"] * rows[-1]["evaluate_share"]
     token = (rows[-1]["seconds"] - look) / max(1, taken[-1] * args.samples * rows[-1]["mean_tokens"])
-    training.forecast(policy, len(plan), round(tokens), tokens * token + looks * look,
+    training.forecast(policy, len(plan), round(tokens), tokens * token, look,
                       f" while replies have {length:.0f} tokens, as now")
 
 

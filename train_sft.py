@@ -113,18 +113,15 @@ def main(args):
             partial(lora_files.save, model, base=args.model))
     look_once = partial(look, model, Sampler(model, tokenizer), held_out, autocast)
     model.train()
-    looks = [bool(held_out) and training.look_due(step, len(plan)) for step in range(len(plan))]
     if args.dry_run:
         learn = partial(one_step, model, largest, optimizer, args.lr, autocast, args)
-        tokens = args.epochs * size(rows)
-        seconds = training.rehearse(learn) * tokens / size(largest)
-        if held_out:
-            seconds += training.rehearse(look_once) * (1 + sum(looks))
-        return training.forecast(model, len(plan), tokens, seconds)
+        seconds = training.rehearse(learn) / size(largest) * (tokens := args.epochs * size(rows))
+        once = training.rehearse(look_once) if held_out else 0.0
+        return training.forecast(model, len(plan), tokens, seconds, once)
     first = look_once if held_out else None
     for step, lr, bar in training.steps(len(plan), rundir, trained, optimizer, args, look=first):
         row = one_step(model, [rows[i] for i in plan[step]], optimizer, lr, autocast, args)
-        if looks[step]:
+        if held_out and training.look_due(step, len(plan)):
             row |= look_once()
             row["best"] = keep_best(model, save, row["held_out_loss"], rundir.path)
         rundir.log("metrics", {"step": step + 1, **row})

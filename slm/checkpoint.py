@@ -135,10 +135,9 @@ def read_config(config: dict, where: str = "config.json") -> Config:
 
     if config.get("model_type") != "qwen2":
         refuse("model_type", config.get("model_type"), "'qwen2', the one architecture this project runs")
-    for key in SIZES + OTHER_SIZES:
+    for key in (*SIZES, *(key for key in OTHER_SIZES if config.get(key) is not None)):
         if not isinstance(config.get(key), int) or config[key] < 1:
-            if key in SIZES or config.get(key) is not None:
-                refuse(key, config.get(key), "a whole number of 1 or more")
+            refuse(key, config.get(key), "a whole number of 1 or more")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta, eps = rope.get("rope_theta") or config.get("rope_theta") or 1e4, config.get("rms_norm_eps", 1e-6)
     for key, value in ("rope_theta", theta), ("rms_norm_eps", eps):

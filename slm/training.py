@@ -45,7 +45,7 @@ def settle(args, name: str) -> tuple[torch.device, torch.dtype, str]:
     join the other ranks and seed what is drawn before the first step -> (device, dtype, both in words)."""
     device, dtype, reason = pick_device(args.device, args.dtype, args.model)
     steady_heap()
-    args.out, args.dtype = str(new_path(args.out, name, args.resume)), str(dtype).removeprefix("torch.")
+    args.out, args.dtype = new_path(args.out, name), str(dtype).removeprefix("torch.")
     ranks.start_ranks(device)
     args.ranks = ranks.world()  # another number of processes adds up in another order
     torch.manual_seed(args.seed)  # an adapter's initial values
@@ -191,8 +191,9 @@ def rehearse(part: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def forecast(model, steps: int, tokens: int, seconds: float, condition: str = "") -> None:
-    """Say what --dry-run found, after the parts of the run were rehearsed."""
+def forecast(model, steps: int, tokens: int, seconds: float, look: float, condition: str = "") -> None:
+    """Say what --dry-run found: seconds of all steps, and of a look at what is held out."""
+    seconds += look * (1 + sum(look_due(step, steps) for step in range(steps)))
     if ranks.rank() == 0:
         print(f"dry run: {count(steps, 'step')}, {count(tokens, 'token')}{condition}; by what was measured "
               f"they take {timedelta(seconds=round(seconds))} (h:mm:ss), peak memory "

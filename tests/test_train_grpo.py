@@ -351,8 +351,9 @@ def test_a_dry_run_says_what_the_run_would_do_and_leaves_nothing(small, tmp_path
 def test_the_forecast_counts_steps_and_evaluations(random_model, capsys):
     """20 steps of 8 s for 30 tokens, less what the half batches at the ends of two epochs save: 19 whole
     steps. 11 evaluations of 2 s. The first step was slower, and its replies shorter."""
-    rows = [{"seconds": 40.0, "evaluate_share": 0.5, "mean_tokens": 3.0, "replaced": 0},
-            {"seconds": 10.0, "evaluate_share": 0.2, "mean_tokens": 5.0, "replaced": 0}]
+    rows = [{"step": 0, "evaluated": 0.5},
+            {"step": 1, "seconds": 40.0, "evaluate_share": 0.5, "mean_tokens": 3.0, "replaced": 0},
+            {"step": 2, "seconds": 10.0, "evaluate_share": 0.2, "mean_tokens": 5.0, "replaced": 0}]
     plan = ([[0, 1]] * 9 + [[0]]) * 2
     train_grpo.forecast(random_model(), rows, plan, SimpleNamespace(samples=3))
     said = capsys.readouterr().out
@@ -362,10 +363,11 @@ def test_the_forecast_counts_steps_and_evaluations(random_model, capsys):
 
 def test_the_forecast_counts_problems_that_make_way(random_model, capsys):
     """Of 4 problems 2 were replaced, so 6 are sampled for every 4 of the plan; 12 s for 4 x 3 x 5 tokens."""
-    rows = [{"seconds": 12.0, "evaluate_share": 0.0, "mean_tokens": 5.0, "replaced": n} for n in (0, 2)]
+    rows = [{"step": step, "seconds": 12.0, "evaluate_share": 0.0, "mean_tokens": 5.0, "replaced": replaced}
+            for step, replaced in ((1, 0), (2, 2))]
     train_grpo.forecast(random_model(), rows, [[0, 1]] * 10, SimpleNamespace(samples=3))
-    promise = "10 steps, 450 tokens while replies have 5 tokens, as now; by what was measured they take 0:01:30"
-    assert promise in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "10 steps, 450 tokens while replies have 5 tokens, as now" in said and "take 0:01:30 " in said
 
 
 @pytest.mark.parametrize("words, resample, truncated", [

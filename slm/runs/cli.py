@@ -8,7 +8,6 @@ import contextlib
 import errno
 import math
 import os
-import shlex
 import signal
 import sys
 import textwrap
@@ -41,30 +40,29 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, words=None, namespace=None):
         args = super().parse_args(words, namespace)
-        if not getattr(args, "resume", False):
-            return args
-        given = vars(super().parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args)))))
-        given = {name: value for name, value in given.items() if value not in (None, "auto")}
-        args.out = args.out or self.newest_run(given)
-        if not args.out:
-            return args
-        try:
-            settings = read_json(Path(args.out) / "settings.json", {}).get("settings", {})
-        except BadInput as e:
-            self.error(str(e))
-        for name in settings.keys() & vars(args).keys() - given.keys() - {"out"}:
-            setattr(args, name, settings[name])
+        if getattr(args, "resume", False):
+            given = vars(super().parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args)))))
+            given = {name: value for name, value in given.items() if value not in (None, "auto")}
+            try:
+                args.out = args.out or self.newest_run(given)
+                settings = read_json(Path(args.out) / "settings.json", {}).get("settings", {})
+            except BadInput as e:
+                self.error(str(e))
+            for name in settings.keys() & vars(args).keys() - given.keys() - {"out"}:
+                setattr(args, name, settings[name])
         return args
 
-    def newest_run(self, given: dict) -> str | None:
+    def newest_run(self, given: dict) -> str:
         found = []
         for path in Path("runs").glob("*/settings.json"):
-            with contextlib.suppress(BadInput, KeyError, ValueError, IndexError):
-                run = read_json(path)
-                own = Path(shlex.split(run["command"])[0]).name == self.prog
-                if own and all(run["settings"][name] == given[name] for name in given.keys() - FREE):
-                    found.append((run["started"], path.stat().st_mtime, str(path.parent)))
-        return max(found)[-1] if found else None
+            run = read_json(path)
+            same = [run["settings"].get(name, given[name]) == given[name] for name in given.keys() - FREE]
+            if all(same) and run["command"].partition(" -")[0].endswith(self.prog):
+                found.append((run["started"], str(path.parent)))
+        if not found:
+            raise BadInput(f"--resume: no run of {self.prog} in runs/ has these options; give its folder: "
+                           "--resume --out FOLDER")
+        return max(found)[1]
 
 
 class Names(argparse.Action):
@@ -122,10 +120,7 @@ def is_small(model: str) -> bool:
 
 
 def count(n: int, thing: str) -> str:
-    """
-    >>> count(1, "step"), count(1200, "step")
-    ('1 step', '1,200 steps')
-    """
+    """1 step, 2 steps, 1,000 steps"""
     return f"{n:,} {thing}" + "s" * (n != 1)
 
 

@@ -58,9 +58,8 @@ def _matrix_rate(dtype: torch.dtype) -> float:
 
 
 def steady_heap() -> None:
-    """Let glibc give blocks of 1 MB or more back to the system as soon as they are free. By default that size
-    rises to 32 MB by itself. Freed tensors then leave holes that others don't fit into, and the peak of a run
-    on a CPU grows for as long as it lasts: no dry run could know it (LOG.md, 2026-11-30)."""
+    """Make glibc return freed blocks of 1 MB or more at once. Else, on a CPU, holes between tensors raise the
+    peak for as long as a run lasts, and no dry run can know it (LOG.md, 2026-11-30)."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         for setting in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             ctypes.CDLL(None).mallopt(setting, 1 << 20)

@@ -82,7 +82,7 @@ def be_a_run(plan: dict, scratch: str, channel: int, out: int, err: int) -> None
         sys.modules["numpy.random"].seed()
     gc.enable()
     for name in signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU:  # else without effect: there is no terminal
-        signal.signal(name, stop_here)
+        signal.signal(name, lambda *_: os.kill(os.getpid(), signal.SIGSTOP))
     sys.set_int_max_str_digits(0)  # answers of any size; the clock bounds the quadratic conversion
     os.write(CHANNEL, b".")  # ready
     heard = bytearray()
@@ -117,11 +117,6 @@ def run_blocks(blocks: list[str], token: bytes, out, write=os.write, leave=os._e
             stream.flush()
     write(CHANNEL, token + report)
     leave(0)
-
-
-def stop_here(*_) -> None:
-    """Stop this process until the clock ends it, as a program would stop that asked for it at a terminal."""
-    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def run_cell(source: str, name: str, space: dict) -> None:
