@@ -40,7 +40,8 @@ def options():
                    help="tokens in the loss; `all` is what the report did (default response)")
     g = p.add_argument_group("what is trained")
     how = g.add_mutually_exclusive_group()
-    how.add_argument("--lora", dest="full", action="store_false", help="a LoRA adapter (the default)")
+    how.add_argument("--lora", dest="full", action="store_false", default=False,
+                     help="a LoRA adapter (the default)")
     how.add_argument("--full", action="store_true", help="all weights")
     cli.adapter_options(g, both)
     g.add_argument("--dropout", type=cli.number(0, 0.99), help=f"on the adapter's input ({both('dropout')})")

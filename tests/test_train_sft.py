@@ -334,6 +334,11 @@ def test_a_run_in_which_nothing_was_learned_says_so(small, data, tmp_path, capsy
     assert "nothing was learned" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words, full", [([], False), (["--lora"], False), (["--full"], True)])
+def test_the_settings_name_what_is_trained(words, full):
+    assert train_sft.options().parse_args(words).full is full
+
+
 @pytest.mark.parametrize("how", ["--lora", "--full"])
 def test_an_adapter_as_the_model_is_refused_with_the_way_out(small, data, tmp_path, how):
     model, _ = checkpoint.load(small)
