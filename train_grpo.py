@@ -542,9 +542,8 @@ def introduce(policy, sampler, base: str, pool, held_out, plan, device: str, arg
 
 
 def forecast(policy, rows: list[dict], plan: list[list[int]], args) -> None:
-    """Say what --dry-run found. rows: the metrics of the plan's first two steps, both evaluated. Replies are
-    as long as in both; a run that learns to write more takes longer. The time of a token is the second's: the
-    first paid for moments and caches."""
+    """Say what --dry-run found. rows: the metrics of the plan's first two steps, both evaluated. Replies keep
+    their length in both; a token takes as long as in the second, as the first paid for caches."""
     rows = [row for row in rows if row["step"]]
     length = sum(row["mean_tokens"] for row in rows) / len(rows)
     taken = [len(step) + row["replaced"] for step, row in zip(plan, rows)]  # problems, with those replaced

@@ -61,6 +61,7 @@ import math
 import re
 import shlex
 import time
+from collections import Counter
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -78,6 +79,7 @@ from slm.report import write as write_report
 from slm.runs import files, ranks
 from slm.runs.device import memory, parameter_counts, peak_memory
 from slm.runs.rundir import RunDir, name_of
+from slm.runs.steps import timed
 from slm.sampling import Sampler
 
 
@@ -115,10 +117,13 @@ def main(args):
     look_once = partial(look, model, Sampler(model, tokenizer), held_out, autocast)
     model.train()
     if args.dry_run:
-        learn = partial(one_step, model, largest, optimizer, args.lr, autocast, args)
-        seconds = training.rehearse(learn) / size(largest) * (tokens := args.epochs * size(rows))
-        once = training.rehearse(look_once) if held_out else 0.0
-        return training.forecast(model, len(plan), tokens, seconds, once)
+        for _ in range(2):  # the first pays for moments, caches and the like
+            row, spent = one_step(model, largest, optimizer, args.lr, autocast, args), Counter()
+            with timed(spent, "look"):
+                row |= look_once() if held_out else {}
+        tokens = args.epochs * size(rows)
+        seconds = tokens / max(1, row["tokens_per_s"])
+        return training.forecast(model, len(plan), tokens, seconds, spent["look"])
     first = look_once if held_out else None
     for step, lr, bar in training.steps(len(plan), rundir, trained, optimizer, args, look=first):
         row = one_step(model, [rows[i] for i in plan[step]], optimizer, lr, autocast, args)

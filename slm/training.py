@@ -183,16 +183,8 @@ def _sharded_like(p: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 
 # ---- what a person reads ---------------------------------------------------------------------------------
 
-def rehearse(part: Callable[[], object]) -> float:
-    """Seconds that a part of a run takes the second time; the first pays for moments, caches and the like."""
-    for _ in range(2):
-        began = time.perf_counter()
-        part()
-    return time.perf_counter() - began
-
-
 def forecast(model, steps: int, tokens: int, seconds: float, look: float, condition: str = "") -> None:
-    """Say what --dry-run found: seconds of all steps, and of a look at what is held out."""
+    """Say what --dry-run found. seconds: of all steps, without looks; look: of one look at held-out rows."""
     seconds += look * (1 + sum(look_due(step, steps) for step in range(steps)))
     if ranks.rank() == 0:
         print(f"dry run: {count(steps, 'step')}, {count(tokens, 'token')}{condition}; by what was measured "
