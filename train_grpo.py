@@ -517,7 +517,7 @@ def fitting(pool, tokenizer, context: int) -> list:
     sizes = [len(tokenizer.chat([user(SOLVER(question=p.question))])) for p in pool]
     fit = [p for p, size in zip(pool, sizes) if size < context - 32]
     if not fit:
-        raise BadInput(f"all {len(pool)} prompts are too long: {min(sizes)} tokens or more of {context}")
+        raise BadInput(f"every prompt is too long: {min(sizes)} tokens or more of {context}")
     if len(fit) < len(pool):
         print(f"left out: {len(pool) - len(fit)} of {len(pool)} prompts are too long for {context} tokens")
     return fit
