@@ -160,7 +160,8 @@ def choose(args) -> tuple[list, list, dict[str, dict], list[str]]:
             print(f"warning: overlap with {name} is NOT checked: {e}")
     find = records.Leaks(tests, None if tiny else 13).find
     dropped = {p.id: leak for p in problems if (leak := find(p.question))}
-    print(f"{cli.count(len(problems), 'problem')}; dropped for an overlap with {', '.join(tests)}: {len(dropped):,}")
+    print(f"{cli.count(len(problems), 'problem')}; dropped for an overlap with {', '.join(tests)}: "
+          f"{len(dropped):,}")
     return problems, [p for p in problems if p.id not in dropped], dropped, list(tests)
 
 
