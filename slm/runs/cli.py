@@ -19,7 +19,6 @@ from slm.runs.files import CONFIG, base_of, read_json
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS = {"all": (*QKVO, "gate_proj", "up_proj", "down_proj"), "qkvo": QKVO, "qv": ("q_proj", "v_proj")}
-FREE = frozenset({"out", "resume", "save_every", "dry_run"})  # a run and its continuation may differ in these
 CANNOT_WRITE = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EEXIST,
                 errno.ENOTDIR}
 
@@ -35,34 +34,22 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 class Parser(argparse.ArgumentParser):
     """With --resume, an option that is not given has the value that the run in --out was started with. RunDir
-    refuses one that is given with another value. Without --out it is the newest run of this script in runs/
-    that was started with the options that are given."""
+    refuses one that is given with another value."""
 
     def parse_args(self, words=None, namespace=None):
         args = super().parse_args(words, namespace)
         if getattr(args, "resume", False):
-            given = vars(super().parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args)))))
-            given = {name: value for name, value in given.items() if value not in (None, "auto")}
+            if not args.out:
+                self.error("--resume needs the folder of the run: --resume --out FOLDER; nothing else")
+            given = super().parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args))))
             try:
-                args.out = args.out or self.newest_run(given)
                 settings = read_json(Path(args.out) / "settings.json", {}).get("settings", {})
             except BadInput as e:
                 self.error(str(e))
-            for name in settings.keys() & vars(args).keys() - given.keys() - {"out"}:
-                setattr(args, name, settings[name])
+            for name in settings.keys() & vars(args).keys():
+                if getattr(given, name) in (None, "auto"):  # where an option is given it is not None
+                    setattr(args, name, settings[name])
         return args
-
-    def newest_run(self, given: dict) -> str:
-        found = []
-        for path in Path("runs").glob("*/settings.json"):
-            run = read_json(path)
-            same = [run["settings"].get(name, given[name]) == given[name] for name in given.keys() - FREE]
-            if all(same) and run["command"].partition(" -")[0].endswith(self.prog):
-                found.append((run["started"], str(path.parent)))
-        if not found:
-            raise BadInput(f"--resume: no run of {self.prog} in runs/ has these options; give its folder: "
-                           "--resume --out FOLDER")
-        return max(found)[1]
 
 
 class Names(argparse.Action):
@@ -80,7 +67,7 @@ def run_options(p: argparse.ArgumentParser, folder: str, resume: bool = True):
     g = p.add_argument_group("run")
     g.add_argument("--out", help=f"run directory (default {folder})")
     if resume:
-        g.add_argument("--resume", action="store_true", help="go on with the run in --out, or the newest")
+        g.add_argument("--resume", action="store_true", help="go on with the stopped run in --out")
     g.add_argument("--seed", type=lambda text: positive(text, 0), default=0,
                    help="of all that is drawn (default 0)")
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -145,7 +132,7 @@ def run(main, args: argparse.Namespace) -> None:
         where = e.filename or getattr(args, "out", None) or "the output"
         give_up(f"cannot write {where}: {e.strerror}; choose another --out")
     except KeyboardInterrupt:
-        more = ", and the same command with --resume goes on from there" if hasattr(args, "resume") else ""
+        more = f"; --resume --out {args.out or 'DIR'} goes on from there" if hasattr(args, "resume") else ""
         print(f"\nstopped; what was finished is kept{more}", file=sys.stderr)
         sys.exit(130)
 

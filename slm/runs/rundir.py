@@ -23,7 +23,6 @@ from pathlib import Path
 import torch
 
 from slm import BadInput
-from slm.runs.cli import FREE
 from slm.runs.files import Journal, read_json, write_json
 from slm.runs.ranks import barrier, rank
 
@@ -37,6 +36,8 @@ class RunDir:
     settings or data. goes_on=True is for data that is collected: the run resumes by itself where there are
     rows, and its data may have grown. log=False: this process only reads, and saves its part of checkpoints.
     """
+
+    FREE = frozenset({"out", "resume", "save_every"})  # what may differ between a run and its continuation
 
     def __init__(self, path, settings: dict, data: str = "", resume: bool = False, log: bool = True,
                  goes_on: bool = False):
@@ -66,13 +67,12 @@ class RunDir:
 
     def _compare(self, old: dict, settings: dict, data: str) -> None:
         if not old:
-            raise BadInput(f"--resume: {self.path} holds no run to continue (no settings.json); name its "
-                           "folder with --out")
+            raise BadInput(f"--resume: {self.path} holds no run to continue (no settings.json)")
         now = json.loads(json.dumps(settings))
-        if now.keys() - FREE != old["settings"].keys() - FREE:
+        if now.keys() - self.FREE != old["settings"].keys() - self.FREE:
             raise BadInput(f"{self.path} is a run of another script, or of another version of this one: "
                            f"{old['command']}")
-        for name in sorted(now.keys() - FREE):
+        for name in sorted(now.keys() - self.FREE):
             if now[name] != old["settings"][name]:
                 raise BadInput(f"{self.path} was run with {name}={old['settings'][name]}, now it is "
                                f"{now[name]}; use the same (--resume --out {self.path} takes them), or "
