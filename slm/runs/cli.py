@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         args = super().parse_args(words, namespace)
         if getattr(args, "resume", False):
             if not args.out:
-                self.error("--resume needs the folder of the run: --resume --out FOLDER; nothing else")
+                self.error("--resume needs the folder of the run: --resume --out FOLDER, no more options")
             given = super().parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args))))
             try:
                 settings = read_json(Path(args.out) / "settings.json", {}).get("settings", {})
