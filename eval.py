@@ -302,7 +302,7 @@ def regrade(run: Saved) -> None:
                 changed += 1
                 print(f"{data} {row['id']}: gold {row['gold']!r}, answer {now.answer!r}: "
                       f"{words[row['correct']]} ({row['reason']}) -> {words[now.correct]} ({now.reason})")
-            first = row.get("first_answer")
+            first = row.get("first_answer", row["answer"])
             row["first_correct"] = now.correct if first == row["answer"] else (
                 bool(first) and grade(f"\\boxed{{{first}}}", row["gold"]).correct)
             row |= {"correct": now.correct, "answer": now.answer,
