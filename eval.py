@@ -56,6 +56,7 @@ import shutil
 import time
 from collections import Counter, defaultdict
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 from slm import BadInput, checkpoint, problems, prompts, workflows
@@ -141,22 +142,29 @@ def score(rows: list[dict]) -> dict:
     """The figures of one data set; `tokens` and the counts are sums over all samples. Every interval draws
     problems again, not samples."""
     values = figures(rows)
-    groups = {name: defaultdict(list) for name in GROUPS}
-    for row in rows:
-        for name in row.keys() & groups:
-            groups[name][row[name]].append(row)
-    return {
+    found = {
         "problems": len(values["lenient"]), "samples": len(rows) // len(values["lenient"]),
         "right": sum(row["correct"] for row in rows), "accuracy": stats.estimate(values["lenient"])[0],
         "interval": stats.interval(values["lenient"]),
         "figures": {name: stats.estimate(of_problems) for name, of_problems in values.items()},
-        **{name: {value: stats.estimate(figures(some)["lenient"]) for value, some in sorted(by.items())}
-           for name, by in groups.items() if by},
         "truncated": sum(row["finish"] == "length" for row in rows),
         "no_box": sum(not in_box(row) for row in rows),
         "no_answer": sum(row["answer"] is None for row in rows),
         "failures": dict(Counter(cause for row in rows for cause in row.get("failures", []))),
         "tokens": sum(row["tokens"] for row in rows)}
+    for name in GROUPS:
+        if groups := by(rows, name):
+            found[name] = {value: stats.estimate(figures(some)["lenient"]) for value, some in groups.items()}
+    return found
+
+
+def by(rows: list[dict], name: str) -> dict[str, list[dict]]:
+    """The rows that have a field, by its value."""
+    groups = defaultdict(list)
+    for row in rows:
+        if name in row:
+            groups[row[name]].append(row)
+    return dict(sorted(groups.items()))
 
 
 def figures(rows: list[dict]) -> dict[str, list[float]]:
@@ -165,14 +173,10 @@ def figures(rows: list[dict]) -> dict[str, list[float]]:
     lenient, strict: share of samples with the right answer, anywhere or in a box: mean@n, which is pass@1.
     pass@k: chance that one of k samples is right (lenient). maj@n: whether the vote of all n samples is.
     """
-    by_id = defaultdict(list)
-    for row in rows:
-        by_id[row["id"]].append(row)
-    problems = [by_id[id] for id in sorted(by_id)]
-    right = [sum(row["correct"] for row in samples) for samples in problems]
-    boxed = [sum(row["correct"] and in_box(row) for row in samples) for samples in problems]
-    n = len(problems[0])
-    values = {"lenient": [c / n for c in right], "strict": [c / n for c in boxed]}
+    problems = list(by(rows, "id").values())
+    n, right = len(problems[0]), [sum(map(itemgetter("correct"), samples)) for samples in problems]
+    values = {"lenient": [c / n for c in right],
+              "strict": [sum(map(strictly, samples)) / n for samples in problems]}
     for k in sorted({n, *(2 ** i for i in range(n.bit_length()))} - {1}):
         values[f"pass@{k}"] = [stats.pass_at_k(n, c, k) for c in right]
     if n > 1:
@@ -187,6 +191,10 @@ def majority(samples: list[dict]) -> float:
     right = {row["answer"] for row in samples if row["correct"]}
     first = [answer in right for answer, count in votes if count == votes[0][1]]
     return sum(first) / max(1, len(first))
+
+
+def strictly(row: dict) -> bool:
+    return row["correct"] and in_box(row)
 
 
 def in_box(row: dict) -> bool:
@@ -222,9 +230,7 @@ class Saved:
         self.path, self.settings = path, DECODING | about["settings"]
         self.problems = about["data"], {row["id"] for row in rows}
         self.name = f"{path.name or path}{'/' * bool(workflow)}{workflow}"
-        self.rows, self.seconds = defaultdict(list), seconds
-        for row in rows:
-            self.rows[row.get("data") or ",".join(self.settings["data"])].append(row)
+        self.rows, self.seconds = by(rows, "data") or {",".join(self.settings["data"]): rows}, seconds
 
     def score(self, data: str) -> dict:
         return {**score(self.rows[data]), "seconds": self.seconds.get(data)}
@@ -238,7 +244,8 @@ def saved(folder: str) -> list[Saved]:
             rows, told = [row for _, row in read_rows(path / log)], read_json(path / summary)
             if "data" in told:
                 return [Saved(path, rows, {name: s["seconds"] for name, s in told["data"].items()})]
-            return [Saved(path, [row for row in rows if row["workflow"] == name], {}, name) for name in told]
+            episodes = by(rows, "workflow")
+            return [Saved(path, episodes[name], {}, name) for name in told]
     raise BadInput(f"{folder} holds no answers.jsonl with summary.json; expected a run directory of eval.py "
                    "or agents.py (if the run is not finished, repeat its command with --resume)")
 
@@ -302,9 +309,10 @@ def regrade(run: Saved) -> None:
                 changed += 1
                 print(f"{data} {row['id']}: gold {row['gold']!r}, answer {now.answer!r}: "
                       f"{words[row['correct']]} ({row['reason']}) -> {words[now.correct]} ({now.reason})")
-            first = row.get("first_answer", row["answer"])
-            row["first_correct"] = now.correct if first == row["answer"] else (
-                bool(first) and grade(f"\\boxed{{{first}}}", row["gold"]).correct)
+            if "first_answer" in row:
+                first, same = row["first_answer"], row["first_answer"] == row["answer"]
+                row["first_correct"] = now.correct if same else (
+                    bool(first) and grade(f"\\boxed{{{first}}}", row["gold"]).correct)
             row |= {"correct": now.correct, "answer": now.answer,
                     "boxed": extract(row["response"], strict=True) is not None}
             row["reason"] = now.reason if now.answer else row["reason"]

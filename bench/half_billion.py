@@ -36,8 +36,8 @@ WORKED = [f"{row}-{workflow}" for row in ROWS for workflow in WORKFLOWS]
 OVER = [("sft-self", "base"), ("sft-human", "base"), ("grpo", "sft-self"), ("grpo", "grpo-placebo"),
         ("grpo-seed1", "sft-self"), ("grpo-seed1", "grpo-placebo"), ("grpo-base", "base"),
         *((name, name.rpartition("-")[0]) for name in WORKED)]
-FIELDS = ("id", "data", "level", "subject", "gold", "answer", "correct", "reason", "first_correct", "sample",
-          "tokens", "finish")
+FIELDS = ("id", "data", "level", "subject", "gold", "answer", "correct", "reason", "sample", "tokens",
+          "finish")
 END = 200  # characters of a response
 LIMIT = 5e6  # bytes
 CURVES = {"reward": "reward", "solved": "solved while sampling (share)", "evaluated": "held out (share)"}
@@ -72,8 +72,8 @@ def collect(runs: Path, results: Path, device: str) -> None:
             (to / "summary.json").write_text(without_folders((run / "summary.json").read_text(), runs))
         for name, short in (("metrics", shorter), ("answers", stripped)):
             if found := rows(run / f"{name}.jsonl"):
-                lines = [json.dumps(short(row), ensure_ascii=False) + "\n" for row in found]
-                (to / f"{name}.jsonl").write_text("".join(lines))
+                lines = (json.dumps(short(row), ensure_ascii=False, separators=(",", ":")) for row in found)
+                (to / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
     size = sum(file.stat().st_size for file in results.rglob("*") if file.is_file())
     print(f"{results}: {size / 1e6:.2f} MB{'' if size < LIMIT else ', which is too much'}\n")
 
@@ -91,8 +91,8 @@ def shorter(row: dict) -> dict:
 
 def stripped(row: dict) -> dict:
     """An answer without ids, question and the start of its response; the first answer where it is another."""
-    first = {"first_answer": row["first_answer"]} if row["first_answer"] != row["answer"] else {}
-    return {name: row[name] for name in FIELDS if name in row} | first | {
+    first = ("first_answer", "first_correct") if row["first_answer"] != row["answer"] else ()
+    return {name: row[name] for name in FIELDS + first if name in row} | {
         "boxed": evaluation.in_box(row), "response": row["response"][-END:]}
 
 
