@@ -271,7 +271,7 @@ def table(runs: list[Saved], markdown: bool = False) -> str:
                 compared["p"] = "" if run is first else stats.p_value(stats.mcnemar(start, now))
             texts = cells(s, compared, ("truncated", "no_box"))
             if run is first:
-                lines.append(stats.line("", {heading: heading for heading in texts}, markdown))
+                lines.append(stats.line("run", {heading: heading for heading in texts}, markdown))
                 lines += ["|" + " --- |" * (len(texts) + 1)] * markdown
             lines.append(stats.line(run.name if markdown else f"  {run.name}", texts, markdown))
     return "\n".join(lines)

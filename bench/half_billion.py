@@ -51,6 +51,8 @@ def main() -> None:
     args = p.parse_args()
     if args.collect:
         collect(args.collect, RESULTS, args.device)
+    if not RESULTS.is_dir():
+        return print(f"{RESULTS.relative_to(ROOT)} is not there yet: --collect makes it")
     print(tables(RESULTS))
     if draw(RESULTS, FIGURE):
         print(f"\nfigure: {FIGURE.relative_to(ROOT)}")
