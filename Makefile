@@ -1,6 +1,7 @@
 # make demo    the whole pipeline on the built-in model, offline, minutes on two CPU cores
 # make test    every fast test; make test-slow and make test-parity need minutes, or real weights
 # make bench   side-by-side measurements against peers
+# make results  prints the tables of RESULTS.md that results/ holds, and draws their figures
 # make house   draws docs/house.svg anew, after an import was added or removed
 # Each sets up .venv by itself. Another Python (3.11 or newer): make demo PYTHON=python3.12
 
@@ -9,7 +10,7 @@ PY := .venv/bin/python
 # one thread a worker: two pytest workers share two cores
 TEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest
 
-.PHONY: demo test test-slow test-parity bench lint house clean
+.PHONY: demo test test-slow test-parity bench results lint house clean
 
 demo: .venv/.run
 	PYTHON=$(PY) bash recipes/demo.sh
@@ -25,6 +26,10 @@ test-parity: .venv/.dev
 
 bench: .venv/.dev
 	for b in grader sandbox sampler; do $(PY) bench/$$b.py || exit 1; done
+
+results: .venv/.run
+	$(PY) bench/half_billion.py
+	$(PY) bench/objectives.py --table
 
 lint: .venv/.dev
 	$(PY) -m ruff check .

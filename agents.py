@@ -45,6 +45,7 @@ from functools import partial
 from slm.answers import answer_record, finished, run_graded
 from slm.backends import asked_with, open_backend
 from slm.episode import Episode, Sampling
+from slm.grading import version
 from slm.problems import fingerprint, load_all, refuse_long
 from slm.report import write as write_report
 from slm.runs import stats
@@ -54,12 +55,13 @@ from slm.sandbox import Sandbox
 
 
 def main(args: argparse.Namespace) -> None:
-    names, problems = chosen(args.workflow), load_all(args.data, args.split, args.limit)
+    names, problems = chosen(args.workflow), load_all(args.data, args.split, args.limit, args.draw)
     args.out = new_path(args.out, f"agents-{name_of(args.model)}")
     cli.show(vars(args))
     backend, adapters = open_backend(args)
     refuse_long(problems, backend)
-    run = RunDir(args.out, vars(args) | asked_with(backend), fingerprint(problems), args.resume)
+    run = RunDir(args.out, vars(args) | asked_with(backend) | {"grader": version()}, fingerprint(problems),
+                 args.resume)
     done = finished(run.journal("episodes")) if args.resume else []
     sampling = Sampling(args.max_tokens, stop_at_box=True)
     memo, results = {}, {}

@@ -6,13 +6,16 @@ Here, and not in episode.py, the gold answers come in: no workflow and no frame 
 from collections.abc import Callable, Generator
 
 from slm.episode import Episode, Reply, jobs_for, run_episodes
-from slm.grading import grade
+from slm.grading import extract, grade
 from slm.runs.files import Journal
+
+GROUPS = ("level", "subject")  # what a problem may belong to
 
 
 def answer_record(problem, episode: Episode) -> dict:
-    """An episode graded, as one line of answers.jsonl. The ids are those of the reply that gave the response,
-    or of the solver's last reply if several replies led to the answer."""
+    """An episode graded, as one line of answers.jsonl. `correct` counts an answer wherever it stands, `boxed`
+    says whether it stands in a box. The ids are those of the reply that gave the response, or of the solver's
+    last reply if several replies led to the answer."""
     result = grade(episode.response, problem.gold)
     first = result.correct
     if episode.drafts:
@@ -21,8 +24,10 @@ def answer_record(problem, episode: Episode) -> dict:
              or [t for t in episode.turns if t.role == "solver"] or episode.turns)
     said = turns[-1].reply if turns else Reply("", finish="error")
     return {
-        "id": problem.id, "question": problem.question, "gold": problem.gold, "response": episode.response,
-        "answer": episode.answer, "correct": result.correct, "reason": episode.error or result.reason,
+        "id": problem.id, "data": problem.data, "question": problem.question, "gold": problem.gold,
+        **{name: getattr(problem, name) for name in GROUPS if getattr(problem, name)},
+        "response": episode.response, "answer": episode.answer, "correct": result.correct,
+        "boxed": extract(episode.response, strict=True) is not None, "reason": episode.error or result.reason,
         "first_answer": episode.first_answer, "first_correct": first, "workflow": episode.workflow,
         "sample": episode.sample, "failures": episode.failures, "broken": episode.broken,
         "asks": len(episode.turns), "tokens": episode.tokens_out, "prompt_ids": said.prompt_ids,

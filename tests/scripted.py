@@ -4,10 +4,10 @@ import contextlib
 import io
 import random
 import zlib
-from types import SimpleNamespace
 
 from slm import BadInput
 from slm.episode import Reply, Request
+from slm.problems import Problem
 from slm.sandbox import Outcome
 
 
@@ -84,4 +84,4 @@ class Sandbox:
 
 
 def problem(id, question, gold="0"):
-    return SimpleNamespace(id=id, question=question, gold=gold)
+    return Problem(id, question, gold, source="")

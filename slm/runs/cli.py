@@ -196,6 +196,8 @@ def answer_options(p, both):
                         "files (default tiny)")
     g.add_argument("--split", choices=("train", "test", "unseen"), default="test")
     g.add_argument("--limit", type=positive, help=f"the first N problems of each set ({both('limit')})")
+    g.add_argument("--draw", type=lambda text: positive(text, 0), metavar="SEED",
+                   help="not the first N, but N drawn at random with this seed")
 
 
 def adapter_options(g, both):
