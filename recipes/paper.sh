@@ -13,11 +13,11 @@ MODEL=${MODEL:-Qwen/Qwen2.5-Math-1.5B}
 RUNS=${RUNS:-runs/paper}
 TEST=(--data gsm8k,math500 --limit 500 --max-tokens 2048)
 
-# stage FOLDER SCRIPT OPTIONS runs one stage. A stage whose page is there is done, and is left out. A stage with
-# settings but no page was stopped, and goes on.
+# stage FOLDER SCRIPT OPTIONS runs one stage. A stage whose result is there is done, and is left out. A stage with
+# settings but no result was stopped, and goes on.
 stage() {
   local out="$RUNS/$1" resume=""; shift
-  if [ -e "$out/report.html" ]; then return; fi
+  if [ -e "$out/summary.json" ] || [ -d "$out/adapter" ] || [ -d "$out/model" ]; then return; fi
   if [ -e "$out/settings.json" ]; then resume=--resume; fi
   "$PYTHON" "$@" --out "$out" $resume
 }
