@@ -181,8 +181,10 @@ def main(args):
             if step == 0 and held_out:
                 rundir.log("metrics", {"step": 0, **answer()})
             batch, seconds = [pool[i] for i in plan[step]], Counter()
-            episodes, replaced = roll_out(batch, spare_problems(pool, plan[step], step, args), step, policy,
-                                          workflow, sampler, sandbox, seconds, args)
+            spare = spare_problems(pool, plan[step], step, args)
+            known = {p.id: p for p in (*batch, *spare)}
+            episodes, replaced = roll_out(batch, spare, step, policy, workflow, sampler, sandbox, seconds,
+                                          args)
             with timed(seconds, "score"):
                 records, divisor = give_credit(episodes, algorithm, moving, args)
                 if teacher:
@@ -192,12 +194,13 @@ def main(args):
                 learned |= update_policy(policy, records, divisor, optimizer, lr, algorithm, args)
             with timed(seconds, "evaluate"):
                 learned |= answer() if held_out and training.look_due(step, total) else {}
-            told = lines(step + 1, episodes, records, batch)
+            told = lines(step + 1, episodes, records, known, tokenizer)
             row = {"step": step + 1, **summary(told), **learned, "lr": lr,
                    "replaced": int(ranks.summed({"n": len(replaced)})["n"]) // args.samples,
                    **shares(seconds, episodes + replaced), "memory": round(peak_memory(policy), 3)}
             rundir.log("metrics", row)
             rundir.log("episodes", *told)
+            rundir.log("discarded", *lines(step + 1, replaced, [[]] * len(replaced), known, tokenizer))
             tell(bar, row)
         if args.dry_run:
             return forecast(policy, row, len(plan), args)
@@ -550,4 +553,4 @@ def finish(policy, base: str, out):
 
 
 if __name__ == "__main__":
-    cli.run(main, args)
+    cli.run(main, args, stopped=write_report)
