@@ -78,7 +78,8 @@ def breakdown(told: Told, title: str, keys: list, name: Callable, compare: bool 
     for i, key in enumerate(keys):
         if key is not None and c["right"][i] is not None:
             rows[key].append(i)
-    changes = [flag for flag in ("improved", "degraded") if any(x & FLAGS[flag] for x in c["flags"])]
+    changed = any(x & (FLAGS["improved"] | FLAGS["degraded"]) for x in c["flags"])
+    changes = ("improved", "degraded") if changed else ()
     for key in sorted(rows):
         groups, tokens, flags = defaultdict(list), [], Counter()
         for i in rows[key]:
@@ -89,7 +90,7 @@ def breakdown(told: Told, title: str, keys: list, name: Callable, compare: bool 
         first = first or shares
         table.append([name(key), len(shares), share("share", fmean(shares.values()),
                                                     *stats.interval(list(shares.values()))),
-                      *(f"{flags[flag] / len(tokens):.1%}" for flag in ("truncated", "no box")),
+                      *(f"{100 * flags[flag] / len(tokens):.1f} %" for flag in ("truncated", "no box")),
                       round(fmean(tokens)), *(flags[flag] for flag in changes),
                       *(over(first, shares) if compare else ())])
     columns = ["", "problems", "right", "truncated", "no box", "tokens", *changes]
@@ -157,7 +158,7 @@ def share_right(row: list) -> float:
 
 
 def in_words(row: list) -> str:
-    return f"{row[2]['share']:.1%} (95 % interval {stats.span(row[2]['low'], row[2]['high'])})"
+    return f"{100 * row[2]['share']:.1f} % (95 % interval {stats.span(row[2]['low'], row[2]['high'])})"
 
 
 def moves(rows: list[dict], *names: str) -> str:
@@ -166,6 +167,7 @@ def moves(rows: list[dict], *names: str) -> str:
     for name in names:
         if y := [row[name] for row in rows if name in row]:
             tenth, percent = max(1, len(y) // 10), HEADLINES[name].endswith("(share)")
-            ends = [format(fmean(part), ".1%" if percent else ".3g") for part in (y[:tenth], y[-tenth:])]
+            ends = [fmean(part) for part in (y[:tenth], y[-tenth:])]
+            ends = [f"{100 * x:.1f} %" if percent else f"{x:.3g}" for x in ends]
             said.append(f"{HEADLINES[name].removesuffix(' (share)')} from {ends[0]} to {ends[1]}")
     return f"{'; '.join(said).capitalize()}." if said else "No step is done yet."

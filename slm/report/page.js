@@ -47,7 +47,7 @@ const mean = values => values.reduce((sum, x) => sum + x, 0) / values.length;
 function figure(x) {  // a number for people
   if (typeof x !== "number") return x === null || x === undefined ? "" : String(x);
   if (Number.isInteger(x)) return x.toLocaleString("en");
-  return Math.abs(x) >= 0.001 && Math.abs(x) < 1e5 ? String(Number(x.toPrecision(3))) : x.toExponential(1);
+  return Math.abs(x) >= 0.0001 && Math.abs(x) < 1e5 ? String(Number(x.toPrecision(3))) : x.toExponential(1);
 }
 
 // ---- the state and the address ---------------------------------------------------------------------------
@@ -164,7 +164,7 @@ function scatter(points) {  // accuracy against what it costs in tokens
     draw("line", {x1: x(p.x), x2: x(p.x), y1: y(p.low), y2: y(p.high), stroke: tone(n), opacity: .6}),
     draw("circle", {cx: x(p.x), cy: y(p.share), r: 4, fill: tone(n)}),
     draw("text", {x: x(p.x) + 8, y: y(p.share) + 3.5}, p.name)));
-  return make("div", {className: "wide"}, make("h3", {}, "Right answers against tokens"), svg);
+  return make("div", {className: "wide scatter"}, make("h3", {}, "Right answers against tokens"), svg);
 }
 
 function drawAbout() {
@@ -453,9 +453,10 @@ function caption(i) {  // an episode in a few words
 }
 
 function drawList() {
+  const {scrollTop, clientHeight} = $("list");
+  const first = Math.max(0, Math.min(shown.length - 1, Math.floor(scrollTop / ROW) - 4));
+  const last = Math.min(shown.length, first + Math.ceil(clientHeight / ROW) + 9);
   $("rows").style.height = `${shown.length * ROW}px`;
-  const first = Math.max(0, Math.floor($("list").scrollTop / ROW) - 4);
-  const last = Math.min(shown.length, first + Math.ceil($("list").clientHeight / ROW) + 9);
   const now = opened();
   $("rows").replaceChildren(...shown.slice(first, last).map((group, k) => {
     const [id, question, gold] = run.problems[group.problem];
@@ -519,20 +520,26 @@ function chunk(n) {
 }
 
 async function loadAll() {  // after the first paint, so that a search finds what was said
+  if (unpacked === run.columns.right.length) return;
   if (run.beside && !state.q) return;  // files beside the page: only when somebody searches
   for (let n = 0; n < run.chunks; n++) await chunk(n);
   if (state.q) update();
 }
 
+let drawn = "";  // what the detail shows now
 async function drawDetail() {
   const group = opened(), box = $("detail");
   document.body.classList.toggle("reading", group !== null);
+  const key = group && [group.place, state.n, state.raw, state.side, state.color, group.hits.join()].join("\n");
+  if (key === drawn) return;
+  drawn = key;
   if (!group) return box.replaceChildren(make("p", {className: "empty"}, "Choose a problem to read what was said."));
   const n = state.open === "" ? group.members.indexOf(group.hits[0]) : Math.max(0, Number(state.n)), side = state.side === "1" && group.members.length > 1;
   const wanted = side ? group.members : [group.members[n]];
   const missing = wanted.filter(i => !details[i]).map(i => Math.floor(i / run.chunk));
   if (missing.length) {
     await Promise.all(missing.map(chunk));
+    drawn = "";
     return drawDetail();  // the state may have changed meanwhile
   }
   const [id, question, gold, level, subject] = run.problems[group.problem];
