@@ -200,7 +200,8 @@ def main(args):
                    **shares(seconds, episodes + replaced), "memory": round(peak_memory(policy), 3)}
             rundir.log("metrics", row)
             rundir.log("episodes", *told)
-            rundir.log("discarded", *lines(step + 1, replaced, [[]] * len(replaced), known, tokenizer))
+            if args.resample:
+                rundir.log("discarded", *lines(step + 1, replaced, [[]] * len(replaced), known, tokenizer))
             tell(bar, row)
         if args.dry_run:
             return forecast(policy, row, len(plan), args)

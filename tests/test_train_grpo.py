@@ -21,7 +21,7 @@ from slm.episode import Episode, Reply, TokenRecord, Turn
 from slm.formats import lora_files
 from slm.grading import grade
 from slm.problems import Problem
-from slm.report.page import HEADLINES
+from slm.report.figures import HEADLINES
 from slm.rewards import Rules, reward_of
 from slm.runs import cli, rundir, steps
 from slm.sampling import Sampler

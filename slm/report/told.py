@@ -38,7 +38,7 @@ class Told:
                 for log in LOGS]
         logs = [(*names, path, path.stat()) for *names, path in logs if path.is_file()]
         now = {path: (stat.st_size, stat.st_ino) for *_, path, stat in logs}
-        if any(now.get(path, (-1, 0)) < (end, 0) or now[path][1] != inode
+        if any(path not in now or now[path][0] < end or now[path][1] != inode
                for path, (end, inode) in self.ends.items()):
             self.__init__(self.folders)
         for label, log, path, stat in logs:
