@@ -103,7 +103,7 @@ def test_no_text_of_a_model_becomes_markup_and_the_page_runs_its_own_two_scripts
 
 def test_model_text_reaches_the_document_as_text_only():
     script = (ROOT / "slm" / "report" / "page.js").read_text()
-    assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|"
+    assert not re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|"
                           r"fetch\(|XMLHttpRequest|import\(|DOMParser", script)
 
 
@@ -128,8 +128,8 @@ def test_an_episode_comes_with_what_was_asked_said_and_run(tmp_path):
 def test_grpo_tells_groups_tokens_and_what_was_discarded(tmp_path):
     tokens = {"text": ["2", "4"], "mask": [0, 1], "logp": [-0.5], "old": [-0.4], "teacher": []}
     row = {"step": 1, "problem": "p", "question": "Q", "gold": "4", "correct": True, "reward": 1.0,
-           "tokens": 1, "advantage": 0.5, "reason": "right", "parts": {"correct": 1}, "answer": "4", "turns": [
-               {"role": "solver", "reply": {"text": "4", "finish": "stop"}}], "records": [tokens]}
+           "tokens": 1, "advantage": 0.5, "reason": "right", "parts": {"correct": 1}, "answer": "4",
+           "turns": [{"role": "solver", "reply": {"text": "4", "finish": "stop"}}], "records": [tokens]}
     settings = {"model": "tiny", "algorithm": "grpo", "batch": 8, "samples": 2, "data": ["tiny"]}
     path = run(tmp_path / "r", settings, metrics=METRICS, episodes=[row | {"sample": k} for k in (0, 1)],
                discarded=[row | {"problem": "q", "advantage": None, "sample": 0}])
@@ -146,11 +146,11 @@ def test_an_evaluation_is_broken_down_with_intervals(tmp_path):
     rows = [answer(str(n), n < 8, level=1 + n % 2, subject="Algebra", tokens=20 * n) for n in range(10)]
     main, _ = data(report.write(run(tmp_path / "r", answers=rows)))
     titles = [table["title"] for table in main["tables"]]
-    assert titles == ["Right answers", "By level", "By length of the answer"]  # one subject is no breakdown
+    assert titles == ["Right answers", "By length of the answer", "By level"]  # one subject is no breakdown
     (whole,) = main["tables"][0]["rows"]
     assert whole[:3] == ["tiny", 10, {"share": 0.8, "low": 0.4902, "high": 0.9433}]  # Wilson, 8 of 10
-    assert [row[:2] for row in main["tables"][1]["rows"]] == [["1", 5], ["2", 5]]
-    assert main["tables"][2]["rows"][0][:2] == ["0 to 0 tokens", 1]
+    assert [row[:2] for row in main["tables"][2]["rows"]] == [["1", 5], ["2", 5]]
+    assert main["tables"][1]["rows"][0][:2] == ["0 to 0 tokens", 1]
     assert main["sentence"] == "tiny: 80.0 % (95 % interval 49.0-94.3) of 10 problems of tiny right."
 
 
@@ -160,7 +160,7 @@ def test_workflows_are_compared_with_the_first_on_the_same_problems(tmp_path):
     main, _ = data(report.write(run(tmp_path / "r", episodes=rows)))
     table = main["tables"][0]
     assert table["columns"][-4:] == ["improved", "degraded", "over the first", "p"]
-    assert table["rows"][0][-2:] == [None, None] and table["rows"][1][-4:-2] == [5, 0]
+    assert table["rows"][0][-2:] == [None, None] and table["rows"][1][-4:-2] == ["50.0 %", "0.0 %"]
     assert table["rows"][1][-2]["difference"] == 0.5 and table["rows"][1][-1] == "0.062"  # 2 * 0.5 ** 5
 
 

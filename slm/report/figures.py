@@ -59,16 +59,15 @@ def tables(told: Told, kind: str) -> list[dict]:
     if kind not in TITLES or not problems:
         return []
     sets = list(dict.fromkeys(of["data"]))
-    if len(who) > 1:
-        for data in sets:
-            keys = [one if own == data else None for one, own in zip(c["who"], of["data"])]
-            title = f"{TITLES[kind]}: {data}" if len(sets) > 1 else TITLES[kind]
-            found.append(breakdown(told, title, keys, who.__getitem__, compare=True))
-    else:
-        found.append(breakdown(told, TITLES[kind], of["data"], str))
-    found += [breakdown(told, f"By {name}", of[name], str) for name in ("level", "subject")
-              if len(set(of[name])) > 1]
-    return [*found, breakdown(told, "By length of the answer", bins, length)]
+    for data in sets if len(who) > 1 else ():
+        keys = [one if own == data else None for one, own in zip(c["who"], of["data"])]
+        title = f"{TITLES[kind]}: {data}" if len(sets) > 1 else TITLES[kind]
+        found.append(breakdown(told, title, keys, who.__getitem__, compare=True))
+    if len(who) == 1:
+        found += [breakdown(told, TITLES[kind], of["data"], str),
+                  breakdown(told, "By length of the answer", bins, length)]
+    return found + [breakdown(told, f"By {name}", of[name], str) for name in ("level", "subject")
+                    if len(set(of[name])) > 1]
 
 
 def breakdown(told: Told, title: str, keys: list, name: Callable, compare: bool = False) -> dict:
@@ -78,8 +77,8 @@ def breakdown(told: Told, title: str, keys: list, name: Callable, compare: bool 
     for i, key in enumerate(keys):
         if key is not None and c["right"][i] is not None:
             rows[key].append(i)
-    changed = any(x & (FLAGS["improved"] | FLAGS["degraded"]) for x in c["flags"])
-    changes = ("improved", "degraded") if changed else ()
+    shown = [flag for flag in ("truncated", "no box", "improved", "degraded")
+             if any(x & FLAGS[flag] for x in c["flags"])]
     for key in sorted(rows):
         groups, tokens, flags = defaultdict(list), [], Counter()
         for i in rows[key]:
@@ -90,10 +89,9 @@ def breakdown(told: Told, title: str, keys: list, name: Callable, compare: bool 
         first = first or shares
         table.append([name(key), len(shares), share("share", fmean(shares.values()),
                                                     *stats.interval(list(shares.values()))),
-                      *(f"{100 * flags[flag] / len(tokens):.1f} %" for flag in ("truncated", "no box")),
-                      round(fmean(tokens)), *(flags[flag] for flag in changes),
+                      round(fmean(tokens)), *(f"{100 * flags[flag] / len(tokens):.1f} %" for flag in shown),
                       *(over(first, shares) if compare else ())])
-    columns = ["", "problems", "right", "truncated", "no box", "tokens", *changes]
+    columns = ["", "problems", "right", "tokens", *shown]
     return {"title": title, "columns": columns + (["over the first", "p"] if compare else []), "rows": table}
 
 

@@ -160,10 +160,14 @@ function scatter(points) {  // accuracy against what it costs in tokens
     draw("text", {x: left - 6, y: y(tick) + 3.5, "text-anchor": "end"}, `${Math.round(100 * tick)} %`));
   for (const tick of x.ticks) svg.append(draw("text", {x: x(tick), y: height - 10, "text-anchor": "middle"}, figure(tick)));
   svg.append(draw("text", {x: width - 150, y: height - 10, dx: 26}, "tokens an answer"));
-  points.forEach((p, n) => svg.append(
-    draw("line", {x1: x(p.x), x2: x(p.x), y1: y(p.low), y2: y(p.high), stroke: tone(n), opacity: .6}),
-    draw("circle", {cx: x(p.x), cy: y(p.share), r: 4, fill: tone(n)}),
-    draw("text", {x: x(p.x) + 8, y: y(p.share) + 3.5}, p.name)));
+  const placed = [];  // labels, none on another
+  points.forEach((p, n) => {
+    const label = {x: x(p.x) + 8, y: y(p.share) + 3.5, end: x(p.x) + 14 + 5.5 * p.name.length};
+    while (placed.some(one => one.x < label.end && label.x < one.end && Math.abs(one.y - label.y) < 11)) label.y += 11;
+    placed.push(label);
+    svg.append(draw("line", {x1: x(p.x), x2: x(p.x), y1: y(p.low), y2: y(p.high), style: `stroke: ${tone(n)}`, opacity: .6}),
+      draw("circle", {cx: x(p.x), cy: y(p.share), r: 4, style: `fill: ${tone(n)}`}), draw("text", {x: label.x, y: label.y}, p.name));
+  });
   return make("div", {className: "wide scatter"}, make("h3", {}, "Right answers against tokens"), svg);
 }
 
@@ -546,7 +550,7 @@ async function drawDetail() {
   const episodes = make("div", {className: "episodes"}, ...wanted.map(i => episodeOf(i, gold, side)));
   episodes.style.setProperty("--across", side ? Math.min(3, wanted.length) : 1);
   box.classList.toggle("raw", state.raw === "1");
-  box.replaceChildren(placeOf(group, [id, level, subject, group.step === null ? null : `step ${group.step}`]),
+  box.replaceChildren(placeOf(group, [id, level && `level ${level}`.replace(/^level level/i, "level"), subject, group.step === null ? null : `step ${group.step}`]),
     make("div", {className: "said question"}, prose(question)),
     gold === null ? "" : make("p", {className: "gold"}, "Right answer: ", make("b", {}, formula(String(gold)))),
     make("p", {className: "note"}, waste(group)),
@@ -577,7 +581,7 @@ function memberOf(group, i, pressed) {
   const who = run.who[column("who")[i]], name = run.who.length > 1 ? who : `sample ${column("sample")[i]}`;
   const answer = column("answer")[i];
   const button = make("button", {type: "button", className: "member" + (group.hits.includes(i) ? "" : " dim"), "aria-pressed": String(pressed)},
-    dotOf(i, group), name, make("small", {}, answer === null ? "no answer" : `answer ${answer.slice(0, 24)}`), ...caption(i).split(", ").map(line => make("small", {}, line)));
+    dotOf(i, group), make("span", {}, name), make("small", {}, answer === null ? "no answer" : `answer ${answer.slice(0, 24)}`), ...caption(i).split(", ").map(line => make("small", {}, line)));
   button.onclick = () => { state.side = ""; open(group, i); };
   return button;
 }
@@ -673,8 +677,8 @@ function tokensOf(records, advantage) {
   }
   if (!COLORS[state.color]) return [bar];
   const readout = make("p", {className: "readout"}, "Point at a token.");
-  return [bar, make("p", {className: "hint"}, COLORS[state.color][2]),
-          ...records.map(record => coloured(record, advantage, state.color, readout)), readout];
+  return [bar, make("p", {className: "hint"}, COLORS[state.color][2]), readout,
+          ...records.map(record => coloured(record, advantage, state.color, readout))];
 }
 
 function coloured(record, advantage, color, readout) {

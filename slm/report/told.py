@@ -16,7 +16,7 @@ CHUNK = 256  # details packed together
 COLUMNS = ("problem", "step", "who", "sample", "right", "reward", "advantage", "tokens", "reason", "answer",
            "flags")
 FLAGS = {"truncated": 1, "no box": 2, "tool error": 4, "improved": 8, "degraded": 16, "discarded": 32,
-         "no signal": 64, "right without a box": 128}
+         "no signal": 64, "right unboxed": 128}
 
 
 class Told:
@@ -54,7 +54,8 @@ class Told:
         self.problems.setdefault(key, {"place": len(self.problems), "id": key[1], "data": key[0]}).update(
             {name: row[name] for name in ("question", "gold", "level", "subject") if row.get(name)})
         entry = entry_of(log, row)
-        who = ": ".join(filter(None, [label, str(row.get("teacher") or row.get("workflow") or "")]))
+        who = str(row.get("teacher") or row.get("workflow") or "")
+        who = label if label and who in ("", "solver") else f"{label}: {who}" if label else who
         entry |= {"problem": self.problems[key]["place"], "who": self.who.setdefault(who, len(self.who)),
                   "reason": self.reasons.setdefault(entry["reason"], len(self.reasons))}
         for name, column in self.columns.items():
@@ -122,7 +123,7 @@ def flags_of(log: str, row: dict, right: bool) -> Iterator[str]:
     elif "advantage" in row and not row["advantage"]:
         yield "no signal"
     if row.get("lenient") and not right:
-        yield "right without a box"
+        yield "right unboxed"
 
 
 def detail_of(row: dict) -> dict:
