@@ -1,6 +1,7 @@
 """What any script leaves behind becomes one page that needs nothing else and shows model text as text. What a
 browser makes of it is tested in test_report_browser.py."""
 
+import argparse
 import base64
 import doctest
 import hashlib
@@ -13,12 +14,13 @@ import time
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from slm import BadInput, report
 from slm.report import figures, page, told
-from slm.runs import files, rundir
+from slm.runs import cli, files, rundir
 
 ROOT = Path(__file__).parents[1]
 METRICS = [{"step": i, "reward": i / 50 - 1, "solved": i / 100, "kl": 0.001 * i, "entropy": 2 - i / 50,
@@ -159,8 +161,8 @@ def test_workflows_are_compared_with_the_first_on_the_same_problems(tmp_path):
             (("solver", 4), ("vote", 9)) for n in range(10) for right in [n < share]]
     main, _ = data(report.write(run(tmp_path / "r", episodes=rows)))
     table = main["tables"][0]
-    assert table["columns"][-4:] == ["improved", "degraded", "over the first", "p"]
-    assert table["rows"][0][-2:] == [None, None] and table["rows"][1][-4:-2] == ["50.0 %", "0.0 %"]
+    assert table["columns"][-3:] == ["improved", "over the first", "p"]
+    assert table["rows"][0][-2:] == [None, None] and table["rows"][1][-3] == "50.0 %"
     assert table["rows"][1][-2]["difference"] == 0.5 and table["rows"][1][-1] == "0.062"  # 2 * 0.5 ** 5
 
 
@@ -247,6 +249,16 @@ def test_a_run_under_way_writes_its_page_seldom_and_survives_a_page_that_fails(t
     assert "warning" in capsys.readouterr().err
 
 
+def test_ctrl_c_leaves_a_page_where_a_run_stands(tmp_path):
+    folder = rundir.RunDir(tmp_path / "r", {})
+    folder.log("answers", answer("a"))
+    for out in (folder.path, tmp_path / "none", None):
+        stop = mock.Mock(side_effect=KeyboardInterrupt)
+        with pytest.raises(SystemExit, match="130"):
+            cli.run(stop, argparse.Namespace(out=out), stopped=report.write)
+    assert len(data(folder.path / "report.html")[1]) == 1 and not (tmp_path / "none").exists()
+
+
 def test_runs_are_compared_on_one_page_and_seeds_of_a_run_share_a_line(tmp_path):
     a = run(tmp_path / "a", {"model": "x", "seed": 0}, answers=[answer(str(n), n < 2) for n in range(4)])
     b = run(tmp_path / "b", {"model": "y", "seed": 0}, answers=[answer(str(n), n < 3) for n in range(4)])
@@ -260,6 +272,10 @@ def test_runs_are_compared_on_one_page_and_seeds_of_a_run_share_a_line(tmp_path)
     main, _ = data(report.compare([*seeds, other], tmp_path / "curves.html"))
     assert list(main["metrics"]) == ["0 and 2 more like it", "t"]
     assert len(main["metrics"]["0 and 2 more like it"]) == 3
+    c = run(tmp_path / "c", answers=[answer("0", question="Another?"), answer("1", data="", workflow="vote")])
+    main, _ = data(report.compare([a, c], tmp_path / "c.html"))  # the same id, but another question
+    assert len(main["problems"]) == 5 and main["columns"]["problem"] == [0, 1, 2, 3, 4, 1]
+    assert main["who"] == ["a", "c", "c: vote"]
     with pytest.raises(BadInput, match="named twice"):
         report.compare([a, a], tmp_path / "x.html")
 

@@ -48,7 +48,8 @@ def kind_of(folder: Path, settings: dict) -> str:
 def tables(told: Told, kind: str) -> list[dict]:
     """The tables of a page, in their order."""
     c, who, problems, found = told.columns, list(told.who), list(told.problems.values()), []
-    of = {name: [problems[i].get(name) for i in c["problem"]] for name in ("data", "level", "subject")}
+    of = {name: [problems[i].get(name) for i in c["problem"]] for name in ("level", "subject")}
+    of["data"] = [problems[i].get("data", "") for i in c["problem"]]
     bins = [None if tokens is None else max(0, tokens).bit_length() for tokens in c["tokens"]]
     if kind in ("data", "verifier"):
         causes = Counter("kept" if right else list(told.reasons)[reason]
@@ -147,8 +148,8 @@ def sentence(told: Told, kind: str, settings: dict, rows: list[dict], found: lis
         return f"{model}: {'; '.join(parts)}."
     best = max(table, key=share_right)
     first = f" {table[0][0]} has {in_words(table[0])}." if best is not table[0] else ""
-    return (f"{len(table)} {TITLES[kind].lower()} on the same {table[0][1]:,} problems: {best[0]} has the "
-            f"most right, {in_words(best)}.{first}")
+    return (f"{len(table)} {TITLES[kind].lower()}, {len(told.problems):,} problems: {best[0]} has the most "
+            f"right, {in_words(best)}.{first}")
 
 
 def share_right(row: list) -> float:

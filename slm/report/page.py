@@ -98,7 +98,7 @@ def save(out: Path, told: Told, main: dict) -> Path:
     """Write the page, and the folder beside it or not. A folder that an earlier page had goes away."""
     chunks, beside = told.chunks(), out.with_name(f"{out.stem}-data")
     apart = sum(map(len, chunks)) > LIMIT
-    problems = [[p["id"], p.get("question", ""), p.get("gold"), p.get("level"), p.get("subject")]
+    problems = [[p["id"], p["question"], *map(p.get, ("gold", "level", "subject"))]
                 for p in told.problems.values()]
     main |= {"written": time.strftime("%Y-%m-%d %H:%M:%S"), "columns": told.columns, "problems": problems,
              "who": list(told.who), "reasons": list(told.reasons), "flags": FLAGS, "chunk": CHUNK,

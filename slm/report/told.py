@@ -26,7 +26,7 @@ class Told:
         self.folders = folders
         self.ends: dict[Path, tuple] = {}      # log -> (bytes read, inode)
         self.columns = {name: [] for name in COLUMNS}
-        self.problems: dict[tuple, dict] = {}  # (data set, id) -> what is known; their order is the column's
+        self.problems: dict[tuple, dict] = {}  # (id, question) -> what is known; their order is the column's
         self.who: dict[str, int] = {}          # words -> the numbers that stand for them in the columns
         self.reasons: dict[str, int] = {}
         self.packed: list[str] = []            # full chunks of details
@@ -50,9 +50,10 @@ class Told:
         return self
 
     def add(self, label: str, log: str, row: dict) -> None:
-        key = str(row.get("data", "")), str(row.get("id") or row.get("problem_id") or row.get("problem", ""))
-        self.problems.setdefault(key, {"place": len(self.problems), "id": key[1], "data": key[0]}).update(
-            {name: row[name] for name in ("question", "gold", "level", "subject") if row.get(name)})
+        id = str(row.get("id") or row.get("problem_id") or row.get("problem", ""))
+        key = id, str(row.get("question", ""))
+        self.problems.setdefault(key, {"place": len(self.problems), "id": id, "question": key[1]}).update(
+            {name: str(row[name]) for name in ("gold", "data", "level", "subject") if row.get(name)})
         entry = entry_of(log, row)
         who = str(row.get("teacher") or row.get("workflow") or "")
         who = label if label and who in ("", "solver") else f"{label}: {who}" if label else who
