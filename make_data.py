@@ -234,6 +234,7 @@ def make_verifier(args) -> None:
                 on_done=lambda e: journal.append(sample_row(known[e.problem_id], e, args.model)))
         journal.sort(by_problem(problems, "sample"))
         balance(run.path, journal, known, args.seed)
+        print(f"page: {write_report(run.path)}")
 
 
 def sample_row(problem, episode, model: str) -> dict:
