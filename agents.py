@@ -55,7 +55,7 @@ from slm.sandbox import Sandbox
 
 def main(args: argparse.Namespace) -> None:
     names, problems = chosen(args.workflow), load_all(args.data, args.split, args.limit)
-    args.out = str(new_path(args.out, f"agents-{name_of(args.model)}", args.resume))
+    args.out = new_path(args.out, f"agents-{name_of(args.model)}")
     cli.show(vars(args))
     backend, adapters = open_backend(args)
     refuse_long(problems, backend)

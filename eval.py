@@ -85,7 +85,7 @@ def evaluate(args: argparse.Namespace) -> None:
                        "add --temperature 0.7, for one")
     sets = {name: problems.load(name, args.split, args.limit) for name in args.data}
     everything = [p for items in sets.values() for p in items]
-    args.out = str(new_path(args.out, f"eval-{label(args)}", args.resume))
+    args.out = new_path(args.out, f"eval-{label(args)}")
     settings = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     cli.show(settings)
     backend, adapters = open_backend(args, args.batch)

@@ -106,7 +106,7 @@ def make_solutions(args) -> None:
     left = summary["source"]["all"].get("open", 0)
     if asking.why or left:
         why = asking.why or f"attempts ended in HTTP errors, the last: {asking.trouble}"
-        print(f"ended early: {why}; {left:,} problems are open, the same command goes on")
+        print(f"ended early: {why}; open: {cli.count(left, 'problem')}; the same command goes on")
     if asking.counts["kept"] and not asking.why:
         made = shlex.quote(f"{run.path}/records.jsonl")
         print(f"next: python train_sft.py --model {args.model} --data {made}")
@@ -160,7 +160,8 @@ def choose(args) -> tuple[list, list, dict[str, dict], list[str]]:
             print(f"warning: overlap with {name} is NOT checked: {e}")
     find = records.Leaks(tests, None if tiny else 13).find
     dropped = {p.id: leak for p in problems if (leak := find(p.question))}
-    print(f"{len(problems):,} problems; dropped for an overlap with {', '.join(tests)}: {len(dropped):,}")
+    print(f"{cli.count(len(problems), 'problem')}; dropped for an overlap with {', '.join(tests)}: "
+          f"{len(dropped):,}")
     return problems, [p for p in problems if p.id not in dropped], dropped, list(tests)
 
 

@@ -118,8 +118,8 @@ def load_all(names: list[str], split: str, limit: int | None = None) -> list[Pro
 
 
 def read(path: Path, source: str, split: str = "") -> list[Problem]:
-    """The problems of one file. Rows keep their own id where all of them have a different one. A row without
-    a gold answer, or a conversation with several questions, is left out, counted and named."""
+    """The problems of one file. Rows keep their own id where all of them have a different one. A row whose
+    question or gold answer is empty, or with several questions, is left out, counted and named."""
     rows = files.read_rows(path)
     own = [_own_id(row) for _, row in rows]
     unique = None not in own and len(set(own)) == len(own)
@@ -135,11 +135,11 @@ def read(path: Path, source: str, split: str = "") -> list[Problem]:
         else:
             without.append(f"line {line}")
     if without and not problems:
-        raise BadInput(f"{path} {without[0]}: the gold answer is empty or there are several questions, as in "
-                       "all rows")
+        raise BadInput(f"{path} {without[0]}: the gold answer is empty, or not one question, as in all rows")
     if without:
         print(f"{path.name}: left out {len(without)} of {len(rows)} rows, without a gold answer or with "
-              f"several questions: {', '.join(without[:5] + ['...'] * (len(without) > 5))}", file=sys.stderr)
+              f"several or no questions: {', '.join(without[:5] + ['...'] * (len(without) > 5))}",
+              file=sys.stderr)
     if unread and source not in SOURCES:
         print(f"{path.name}: these fields are not read: {', '.join(unread)}", file=sys.stderr)
     if not problems:
@@ -189,7 +189,7 @@ def _gold_and_solution(found: Row, row: dict, source: str, where: str) -> tuple[
     """A row's gold answer, '' if it has none, and its worked solution. Where no field holds the answer it is
     what the solution ends with: its last box, else what its last line calls the answer or holds alone."""
     names, solution = ", ".join(map(str, row)) or "no fields", found.solution or found.response
-    if not (found.question or found.messages):
+    if found.question is None:
         raise BadInput(f"{where}: no question; expected a text named question or problem, found {names}")
     if found.gold is None and not solution:
         raise BadInput(f"{where}: no gold answer; expected one named answer or gold, found {names}")

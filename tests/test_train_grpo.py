@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -345,16 +346,37 @@ def test_a_dry_run_says_what_the_run_would_do_and_leaves_nothing(small, tmp_path
              "--dry-run", "--out", str(tmp_path / "run")]
     train_grpo.main(train_grpo.options().parse_args(words))
     said = capsys.readouterr().out
-    assert re.search(r"dry run: 7 steps, 1,\d\d\d tokens; .* 0:00:\d\d .* memory \d\.\d\d GB", said)
+    promise = (r"dry run: 7 steps, (1,\d\d\d) tokens while replies have \d tokens, as now; .* 0:00:\d\d .* "
+               r"memory \d\.\d\d GB")
+    tokens = int(re.search(promise, said)[1].replace(",", ""))
     assert "merged" in said and made == [2]
     assert not (tmp_path / "run").exists() and not list((tmp_path / "temporary").iterdir())
+    words.remove("--dry-run")
+    train_grpo.main(train_grpo.options().parse_args(words))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "episodes.jsonl").read_text().splitlines()]
+    assert len(rows) == 7 * 3 * 6 and tokens == pytest.approx(sum(row["tokens"] for row in rows), rel=0.15)
 
 
 def test_the_forecast_counts_steps_and_evaluations(random_model, capsys):
-    """20 steps of 8 s without their evaluations, 11 evaluations of 2 s; 20 x 6 episodes of 5 tokens."""
-    row = {"seconds": 10.0, "evaluate_share": 0.2, "mean_tokens": 5.0}
-    train_grpo.forecast(random_model(), row, 20, SimpleNamespace(batch=2, samples=3))
-    assert "20 steps, 600 tokens; by what was measured they take 0:03:02" in capsys.readouterr().out
+    """20 steps of 8 s for 30 tokens, less what the half batches at the ends of two epochs save: 19 whole
+    steps. 11 evaluations of 2 s. The first step was slower, and its replies shorter."""
+    rows = [{"step": 0, "evaluated": 0.5},
+            {"step": 1, "seconds": 40.0, "evaluate_share": 0.5, "mean_tokens": 3.0, "replaced": 0},
+            {"step": 2, "seconds": 10.0, "evaluate_share": 0.2, "mean_tokens": 5.0, "replaced": 0}]
+    plan = ([[0, 1]] * 9 + [[0]]) * 2
+    train_grpo.forecast(random_model(), rows, plan, SimpleNamespace(samples=3))
+    said = capsys.readouterr().out
+    assert "20 steps, 456 tokens while replies have 4 tokens, as now" in said  # 38 problems x 3 x 4
+    assert "they take 0:02:24 " in said                                        # 456 x 8 / 30 + 22 = 143.6
+
+
+def test_the_forecast_counts_problems_that_make_way(random_model, capsys):
+    """Of 4 problems 2 were replaced, so 6 are sampled for every 4 of the plan; 12 s for 4 x 3 x 5 tokens."""
+    rows = [{"step": step, "seconds": 12.0, "evaluate_share": 0.0, "mean_tokens": 5.0, "replaced": replaced}
+            for step, replaced in ((1, 0), (2, 2))]
+    train_grpo.forecast(random_model(), rows, [[0, 1]] * 10, SimpleNamespace(samples=3))
+    said = capsys.readouterr().out
+    assert "10 steps, 450 tokens while replies have 5 tokens, as now" in said and "take 0:01:30 " in said
 
 
 @pytest.mark.parametrize("words, resample, truncated", [
@@ -537,6 +559,8 @@ def test_distillation_brings_the_policy_to_its_teacher(small, tmp_path):
     ("--algorithm ppo", "ppo.*grpo, dr_grpo"), ("--algorithm grpo --samples 1", "samples 1.*2 or more"),
     ("--algorithm pass_at_k --samples 4", "samples 4.*5 or more"),
     ("--algorithm reinforce --samples 1 --resample 2", "--resample.*2 or more"),
+    ("--algorithm max_rl --reward correct,format:0.2", "correct,format: max_rl knows only right .* wrong"),
+    ("--algorithm pass_at_k --samples 8 --truncated soft", "correct,length: pass_at_k"),
     ("--teacher tiny", "only distill"), ("--algorithm distill --workflow python_tools", "solver"),
     ("--algorithm distill --teacher none/such", "none/such")])
 def test_objectives_that_cannot_be_are_refused(words, said):
@@ -544,6 +568,13 @@ def test_objectives_that_cannot_be_are_refused(words, said):
     train_grpo.cli.resolve(args, train_grpo.PAPER, train_grpo.TINY)
     with pytest.raises(BadInput, match=said):
         train_grpo.checked(args)
+
+
+@pytest.mark.parametrize("reward", ["correct", "correct,format:0,steps:0", "random"])
+def test_objectives_of_right_and_wrong_take_one_part(reward):
+    args = train_grpo.options().parse_args(["--algorithm", "max_rl", "--reward", *reward.split()])
+    train_grpo.cli.resolve(args, train_grpo.PAPER, train_grpo.TINY)
+    assert train_grpo.checked(args)[0].two_valued
 
 
 def test_a_teacher_with_other_tokens_is_refused(small):
@@ -617,6 +648,8 @@ def test_old_log_probs_are_the_trainers_own_at_the_start_of_the_step(random_mode
     assert row["importance"] == pytest.approx((expected + 3).exp().mean().item())
     row = step()
     assert row["loss"] < -1.001 and records[0].old == expected.tolist()
+    records[0].logprobs = [0.0, 0.0, -100.0, -100.0]  # 90 nats and more below the trainer's
+    assert math.isfinite(step()["importance_max"])
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "gspo", "gmpo", "cispo", "report", "rloo"])

@@ -1,5 +1,7 @@
 """Which device and dtype a run uses, and what memory it needs."""
 
+import contextlib
+import ctypes
 import os
 import re
 import resource
@@ -9,7 +11,7 @@ import timeit
 import torch
 
 from slm import BadInput, lora
-from slm.runs.cli import is_small
+from slm.runs.cli import count, is_small
 from slm.runs.ranks import STARTED
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,10 +43,10 @@ def pick_device(device: str = "auto", dtype: str = "auto", model: str | None = N
 
 def _cpu_dtype(model: str | None):
     if model is not None and is_small(model):
-        return torch.float32, f"CPU, {torch.get_num_threads()} threads; the model is small"
+        return torch.float32, f"CPU, {count(torch.get_num_threads(), 'thread')}; the model is small"
     full, half = _matrix_rate(torch.float32), _matrix_rate(torch.bfloat16)
     return torch.bfloat16 if half > 1.3 * full else torch.float32, (
-        f"CPU, {torch.get_num_threads()} threads; matrix products here: float32 {full:.0f}, "
+        f"CPU, {count(torch.get_num_threads(), 'thread')}; matrix products here: float32 {full:.0f}, "
         f"bfloat16 {half:.0f} GFLOP/s")
 
 
@@ -53,6 +55,14 @@ def _matrix_rate(dtype: torch.dtype) -> float:
     a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
     seconds = min(timeit.repeat(lambda: torch.mm(a, b), number=1, repeat=6))
     return 2 * 256 * 1024 ** 2 / seconds / 1e9
+
+
+def steady_heap() -> None:
+    """Make glibc return freed blocks of 1 MB or more at once. Else, on a CPU, holes between tensors raise the
+    peak for as long as a run lasts, and no dry run can know it (LOG.md, 2026-11-30)."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        for setting in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(setting, 1 << 20)
 
 
 def peak_memory(model) -> float:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from slm import BadInput
 
+CONFIG, ADAPTER, BASE = "config.json", "adapter_config.json", "base.json"  # a model; an adapter, its base
+
 
 def read_json(path: Path, default: dict | None = None) -> dict:
     """The JSON object in a file; `default` if there is no such file and a default is given."""
@@ -28,10 +30,10 @@ def read_json(path: Path, default: dict | None = None) -> dict:
 
 
 def base_of(adapter: Path) -> str | None:
-    """The name or folder of the model that an adapter's folder belongs to. A path in base.json leads there
-    from the adapter, so that it holds where a run was copied to; else adapter_config.json's name counts."""
-    name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    near = read_json(adapter / "base.json", {}).get("path")
+    """The name or folder of the model that an adapter's folder belongs to. A path in BASE leads there from
+    the adapter, so that it holds where a run was copied to; else the name in ADAPTER counts."""
+    name = read_json(adapter / ADAPTER).get("base_model_name_or_path")
+    near = read_json(adapter / BASE, {}).get("path")
     return str((adapter / near).resolve()) if near and os.path.isdir(adapter / str(near)) else name
 
 

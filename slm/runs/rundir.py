@@ -130,14 +130,12 @@ class RunDir:
         barrier()
 
 
-def new_path(out: str | None, default: str, resume: bool) -> Path:
-    """--out, or the first free one of runs/<default>, runs/<default>-2, ...; to resume, the last used."""
-    if out:
-        return Path(out)
+def new_path(out: str | None, default: str) -> str:
+    """--out, or the first free one of runs/<default>, runs/<default>-2, ..."""
     n, path = 1, Path("runs") / default
-    while (following := path if n == 1 else path.with_name(f"{default}-{n}")).exists():
-        n, last = n + 1, following
-    return last if resume and n > 1 else following
+    while not out and path.exists():
+        n, path = n + 1, path.with_name(f"{default}-{n + 1}")
+    return out or str(path)
 
 
 def name_of(model: str) -> str:

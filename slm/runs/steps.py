@@ -1,4 +1,4 @@
-"""What a step of train_grpo.py tells: lines of episodes.jsonl, a row of metrics.jsonl, the progress bar."""
+"""What a step of a trainer tells: lines of episodes.jsonl, a row of metrics.jsonl, the progress bar."""
 
 import contextlib
 import time
