@@ -4,6 +4,8 @@ A cell of a table is text, a number, {"share": x, "low": a, "high": b}, drawn wi
 {"difference": x, ...}, drawn around 0, or {"bar": n}, a bar beside the others of its column.
 """
 
+import functools
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -48,27 +50,29 @@ def kind_of(folder: Path, settings: dict) -> str:
 def tables(told: Told, kind: str) -> list[dict]:
     """The tables of a page, in their order."""
     c, who, problems, found = told.columns, list(told.who), list(told.problems.values()), []
-    of = {name: [problems[i].get(name) for i in c["problem"]] for name in ("level", "subject")}
-    of["data"] = [problems[i].get("data", "") for i in c["problem"]]
+    data = [problems[i].get("data", "") for i in c["problem"]]
     bins = [None if tokens is None else max(0, tokens).bit_length() for tokens in c["tokens"]]
     if kind in ("data", "verifier"):
         causes = Counter("kept" if right else list(told.reasons)[reason]
                          for right, reason in zip(c["right"], c["reason"]))
         lengths = Counter(low for right, low in zip(c["right"], bins) if right and low is not None)
-        return [bars("Kept, or why not", causes.most_common()),
-                bars("Length of what was kept", [(length(low), lengths[low]) for low in sorted(lengths)])]
+        found = [bars("Kept, or why not", causes.most_common()),
+                 bars("Length of what was kept", [(length(low), lengths[low]) for low in sorted(lengths)])]
+        return [table for table in found if table["rows"]]
     if kind not in TITLES or not problems:
         return []
-    sets = list(dict.fromkeys(of["data"]))
-    for data in sets if len(who) > 1 else ():
-        keys = [one if own == data else None for one, own in zip(c["who"], of["data"])]
-        title = f"{TITLES[kind]}: {data}" if len(sets) > 1 else TITLES[kind]
+    sets = list(dict.fromkeys(data))
+    for one in sets if len(who) > 1 else ():
+        keys = [place if own == one else None for place, own in zip(c["who"], data)]
+        title = f"{TITLES[kind]}: {one}" if len(sets) > 1 else TITLES[kind]
         found.append(breakdown(told, title, keys, who.__getitem__, compare=True))
     if len(who) == 1:
-        found += [breakdown(told, TITLES[kind], of["data"], str),
+        found += [breakdown(told, TITLES[kind], data, str),
                   breakdown(told, "By length of the answer", bins, length)]
-    return found + [breakdown(told, f"By {name}", of[name], str) for name in ("level", "subject")
-                    if len(set(of[name])) > 1]
+    for name in ("level", "subject"):
+        keys = [problems[i].get(name) for i in c["problem"]]
+        found += [breakdown(told, f"By {name}", keys, str)] if len(set(keys)) > 1 else []
+    return found
 
 
 def breakdown(told: Told, title: str, keys: list, name: Callable, compare: bool = False) -> dict:
@@ -78,8 +82,8 @@ def breakdown(told: Told, title: str, keys: list, name: Callable, compare: bool 
     for i, key in enumerate(keys):
         if key is not None and c["right"][i] is not None:
             rows[key].append(i)
-    shown = [flag for flag in ("truncated", "no box", "improved", "degraded")
-             if any(x & FLAGS[flag] for x in c["flags"])]
+    there = functools.reduce(operator.or_, c["flags"], 0)
+    shown = [flag for flag in ("truncated", "no box", "improved", "degraded") if there & FLAGS[flag]]
     for key in sorted(rows):
         groups, tokens, flags = defaultdict(list), [], Counter()
         for i in rows[key]:

@@ -160,7 +160,7 @@ function scatter(points) {  // accuracy against what it costs in tokens
     draw("text", {x: left - 6, y: y(tick) + 3.5, "text-anchor": "end"}, `${Math.round(100 * tick)} %`));
   for (const tick of x.ticks) svg.append(draw("text", {x: x(tick), y: height - 10, "text-anchor": "middle"}, figure(tick)));
   svg.append(draw("text", {x: width - 150, y: height - 10, dx: 26}, "tokens an answer"));
-  const placed = [];  // labels, none on another
+  const placed = points.map(p => ({x: x(p.x) - 6, end: x(p.x) + 6, y: y(p.share) + 3.5}));  // what no label may hide
   points.forEach((p, n) => {
     const label = {x: x(p.x) + 8, y: y(p.share) + 3.5, end: x(p.x) + 14 + 5.5 * p.name.length};
     while (placed.some(one => one.x < label.end && label.x < one.end && Math.abs(one.y - label.y) < 11)) label.y += 11;

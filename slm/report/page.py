@@ -65,7 +65,9 @@ def compare(runs: list[str | Path], out: str | Path) -> Path:
     full = [Path(run).resolve().parts for run in runs]
     if len(set(full)) < len(full):
         raise BadInput("compare: the same run is named twice; expected different runs")
-    length = next(n for n in range(1, 1000) if len({parts[-n:] for parts in full}) == len(full))
+    length = 1  # parts of a path that tell the runs apart
+    while len({parts[-length:] for parts in full}) < len(full):
+        length += 1
     folders = {"/".join(parts[-length:]): Path(*parts) for parts in full}
     settings, names, lines = {}, {}, {}
     for name, folder in folders.items():
@@ -74,7 +76,8 @@ def compare(runs: list[str | Path], out: str | Path) -> Path:
         lines.setdefault(names.setdefault(alike, name), []).append(rows)
     told = Told(folders).read()
     tables = figures.tables(told, "compare")
-    said = figures.sentence(told, "compare", {}, [], tables) if tables else f"{len(folders)} runs."
+    said = figures.sentence(told, "compare", {}, [], tables) if tables else (
+        f"The curves of {len(folders)} runs.")
     lines = {f"{name} and {len(seeds) - 1} more like it" if seeds[1:] else name: seeds
              for name, seeds in lines.items()}
     Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)

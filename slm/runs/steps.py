@@ -35,10 +35,13 @@ def lines(step: int, episodes: list[Episode], records: list[list[TokenRecord]], 
 def token_by_token(record: TokenRecord, tokenizer) -> dict:
     """The text of each token and its mask; for the tokens with mask 1 the log-probs of the sampler, and where
     they were computed those of the trainer (`old`) and of the teacher."""
-    texts = [tokenizer.decode([token], skip_special=False) for token in record.ids]
-    numbers = {"logp": compress(record.logprobs, record.mask), "old": record.old, "teacher": record.teacher}
-    return {"text": texts, "mask": record.mask,
-            **{name: [round(x, 4) for x in values] for name, values in numbers.items()}}
+    return {"text": [tokenizer.decode([token], skip_special=False) for token in record.ids],
+            "mask": record.mask, "old": rounded(record.old), "teacher": rounded(record.teacher),
+            "logp": rounded(compress(record.logprobs, record.mask))}
+
+
+def rounded(values: Iterable[float]) -> list[float]:
+    return [round(x, 4) for x in values]
 
 
 def summary(rows: list[dict]) -> dict:
