@@ -325,7 +325,7 @@ def test_a_step_in_numbers():
     found = steps.summary(rows)
     assert found == pytest.approx({
         "reward": -0.5, "solved": 0.25, "lenient": 0.5, "no_answer": 0.4, "truncated": 0.0,
-        "mean_tokens": 4.0, "tokens_right": 2.0, "tokens_wrong": 4.0, "zero_spread": 0.0,
+        "mean_tokens": 4.0, "tokens_right": 2.0, "tokens_wrong": 4.0, "zero_spread": 0.5,
         "with_advantage": 0.8, "failed": 1, "reward/correct": -0.5})
     assert {"tokens_right", "tokens_wrong"}.isdisjoint(steps.summary(rows[4:]))
 
