@@ -144,4 +144,4 @@ def transcript(row: dict) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, args)
+    cli.run(main, args, stopped=write_report)

@@ -329,4 +329,4 @@ def regrade(run: Saved) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, args)
+    cli.run(main, args, stopped=write_report)

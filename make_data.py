@@ -168,7 +168,8 @@ def choose(args) -> tuple[list, list, dict[str, dict], list[str]]:
 def open_run(args, kind: str, identity: dict, problems: list, stack) -> RunDir:
     """The run directory, new or of the same identity, and ours until the stack unwinds."""
     names = (origin(Path(data))[0] for data in args.data)
-    out = Path(args.out or f"runs/{kind}-{'-'.join(names)}")
+    args.out = args.out or f"runs/{kind}-{'-'.join(names)}"
+    out = Path(args.out)
     run = RunDir(out, identity, fingerprint(problems), goes_on=True)
     stack.enter_context(run.lock)
     if run.resumed:
@@ -234,6 +235,7 @@ def make_verifier(args) -> None:
                 on_done=lambda e: journal.append(sample_row(known[e.problem_id], e, args.model)))
         journal.sort(by_problem(problems, "sample"))
         balance(run.path, journal, known, args.seed)
+        print(f"page: {write_report(run.path)}")
 
 
 def sample_row(problem, episode, model: str) -> dict:
@@ -278,4 +280,4 @@ def verifier_record(row: dict) -> dict:
 
 
 if __name__ == "__main__":
-    cli.run(main, args)
+    cli.run(main, args, stopped=write_report)

@@ -181,20 +181,23 @@ def main(args):
         ask = algorithm.taught and partial(ask_teacher, teacher_for(policy, tokenizer, device, dtype, args),
                                            policy, tokenizer, args=args)
         taken = plan[:2] if args.dry_run else plan
-        train(policy, pool, taken, sample, ask, look, algorithm, rundir, trained, optimizer, args)
+        write = partial(lines, tokenizer=tokenizer)
+        train(policy, pool, taken, sample, ask, look, write, algorithm, rundir, trained, optimizer, args)
         if not args.dry_run:
             finish(policy, base, rundir.path)
         elif ranks.rank() == 0:
             forecast(policy, list(files.readable_rows(rundir.path / "metrics.jsonl")), plan, args)
 
 
-def train(policy, pool, plan, sample, ask, look, algorithm: Algorithm, rundir, trained, optimizer, args):
+def train(policy, pool, plan, sample, ask, look, write, algorithm: Algorithm, rundir, trained, optimizer,
+          args):
     """Take the steps of the plan, each a list of places in pool. sample is roll_out for this policy; ask is
-    ask_teacher and look the evaluation, where there is one."""
+    ask_teacher and look the evaluation, where there is one; write is steps.lines for this tokenizer."""
     moving = {"sum": 0.0, "steps": 0.0}
     for step, lr, bar in training.steps(len(plan), rundir, trained, optimizer, args, moving, look):
         batch, seconds = [pool[i] for i in plan[step]], Counter()
         spare = spare_problems(pool, plan[step], step, args)
+        known = {p.id: p for p in (*batch, *spare)}
         episodes, replaced = sample(batch, spare, step, seconds=seconds)
         with timed(seconds, "score"):
             records, divisor = give_credit(episodes, algorithm, moving, args)
@@ -205,12 +208,14 @@ def train(policy, pool, plan, sample, ask, look, algorithm: Algorithm, rundir, t
             learned |= update_policy(policy, records, divisor, optimizer, lr, algorithm, args)
         with timed(seconds, "evaluate"):
             learned |= look() if look and training.look_due(step, len(plan)) else {}
-        told = lines(step + 1, episodes, records, batch)
+        told = write(step + 1, episodes, records, known)
         row = {"step": step + 1, **summary(told), **learned, "lr": lr,
                "replaced": int(ranks.summed({"n": len(replaced)})["n"]) // args.samples,
                **shares(seconds, episodes + replaced), "memory": round(peak_memory(policy), 3)}
         rundir.log("metrics", row)
         rundir.log("episodes", *told)
+        if args.resample:
+            rundir.log("discarded", *write(step + 1, replaced, [[]] * len(replaced), known))
         tell(bar, row)
 
 
@@ -570,4 +575,4 @@ def finish(policy, base: str, out):
 
 
 if __name__ == "__main__":
-    cli.run(main, args)
+    cli.run(main, args, stopped=write_report)

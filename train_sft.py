@@ -79,7 +79,7 @@ from slm.report import write as write_report
 from slm.runs import files, ranks
 from slm.runs.device import memory, parameter_counts, peak_memory
 from slm.runs.rundir import RunDir, name_of
-from slm.runs.steps import timed
+from slm.runs.steps import timed, token_by_token
 from slm.sampling import Sampler
 
 
@@ -109,6 +109,8 @@ def main(args):
         rundir = RunDir(args.out, vars(args), data, args.resume, log=ranks.rank() == 0)
     if ranks.rank() == 0:
         introduce(model, tokenizer, rows, held_out, plan, largest, words, args)
+        if not args.dry_run:
+            files.write_json(rundir.path / "tokens.json", token_by_token(rows[0], tokenizer))
 
     trained, optimizer = training.start(model, args.weight_decay)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.full and dtype == torch.bfloat16)
@@ -337,4 +339,4 @@ def verdict(rows: list[dict], out: Path) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, args)
+    cli.run(main, args, stopped=write_report)

@@ -22,9 +22,9 @@ from slm.episode import Episode, Reply, TokenRecord, Turn
 from slm.formats import lora_files
 from slm.grading import grade
 from slm.problems import Problem
-from slm.report.page import HEADLINES
+from slm.report.figures import HEADLINES
 from slm.rewards import Rules, reward_of
-from slm.runs import cli, rundir, steps
+from slm.runs import cli, files, rundir, steps
 from slm.sampling import Sampler
 from slm.workflows import WORKFLOWS
 from train_grpo import ALGORITHMS
@@ -299,6 +299,13 @@ def test_episodes_hold_question_and_gold_and_metrics_are_made_of_them(small, tmp
     assert all(known[e["problem"]] == (e["question"], e["gold"]) for e in told) and len(told) == 18
     assert row["reward"] == pytest.approx(2 * row["reward/correct"] + row["reward/random"])
     assert row["mean_tokens"] == sum(e["tokens"] for e in told) / 18 and row["memory"] > 0.1
+    assert [len(e["records"]) for e in told] == [1] * 12 + [0] * 6  # each token, of the first two problems
+    for e in told[:12]:
+        record, = e["records"]
+        assert len(record["text"]) == len(record["mask"]) and len(record["logp"]) == sum(record["mask"])
+        assert e["question"] in "".join(record["text"]) and e["turns"][0]["reply"]["text"][:9] in "".join(
+            text for text, mask in zip(record["text"], record["mask"]) if mask)
+        assert record["old"] == pytest.approx(record["logp"] if e["advantage"] else [], abs=1e-3)
 
 
 def test_a_step_in_numbers():
@@ -308,15 +315,17 @@ def test_a_step_in_numbers():
                 for i, text in enumerate(texts)]
     records, _ = credit(episodes, "grpo")
     for e, group in zip(episodes, (0, 0, 0, 1, 1)):
-        e.group = group
-    rows = steps.lines(3, episodes, records, [TWELVE, Problem("q", "1 + 1?", "2", "test")])
+        e.group, e.problem_id = group, "pq"[group]
+    _, tokenizer = checkpoint.load("tiny")
+    problems = {"p": TWELVE, "q": Problem("q", "1 + 1?", "2", "test")}
+    rows = steps.lines(3, episodes, records, problems, tokenizer)
     assert [row["correct"] for row in rows] == [True, False, False, False, False]
     assert [row["lenient"] for row in rows] == [True, True, False, False, False]
     assert [row["gold"] for row in rows] == ["12", "12", "12", "2", "2"]
     found = steps.summary(rows)
     assert found == pytest.approx({
         "reward": -0.5, "solved": 0.25, "lenient": 0.5, "no_answer": 0.4, "truncated": 0.0,
-        "mean_tokens": 4.0, "tokens_right": 2.0, "tokens_wrong": 4.0, "zero_spread": 0.0,
+        "mean_tokens": 4.0, "tokens_right": 2.0, "tokens_wrong": 4.0, "zero_spread": 0.5,
         "with_advantage": 0.8, "failed": 1, "reward/correct": -0.5})
     assert {"tokens_right", "tokens_wrong"}.isdisjoint(steps.summary(rows[4:]))
 
@@ -380,6 +389,8 @@ def test_dapo_brings_its_resampling_and_its_overlong_reward(small, tmp_path, wor
     assert (settings["resample"], settings["truncated"]) == (resample, truncated)
     row = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
     assert ("reward/length" in row) == (truncated == "soft")
+    gone = list(files.readable_rows(tmp_path / "run" / "discarded.jsonl"))  # those of replaced problems
+    assert len(gone) == 2 * row["replaced"] and all(e["correct"] == gone[0]["correct"] for e in gone[:2])
 
 
 # ---- rewards and credit ----------------------------------------------------------------------------------

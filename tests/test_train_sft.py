@@ -124,7 +124,9 @@ def test_the_loss_falls_and_the_adapter_loads(small, data, tmp_path, capsys):
     rows = train(small, data, tmp_path / "run", "--epochs", "6")
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert "<<" in (said := capsys.readouterr().out) and "predicted peak" in said and "next: python" in said
-    assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "metrics.png").is_file()
+    assert (tmp_path / "run" / "report.html").is_file()
+    told = json.loads((tmp_path / "run" / "tokens.json").read_text())
+    assert len(told["text"]) == len(told["mask"]) and set(told["mask"]) == {0, 1}
     model, _ = checkpoint.load(tmp_path / "run" / "adapter")
     assert lora.active(model) == "default"
 

@@ -118,8 +118,9 @@ def show(settings: dict) -> None:
                         break_long_words=False, break_on_hyphens=False))
 
 
-def run(main, args: argparse.Namespace) -> None:
-    """Call main(args). Bad input, a full disk and a locked folder end in one sentence and exit code 2."""
+def run(main, args: argparse.Namespace, stopped=None) -> None:
+    """Call main(args). Bad input, a full disk and a locked folder end in one sentence and exit code 2. After
+    Ctrl-C, the first rank calls stopped(args.out) if a run stands there."""
     try:
         main(args)
     except BadInput as e:
@@ -132,6 +133,9 @@ def run(main, args: argparse.Namespace) -> None:
         where = e.filename or getattr(args, "out", None) or "the output"
         give_up(f"cannot write {where}: {e.strerror}; choose another --out")
     except KeyboardInterrupt:
+        begun = stopped and args.out and Path(args.out, "settings.json").is_file()
+        if begun and os.environ.get("RANK", "0") == "0":
+            stopped(args.out)
         more = f"; --resume --out {args.out or 'DIR'} goes on from there" if hasattr(args, "resume") else ""
         print(f"\nstopped; what was finished is kept{more}", file=sys.stderr)
         sys.exit(130)

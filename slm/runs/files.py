@@ -78,11 +78,12 @@ class Journal:
     """A JSON lines file that survives a kill (by SIGKILL; a power cut may take the last seconds).
 
     Each append is one write, so a killed process leaves at most one torn line, the last. The next start
-    repairs it: a row that only lacks its line break is finished, half a row is cut off.
+    repairs it: a row that only lacks its line break is finished, half a row is cut off. after: is called
+    after each append.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.file = path, path.open("ab", buffering=0)
+    def __init__(self, path: Path, after: Callable[[], None] = lambda: None):
+        self.path, self.after, self.file = path, after, path.open("ab", buffering=0)
         with path.open("rb") as f:
             last = b"".join(deque(f, maxlen=1)) if path.is_file() else b""
         if last and not last.endswith(b"\n"):
@@ -96,6 +97,7 @@ class Journal:
         lines = as_lines(rows)
         while lines:  # a signal or a nearly full disk can cut a write short
             lines = lines[self.file.write(lines):]
+        self.after()
 
     def __iter__(self) -> Iterator[dict]:
         """The rows. BadInput names a line that is not JSON."""
