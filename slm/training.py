@@ -34,7 +34,7 @@ from slm.episode import TokenRecord, seed_of
 from slm.losses import pack
 from slm.runs import ranks
 from slm.runs.cli import Interrupt, count
-from slm.runs.device import peak_memory, pick_device, steady_heap
+from slm.runs.device import peak_memory, pick_device
 from slm.runs.rundir import RunDir, new_path
 
 SAVE_SECONDS = 300  # between two checkpoints at most, if a step is not longer
@@ -44,7 +44,6 @@ def settle(args, name: str) -> tuple[torch.device, torch.dtype, str]:
     """Decide args.out (default runs/<name>), args.dtype and args.ranks, so that settings.json tells them;
     join the other ranks and seed what is drawn before the first step -> (device, dtype, both in words)."""
     device, dtype, reason = pick_device(args.device, args.dtype, args.model)
-    steady_heap()
     args.out, args.dtype = new_path(args.out, name), str(dtype).removeprefix("torch.")
     ranks.start_ranks(device)
     args.ranks = ranks.world()  # another number of processes adds up in another order

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from slm import BadInput, training
 from slm.runs import ranks, rundir
-from slm.runs.device import pick_device, steady_heap
+from slm.runs.device import pick_device
 
 
 def test_a_run_directory_describes_the_run(tmp_path):
@@ -209,18 +209,3 @@ def test_default_folders_count_up(tmp_path, monkeypatch):
     (tmp_path / "runs" / "sft-x-2").mkdir()
     assert rundir.new_path(None, "sft-x") == "runs/sft-x-3"
     assert rundir.new_path("elsewhere", "sft-x") == "elsewhere"
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux tells resident memory so")
-def test_what_a_run_frees_goes_back_to_the_system_at_once():
-    """Else the peak of a run grows with the holes between its tensors, and no dry run can know it."""
-    def resident() -> float:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-    large = torch.ones(7 << 20)  # 29 MB: when it is freed, glibc keeps tensors of up to this size on its heap
-    del large
-    steady_heap()
-    blocks = [torch.ones(1 << 20) for _ in range(16)]
-    before = resident()
-    del blocks[::2]
-    assert before - resident() > 0.9 * 8 * 4.19

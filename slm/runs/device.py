@@ -1,7 +1,5 @@
 """Which device and dtype a run uses, and what memory it needs."""
 
-import contextlib
-import ctypes
 import os
 import re
 import resource
@@ -55,14 +53,6 @@ def _matrix_rate(dtype: torch.dtype) -> float:
     a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
     seconds = min(timeit.repeat(lambda: torch.mm(a, b), number=1, repeat=6))
     return 2 * 256 * 1024 ** 2 / seconds / 1e9
-
-
-def steady_heap() -> None:
-    """Make glibc return freed blocks of 1 MB or more at once. Else, on a CPU, holes between tensors raise the
-    peak for as long as a run lasts, and no dry run can know it (LOG.md, 2026-11-30)."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        for setting in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(setting, 1 << 20)
 
 
 def peak_memory(model) -> float:
