@@ -15,8 +15,8 @@ import argparse
 from slm.runs import cli
 from slm.workflows import WORKFLOWS, workflow
 
-PAPER = {"max_tokens": 2048, "limit": 500, "workflow": "all"}
-TINY = {"max_tokens": 320, "limit": 200,
+PAPER = {"max_tokens": 2048, "limit": 500, "step_rule": "paragraph", "workflow": "all"}
+TINY = {"max_tokens": 320, "limit": 200, "step_rule": "line",
         "workflow": "majority_vote,python_tools,solver_checker_stateless,solver_checker_with_tools"}
 
 
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     refuse_long(problems, backend)
     run = RunDir(args.out, vars(args) | asked_with(backend), fingerprint(problems), args.resume)
     done = finished(run.journal("episodes")) if args.resume else []
-    sampling = Sampling(args.max_tokens, stop_at_box=True)
+    sampling = Sampling(args.max_tokens, stop_at_box=True, step_rule=args.step_rule)
     memo, results = {}, {}
     with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox:
         for name in names:
@@ -130,7 +130,7 @@ def transcript(row: dict) -> str:
     for i, turn in enumerate(episode.turns):
         prompt = turn.messages[-1]["content"].replace(question, "(question)")
         lines.append(f"---- to the {turn.role}: {prompt.strip()}")
-        lines.append(f"---- the {turn.role}: {turn.reply.text.strip()}")
+        lines.append(f"---- the {turn.role}: {turn.reply.text.strip() or turn.reply.scores or ''}")
         for outcome in (run.outcome for run in episode.runs if run.turn == i):
             said = f"{outcome.stdout.strip()}\n{outcome.error or ''}".strip()
             lines.append(f"---- the sandbox ({outcome.seconds:.2f} s): {said}")

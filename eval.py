@@ -17,8 +17,8 @@ import argparse
 
 from slm.runs import cli
 
-PAPER = {"max_tokens": 2048, "limit": 500}
-TINY = {"max_tokens": 320}
+PAPER = {"max_tokens": 2048, "limit": 500, "step_rule": "paragraph"}
+TINY = {"max_tokens": 320, "step_rule": "line"}
 NOT_SETTINGS = ("compare", "regrade", "resume")
 DECODING = ("samples", "temperature", "max_tokens")
 
@@ -93,7 +93,7 @@ def evaluate(args: argparse.Namespace) -> None:
     run = RunDir(args.out, settings | identity(args) | asked_with(backend),
                  problems.fingerprint(everything), args.resume)
     done = finished(run.journal("answers")) if args.resume else []
-    sampling = Sampling(args.max_tokens, args.temperature, stop_at_box=True)
+    sampling = Sampling(args.max_tokens, args.temperature, stop_at_box=True, step_rule=args.step_rule)
     results = {}
     print(HEAD)
     with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox:

@@ -66,13 +66,13 @@ def user(content: str) -> dict:
 
 # ---- what a backend gets and gives -----------------------------------------------------------------------
 
-STEPS = {"blank line": ("\n\n",), "line": ("\n",), "sentence": (". ", ".\n", "! ", "!\n", "? ", "?\n")}
+STEPS = {"paragraph": ("\n\n",), "line": ("\n",), "sentence": (". ", ".\n", "! ", "!\n", "? ", "?\n")}
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How one reply is drawn. temperature 0 is greedy; top_p 1 and top_k 0 mean the full distribution.
-    step: of STEPS, what ends a step of this model's solutions."""
+    step_rule: of STEPS, what ends a step of this model's solutions."""
     max_tokens: int = 1024
     temperature: float = 0.0
     top_p: float = 1.0
@@ -81,7 +81,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_at_box: bool = False  # stop at the end of the first line with an answer in a box
     keep_stop: bool = False    # the text of a reply holds the stop string that ended it
-    step: str = "line"
+    step_rule: str = "line"
 
 
 @dataclass
@@ -340,7 +340,7 @@ class _Runner:
                 if not (self.fixed and k in ("temperature", "top_p", "top_k"))}
         want["max_tokens"] = min(self.sampling.max_tokens, want.get("max_tokens", self.sampling.max_tokens))
         if want.pop("one_step", False):
-            want |= {"stop": STEPS[self.sampling.step] + want.get("stop", ()), "keep_stop": True}
+            want |= {"stop": STEPS[self.sampling.step_rule] + want.get("stop", ()), "keep_stop": True}
         sampling = Sampling() if ask.continuations else replace(self.sampling, **want, seed=0)
         if sampling.temperature or any("reply" in m for m in ask.messages):  # not shared
             seed = seed_of(self.seed, live.episode.problem_id, live.episode.sample, live.steps, place)

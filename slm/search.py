@@ -11,6 +11,7 @@ Not covered: lookahead (a step's score by what may follow it), a value other tha
 import math
 import random
 from collections.abc import Callable
+from operator import attrgetter, itemgetter
 
 from slm import prompts
 from slm.episode import seed_of
@@ -47,21 +48,11 @@ def candidates(question: str, nodes: list[Node]):
 
 # ---- many solutions side by side -------------------------------------------------------------------------
 
-def last(node: Node) -> float:
-    return node.score
-
-
-def lowest(node: Node) -> float:
-    return min(step.score for step in node.path())
-
-
-def product(node: Node) -> float:
-    return math.prod(step.score for step in node.path())
-
-
-def best(nodes: list[Node], value: Callable[[Node], float] = last) -> str | None:
-    """The answer of the solution with the highest value, the earliest of equals; None without a solution."""
-    return max((node for node in nodes if node.answer), key=value, default=Node()).answer
+def best(nodes: list[Node], value: Callable[[list[float]], float] = itemgetter(-1)) -> str | None:
+    """The answer of the solution with the highest value of its steps' scores, by default the last of them;
+    the earliest of equals, None without a solution."""
+    values = {node: value([step.score for step in node.path()]) for node in nodes if node.answer}
+    return max(values, key=values.get, default=Node()).answer
 
 
 def vote(nodes: list[Node], weights: list[float] | None = None) -> str | None:
@@ -97,17 +88,17 @@ def best_of_n(question: str, budget: int = 16):
     2110.14168; "last" is how search-and-learn reads a verifier of steps)."""
     found = yield from chains(question, budget)
     yield from judge(question, found)
-    return best(found, last)
+    return best(found)
 
 
 def best_of_n_min(question: str, budget: int = 16):
     """As best_of_n, but a solution is as good as its worst step (Lightman et al. 2023, arXiv 2305.20050)."""
-    return best((yield from judged_chains(question, budget)), lowest)
+    return best((yield from judged_chains(question, budget)), min)
 
 
 def best_of_n_product(question: str, budget: int = 16):
     """As best_of_n, but a solution's value is the chance that all its steps are right (the same paper)."""
-    return best((yield from judged_chains(question, budget)), product)
+    return best((yield from judged_chains(question, budget)), math.prod)
 
 
 def weighted_vote(question: str, budget: int = 16):
@@ -128,7 +119,7 @@ def beam_search(question: str, budget: int = 16, width: int = 4):
     nodes = yield from candidates(question, [Node()] * budget)
     while nodes and len(found) < budget:
         found += [node for node in nodes if node.answer]
-        beam = sorted((node for node in nodes if not node.closed), key=last, reverse=True)
+        beam = sorted((node for node in nodes if not node.closed), key=attrgetter("score"), reverse=True)
         beam = beam[:max(1, budget // width)]
         nodes = (yield from candidates(question, beam * min(width, budget))) if beam else []
     return best(found + nodes)
@@ -144,7 +135,7 @@ def dvts(question: str, budget: int = 16, width: int = 4):
         children = yield from grow(question, [tip for tip in tips for _ in range(width)])
         yield from judge(question, children)
         trees = [children[i:i + width] for i in range(0, len(children), width)]
-        kept = [max(tree, key=last) for tree in trees]
+        kept = [max(tree, key=attrgetter("score")) for tree in trees]
         found += [node for node in kept if node.answer]
         tips = [node for node in kept if not node.closed]
     return best(found)
@@ -217,10 +208,6 @@ def uct(node: Node) -> float:
     return node.total / node.visits + bonus
 
 
-def highest_uct(nodes: list[Node]) -> Node:
-    return max(nodes, key=uct)
-
-
 def mcts(question: str, budget: int = 8, width: int = 4, signs: int = 0):
     """Monte Carlo tree search as in rStar-Math (Guan et al. 2025, arXiv 2501.04519): `budget` rollouts by
     UCT, each of at most 16 growths of `width` steps. A node starts with the verifier's value; a step that was
@@ -230,7 +217,7 @@ def mcts(question: str, budget: int = 8, width: int = 4, signs: int = 0):
     where rStar's training has +1 for a right answer and -1 for a wrong one."""
     root = Node()
     for _ in range(budget):
-        yield from descend(question, root, width, highest_uct, signs)
+        yield from descend(question, root, width, lambda nodes: max(nodes, key=uct), signs)
     return best(root.below())
 
 

@@ -1,7 +1,8 @@
 r"""The step generator: one more step of a partial solution, its code run, and what a verifier says of it.
 
-Where a step ends is one rule a model (--step, said at the start): at a blank line, a line or a sentence. Code
-in a fence is never cut. It runs in the sandbox as soon as its fence closes; its output belongs to the step.
+Where a step ends is one rule a model (--step-rule, said at the start): with a paragraph (a blank line), a
+line or a sentence. Code in a fence is never cut. It runs in the sandbox as soon as its fence closes, and its
+output belongs to the step.
 
     root = Node()                                        # nothing is written yet
     children = yield from grow(question, [root] * 4)     # four candidates for the first step, in one batch
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from slm import prompts
-from slm.episode import Ask, Reply, Run, user
+from slm.episode import STEPS, Ask, Reply, Run, user
 from slm.grading import answered, blocks_of, extract, printed
 from slm.sandbox import Outcome
 
@@ -43,6 +44,26 @@ def shown(outcome: Outcome) -> str:
     if outcome.error or outcome.timed_out:
         text = f"{text}\n{outcome.error or 'stopped: time limit'}".strip()
     return text[-1000:] or "(nothing)"
+
+
+def has_words(text: str) -> bool:
+    """Whether there is more than signs and the tags of thinking: else it is no step of its own."""
+    return bool(re.sub(r"</?think>|[\W_]", "", text))
+
+
+def cut(text: str, rule: str) -> list[str]:
+    r"""The steps of a whole solution, where the generator would have ended them; joined they are the text.
+
+    >>> cut("<think>\nSo:\n```python\nprint(4)\n```\n\n```output\n4\n```\nIt is 4.", "line")
+    ['<think>\nSo:\n', '```python\nprint(4)\n```\n\n```output\n4\n```\n', 'It is 4.']
+    """
+    steps, start = [], 0
+    for end in re.finditer("|".join(map(re.escape, (*STEP["stop"], *STEPS[rule]))), text):
+        step, more = text[start:end.end()], text[end.end():end.end() + 12].lstrip()
+        if step.count("```") % 2 == 0 and has_words(step) and not more.startswith("```output"):
+            steps.append(step)
+            start = end.end()
+    return steps + ([text[start:]] if text[start:] else [])
 
 
 # ---- a partial solution ----------------------------------------------------------------------------------
@@ -134,7 +155,7 @@ def write(nodes: list[Node], question: str, how: dict = STEP, prompt=prompts.SOL
             for node, outcome in zip(running, outcomes):
                 node.show(outcome)
         writing = [node for node, start in zip(writing, starts) if node.finish == "stop_string"
-                   and (node.in_code or not re.sub(r"</?think>|[\W_]", "", node.text[start:]))]
+                   and (node.in_code or not has_words(node.text[start:]))]
         if not writing:
             return
 

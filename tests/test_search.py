@@ -14,10 +14,11 @@ from scripted import Backend, Sandbox, problem
 import slm.search
 import slm.steps
 from slm import BadInput, lora, losses, problems, prompts, workflows
-from slm.episode import Ask, Reply, Request, Sampling, jobs_for, run_episodes, seed_of, user
+from slm.episode import Reply, Request, Sampling, jobs_for, run_episodes, seed_of, user
 from slm.sampling import Sampler
 from slm.search import SEARCHES, allot, halving
 from slm.teachers import Endpoint
+from slm.teachers.endpoint import first_tokens
 
 QUESTION = [user("What is 2 + 3?\n" + prompts.BOX)]
 WORDS = ("Yes", "No", "INCORRECT", " Then 2 + 3 = 5 nuts are left.")
@@ -69,7 +70,8 @@ def test_the_prompt_of_continuations_is_computed_once(tiny, monkeypatch):
     model, tokenizer = tiny
     sampler, computed = Sampler(model, tokenizer), []
     hidden = sampler.network.hidden
-    monkeypatch.setattr(sampler.network, "hidden", lambda ids, *rest: computed.append(len(ids)) or hidden(ids, *rest))
+    monkeypatch.setattr(sampler.network, "hidden",
+                        lambda ids, *rest: computed.append(len(ids)) or hidden(ids, *rest))
     prompt = len(tokenizer.chat(QUESTION))
     scores(sampler, Request(QUESTION, continuations=WORDS))
     assert prompt <= sum(computed) < prompt + sum(len(tokenizer.encode(words)) for words in WORDS)
@@ -134,13 +136,25 @@ def asked_of(quirk):
 def test_an_endpoint_scores_single_tokens_by_the_likeliest_first_ones():
     reply, body = asked_of(with_rivals(Yes=-0.1, No=-2.5, Maybe=-4.0))
     assert reply.scores == {"Yes": -0.1, "No": -2.5} and reply.finish == "score" and reply.text == ""
-    assert (body["max_tokens"], body["temperature"], body["logprobs"], body["top_logprobs"]) == (1, 1, True, 20)
-    assert asked_of(with_rivals(Yes=-0.1, Maybe=-4.0))[0].scores == {"Yes": -0.1, "No": -4.0}  # no more than that
+    wanted = {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": 20}
+    assert wanted.items() <= body.items()
+    reply, _ = asked_of(with_rivals(Yes=-0.1, Maybe=-4.0))
+    assert reply.scores == {"Yes": -0.1, "No": -4.0}  # at most that
     assert "none of Yes, No" in asked_of(with_rivals(Maybe=-4.0))[0].error
 
 
-@pytest.mark.parametrize("quirk", [None, refuses("logprobs", 400, {"error": {"message": "no logprobs here"}})],
-                         ids=["it sends none", "it refuses the field"])
+@pytest.mark.parametrize("top", [None, [], {}, 5, [{"token": "Yes"}], [{"token": "Yes", "logprob": None}],
+                                 [["Yes", -0.1]], [{"token": "Yes", "logprob": "high"}]])
+def test_log_probs_that_cannot_be_read_are_none(top):
+    content = [{"top_logprobs": top}]
+    for choice in {"logprobs": {"content": content}}, {"logprobs": {"content": []}}, {"logprobs": None}, {}:
+        assert first_tokens(choice) == {}
+
+
+REFUSED = refuses("logprobs", 400, {"error": {"message": "no logprobs here"}})
+
+
+@pytest.mark.parametrize("quirk", [None, REFUSED], ids=["it sends none", "it refuses the field"])
 def test_a_server_without_log_probs_is_one_sentence(quirk):
     with pytest.raises(BadInput, match="expected a server with top_logprobs"):
         asked_of(quirk)
@@ -149,13 +163,14 @@ def test_a_server_without_log_probs_is_one_sentence(quirk):
 # ---- a scripted policy and verifier ----------------------------------------------------------------------
 
 class Table(Backend):
-    """tree: solution so far -> what follows it, the k-th time that this is asked the k-th text. A text that ends
-    with a new line or a fence ends a step, any other the turn. yes: solution -> the verifier's P(yes). Both may
-    be functions."""
+    """tree: solution so far -> what follows it, the k-th time that this is asked the k-th text. A text that
+    ends with a new line or a fence ends a step, any other the turn. yes: solution -> the verifier's P(yes).
+    Both may be functions."""
 
     def __init__(self, tree, yes=None, order="fifo", batch=100):
         super().__init__(None, order, batch)
-        self.tree, self.yes, self.written, self.judged, self.sampled = tree, yes or {}, Counter(), [], []
+        self.tree, self.yes, self.written = tree, yes or {}, Counter()
+        self.judged, self.sampled = [], []
 
     def prompt_ids(self, messages):
         asked, turn = messages[0]["content"], "".join(m["content"] for m in messages[1:])
@@ -176,7 +191,8 @@ class Table(Backend):
         self.sampled.append(text)
         assert not text.endswith("\n") or "\n" in request.sampling.stop or "\n```\n" in request.sampling.stop
         new = [ord(c) for c in text]
-        return Reply(text, new, [-0.5] * len(new), "stop_string" if text.endswith(("\n", "```")) else "stop", ids)
+        finish = "stop_string" if text.endswith(("\n", "```")) else "stop"
+        return Reply(text, new, [-0.5] * len(new), finish, ids)
 
 
 def play(workflow, tree, yes=None, **options):
@@ -184,7 +200,8 @@ def play(workflow, tree, yes=None, **options):
     def search(question):
         return (yield from workflow(question, **options))
     backend = Table(tree, yes)
-    episode, = run_episodes(jobs_for([problem("p", "Q?")], search), backend, Sandbox(), sampling=Sampling(100))
+    jobs = jobs_for([problem("p", "Q?")], search)
+    episode, = run_episodes(jobs, backend, Sandbox(), sampling=Sampling(100))
     return episode, backend
 
 
@@ -228,10 +245,11 @@ def test_steps_that_lead_nowhere_are_given_up():
     assert backend.written[failed] == 1 and not any(text.startswith(again) for text in backend.written)
 
 
-@pytest.mark.parametrize("rule, stop", [("blank line", "\n\n"), ("line", "\n"), ("sentence", ". ")])
+@pytest.mark.parametrize("rule, stop", [("paragraph", "\n\n"), ("line", "\n"), ("sentence", ". ")])
 def test_the_rule_of_the_run_says_where_a_step_ends(rule, stop):
     backend = Table({"": ["\\boxed{1}"]})
-    run_episodes(jobs_for([problem("p", "Q?")], slm.search.best_of_n), backend, sampling=Sampling(step=rule))
+    jobs = jobs_for([problem("p", "Q?")], slm.search.best_of_n)
+    run_episodes(jobs, backend, sampling=Sampling(step_rule=rule))
     assert stop in backend.requests[0].sampling.stop and backend.requests[0].sampling.keep_stop
 
 
@@ -250,7 +268,8 @@ def test_interactive_python_goes_on_behind_the_output_in_the_same_turn():
 
 # ---- solutions side by side ------------------------------------------------------------------------------
 
-FOUR = {"": ["a\n", "b\n", "c\n", "\\boxed{9}"], "a\n": ["\\boxed{1}"], "b\n": ["\\boxed{1}"], "c\n": ["\\boxed{2}"]}
+FOUR = {"": ["a\n", "b\n", "c\n", "\\boxed{9}"], "a\n": ["\\boxed{1}"], "b\n": ["\\boxed{1}"],
+        "c\n": ["\\boxed{2}"]}
 LIKES = {"a": 0.9, "b": 0.5, "c": 0.7, "a\n\\boxed{1}": 0.2, "b\n\\boxed{1}": 0.5, "c\n\\boxed{2}": 0.6,
          "\\boxed{9}": 0.45}
 
@@ -332,15 +351,16 @@ def test_mcts_on_a_tree_worked_by_hand(monkeypatch):
            "b\n2\n\\boxed{4}": .4, "a\n2\n\\boxed{5}": .9, "a\n2\n\\boxed{6}": .2}
     # 1: nothing was found yet, so the higher value 0.6 leads to a; it finds 1, worth -0.4; a: (0.6 - 0.4) / 2
     # 2: ln 1 = 0, so b with 0.2 against 0.1; only its second child is alive; below it are 3 (0.4) and 4 (-0.2)
-    # 3: b has nothing open left, so a, then its second child: 5 (0.8) and 6 (-0.6)
+    # 3: nothing is open below b, so a, then its second child: 5 (0.8) and 6 (-0.6)
     for budget, written in ((1, ["", "a\n"]), (2, ["", "a\n", "b\n", "b\n2\n"]),
                             (9, ["", "a\n", "b\n", "b\n2\n", "a\n2\n"])):
         nodes, answer, backend = grown(monkeypatch, slm.search.mcts, tree, yes, budget=budget, width=2)
         assert backend.written == dict.fromkeys(written, 2)
     stats = {text: (node.visits, round(node.total, 9)) for text, node in nodes.items()}
-    assert stats == {"": (5, 0.0), "a\n": (4, 0.4), "b\n": (3, 0.4), "a\n\\boxed{1}": (1, -0.4), "a\n2\n": (3, 0.2),
-                     "b\nI give up": (1, -1.0), "b\n2\n": (3, 1.0), "b\n2\n\\boxed{3}": (1, 0.4),
-                     "b\n2\n\\boxed{4}": (1, -0.2), "a\n2\n\\boxed{5}": (1, 0.8), "a\n2\n\\boxed{6}": (1, -0.6)}
+    assert stats == {
+        "": (5, 0.0), "a\n": (4, 0.4), "b\n": (3, 0.4), "a\n\\boxed{1}": (1, -0.4), "a\n2\n": (3, 0.2),
+        "a\n2\n\\boxed{5}": (1, 0.8), "a\n2\n\\boxed{6}": (1, -0.6), "b\nI give up": (1, -1.0),
+        "b\n2\n": (3, 1.0), "b\n2\n\\boxed{3}": (1, 0.4), "b\n2\n\\boxed{4}": (1, -0.2)}
     assert slm.search.uct(nodes["a\n"]) == pytest.approx(0.1 + 2 * math.sqrt(math.log(5) / 4))
     assert answer == "5"
 
@@ -362,7 +382,7 @@ def wild(salt):
     def tree(text):
         depth = text.count("\n")
         return [f"\\boxed{{{k}}}" if luck(text + str(k), salt) < 0.3 or depth == 3 else
-                "?" if luck(text + str(k), salt) > 0.9 else f"{depth}{k}\n" for k in range(3)]
+                "xyz"[k] + "?" if luck(text + str(k), salt) > 0.9 else "xyz"[k] + "\n" for k in range(3)]
     return tree, lambda text: 0.05 + 0.9 * luck(text, salt)
 
 
@@ -431,11 +451,11 @@ def test_gumbel_search_spends_its_rollouts_by_halving(monkeypatch):
     assert backend.written[""] == 4
 
 
-def test_gumbel_search_follows_the_verifier_where_it_is_sure(monkeypatch):
+def test_gumbel_search_follows_the_verifier_if_it_is_sure():
     def yes(text):
         return 0.9 if text.startswith("c") else 0.1
     tree = ABCD | {f"{letter}\n": [f"\\boxed{{{k}}}"] for k, letter in enumerate("abcd")}
-    assert grown(monkeypatch, slm.search.gumbel_mcts, tree, yes, budget=4, width=4)[1] == "2"
+    assert play(slm.search.gumbel_mcts, tree, yes, budget=4, width=4)[0].answer == "2"
 
 
 # ---- all searches ----------------------------------------------------------------------------------------
@@ -497,20 +517,20 @@ def test_fifty_trees_at_once_are_the_trees_grown_one_at_a_time_and_keep_their_to
     jobs = jobs_for(problems.load("tiny", "test", 50), slm.search.mcts)
     for job in jobs:
         job.workflow = two_rollouts
-    how = {"sampling": Sampling(24, step="sentence"), "seed": 3}
+    how = {"sampling": Sampling(24, step_rule="sentence"), "seed": 3}
     together = run_episodes(jobs, Sampler(model, tokenizer), Sandbox(), **how)
     for k in (0, 17, 49):
         alone, = run_episodes([jobs[k]], Sampler(model, tokenizer), Sandbox(), **how)
         assert alone.answer == together[k].answer
         assert [t.reply.ids for t in alone.turns] == [t.reply.ids for t in together[k].turns]
-    longest = max(together, key=lambda episode: max(map(len, (t.reply.prompt_ids for t in episode.turns))))
+    longest = max(together, key=lambda episode: max(len(t.reply.prompt_ids) for t in episode.turns))
     records = longest.records(["solver"])
     assert sum(sum(r.mask) for r in records) == sum(len(t.reply.ids) for t in longest.turns)
     with torch.no_grad():
         logp, _ = losses.score(model, [r.ids for r in records], [r.mask for r in records], temperature=0.8)
     sampled = [p for r in records for p, m in zip(r.logprobs, r.mask) if m]
     assert torch.allclose(logp, torch.tensor(sampled), atol=1e-4)
-    assert any(len(r.ids) > len(t.reply.prompt_ids) + 24 for r in records for t in longest.turns[:1])  # several steps
+    assert max(len(r.ids) for r in records) > len(longest.turns[0].reply.prompt_ids) + 24  # several steps
     assert "tokenized anew" not in capsys.readouterr().err
 
 

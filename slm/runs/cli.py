@@ -189,6 +189,8 @@ def answer_options(p, both):
                         "files (default tiny)")
     g.add_argument("--split", choices=("train", "test", "unseen"), default="test")
     g.add_argument("--limit", type=positive, help=f"the first N problems of each set ({both('limit')})")
+    g.add_argument("--step-rule", choices=("paragraph", "line", "sentence"),
+                   help=f"what ends a step of this model's solutions, for the searches ({both('step_rule')})")
 
 
 def adapter_options(g, both):

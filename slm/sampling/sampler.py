@@ -107,15 +107,13 @@ class Sampler:
         adapter, s = request.adapter or lora.active(self.model), request.sampling
         if given:
             self.scores[self.tickets] = dict.fromkeys(given)
-            self.waiting.extend(Row(self.tickets, 0, tokens + ids[:-1], len(tokens), len(ids), s, adapter, 0,
-                                    words=words, given=ids) for words, ids in given.items())
-            self.tickets += 1
-            return self.tickets - 1
+        self.waiting.extend(Row(self.tickets, 0, tokens + ids[:-1], len(tokens), len(ids), s, adapter, 0,
+                                words=words, given=ids) for words, ids in given.items())
         salt = zlib.crc32(array("q", tokens).tobytes())
         thinking = s.stop_at_box and self.tokenizer.decode(tokens[-8:], False).rstrip().endswith("<think>")
         self.waiting.extend(
             Row(self.tickets, i, list(tokens), len(tokens), min(s.max_tokens, room), s, adapter,
-                ((s.seed + i) << 32 ^ salt) % 2 ** 63, thinking) for i in range(request.n))
+                ((s.seed + i) << 32 ^ salt) % 2 ** 63, thinking) for i in range(0 if given else request.n))
         self.tickets += 1
         return self.tickets - 1
 

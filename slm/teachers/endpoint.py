@@ -431,10 +431,10 @@ def read(data) -> Reply:
 
 
 def first_tokens(choice: dict) -> dict[str, float]:
-    """The likeliest first tokens and their log-probs, where a server gives them."""
-    with contextlib.suppress(KeyError, TypeError, IndexError):
+    """The likeliest first tokens and their log-probs, if a server gives them."""
+    with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
         rivals = choice["logprobs"]["content"][0]["top_logprobs"]
-        return {rival["token"]: rival["logprob"] for rival in rivals}
+        return {str(rival["token"]): float(rival["logprob"]) for rival in rivals}
     return {}
 
 
