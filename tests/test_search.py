@@ -350,7 +350,7 @@ def test_mcts_on_a_tree_worked_by_hand(monkeypatch):
     yes = {"a": .8, "b": .6, "a\n\\boxed{1}": .3, "a\n2": .5, "b\n2": .9, "b\n2\n\\boxed{3}": .7,
            "b\n2\n\\boxed{4}": .4, "a\n2\n\\boxed{5}": .9, "a\n2\n\\boxed{6}": .2}
     # 1: nothing was found yet, so the higher value 0.6 leads to a; it finds 1, worth -0.4; a: (0.6 - 0.4) / 2
-    # 2: ln 1 = 0, so b with 0.2 against 0.1; only its second child is alive; below it are 3 (0.4) and 4 (-0.2)
+    # 2: ln 1 = 0, so b with 0.2 against 0.1; its second child is alive, and finds 3 (0.4) and 4 (-0.2)
     # 3: nothing is open below b, so a, then its second child: 5 (0.8) and 6 (-0.6)
     for budget, written in ((1, ["", "a\n"]), (2, ["", "a\n", "b\n", "b\n2\n"]),
                             (9, ["", "a\n", "b\n", "b\n2\n", "a\n2\n"])):
@@ -437,17 +437,17 @@ def test_sequential_halving(count, budget, plan):
     assert sum(n * each for n, each in plan) <= budget
 
 
-def test_gumbel_search_spends_its_rollouts_by_halving(monkeypatch):
-    """A tree without dead ends: each rollout below a first step grows just one leaf, which holds a solution."""
+def test_gumbel_search_spends_its_rollouts_by_halving():
+    """A tree without dead ends: each rollout below a first step grows one leaf, which finds a solution."""
     def tree(text):
-        return ABCD[""] if not text else ["\\boxed{%d}" % len(text), "on\n"]
+        return ABCD[""] if not text else [f"\\boxed{{{len(text)}}}", "on\n"]
     yes = {"a": 0.5, "b": 0.5, "c": 0.5, "d": 0.5}
-    nodes, answer, backend = grown(monkeypatch, slm.search.gumbel_mcts, tree, yes, budget=8, width=4)
+    _, backend = play(slm.search.gumbel_mcts, tree, yes, budget=8, width=4)
     grew = Counter(text[:1] for text in backend.written.elements() if text)
     draw = random.Random(seed_of("Q?"))
     noise = {letter: -math.log(-math.log(draw.random())) for letter in "abcd"}
     best, second, *others = sorted("abcd", key=noise.get, reverse=True)  # all values are equal: noise decides
-    assert grew == {best: 4 * 3, second: 4 * 3, **{letter: 4 for letter in others}}  # 4 asks a growth
+    assert grew == {best: 4 * 3, second: 4 * 3, **dict.fromkeys(others, 4)}  # 4 asks a growth
     assert backend.written[""] == 4
 
 
