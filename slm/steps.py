@@ -63,7 +63,9 @@ def cut(text: str, rule: str) -> list[str]:
         if step.count("```") % 2 == 0 and has_words(step) and not more.startswith("```output"):
             steps.append(step)
             start = end.end()
-    return steps + ([text[start:]] if text[start:] else [])
+    if steps and not has_words(text[start:]):
+        return [*steps[:-1], steps[-1] + text[start:]]
+    return [*steps, text[start:]]
 
 
 # ---- a partial solution ----------------------------------------------------------------------------------

@@ -10,11 +10,12 @@ import pytest
 import torch
 from faulty_server import refuses, serve
 from scripted import Backend, Sandbox, problem
+from small import write_small
 
 import slm.search
 import slm.steps
-from slm import BadInput, lora, losses, problems, prompts, workflows
-from slm.episode import Reply, Request, Sampling, jobs_for, run_episodes, seed_of, user
+from slm import BadInput, checkpoint, lora, losses, prompts, workflows
+from slm.episode import STEPS, Reply, Request, Sampling, jobs_for, run_episodes, seed_of, user
 from slm.sampling import Sampler
 from slm.search import SEARCHES, allot, halving
 from slm.teachers import Endpoint
@@ -266,6 +267,34 @@ def test_interactive_python_goes_on_behind_the_output_in_the_same_turn():
     assert play(slm.search.interactive_python, tree)[0].answer == "5"
 
 
+CODE = "```python\nx = 3. \n\nprint(x)\n```\n"
+RAN = CODE + "```output\n3.0\n\n```\n"
+
+
+@pytest.mark.parametrize("rule, steps", [
+    ("line", [""]), ("line", ["One"]), ("line", ["One.\n", "\nTwo.\n"]), ("line", ["\n\n"]),
+    ("line", ["<think>\nOne.\n", "</think>\nTwo.\n", "\\boxed{3}"]),
+    ("line", ["So\n", "\\[\nx = 2\n\\]\n"]), ("line", ["---\n**Step 1:** add\n", "2 + 3 = 5\r\n", "Done."]),
+    ("line", ["Run:\n", RAN, "It is 3.\n"]), ("line", [CODE, "then " + CODE]),
+    ("line", ["Run:\n", "```python\nx = 1\nnever closed"]), ("line", ["答えは\n", "５です。\n"]),
+    ("paragraph", ["One.\nTwo.\n\n", "Three."]), ("paragraph", ["One.\n\n", "\nTwo."]),
+    ("paragraph", ["Run:\n" + RAN, "It is 3.\nSo.\n\n"]),
+    ("paragraph", ["\\[\n\nx = 2\n\n", "So.\n\n\\]\n\n"]),
+    ("sentence", ["It is 3.5 nuts. ", "So 2! ", "Is it? ", "Yes.\n", "Done."]),
+    ("sentence", [RAN, "It is 3. ", "Yes."])])
+def test_solutions_are_cut_into_steps(rule, steps):
+    assert slm.steps.cut("".join(steps), rule) == steps
+
+
+def test_the_steps_of_any_text_join_to_it():
+    rng = random.Random(0)
+    pieces = ["a", ". ", "\n", "\n\n", "```", "```python\n", "```output\n", "</think>"]
+    for _ in range(500):
+        text = "".join(rng.choices(pieces, k=12))
+        for rule in STEPS:
+            assert "".join(slm.steps.cut(text, rule)) == text
+
+
 # ---- solutions side by side ------------------------------------------------------------------------------
 
 FOUR = {"": ["a\n", "b\n", "c\n", "\\boxed{9}"], "a\n": ["\\boxed{1}"], "b\n": ["\\boxed{1}"],
@@ -512,30 +541,30 @@ def test_a_search_does_not_depend_on_the_order_of_replies(search):
     assert runs[0] == runs[1] == runs[2]
 
 
-def test_fifty_trees_at_once_are_the_trees_grown_one_at_a_time_and_keep_their_tokens(tiny, capsys):
-    model, tokenizer = tiny
-    jobs = jobs_for(problems.load("tiny", "test", 50), slm.search.mcts)
-    for job in jobs:
-        job.workflow = two_rollouts
-    how = {"sampling": Sampling(24, step_rule="sentence"), "seed": 3}
-    together = run_episodes(jobs, Sampler(model, tokenizer), Sandbox(), **how)
+def two_rollouts(question):
+    return (yield from slm.search.mcts(question, 2, 2))
+
+
+def test_fifty_trees_at_once_are_those_grown_alone_and_keep_their_tokens(tmp_path, monkeypatch, capsys):
+    """A random model writes no lines: here a step ends behind an e, and there are at most four."""
+    monkeypatch.setitem(STEPS, "line", ("e",))
+    monkeypatch.setattr(slm.steps, "DEPTH", 4)
+    model, tokenizer = checkpoint.load(write_small(tmp_path / "small"))
+    jobs = jobs_for([problem(f"p{i}", f"What is {i} + {i}?") for i in range(50)], two_rollouts)
+    together = run_episodes(jobs, Sampler(model, tokenizer), Sandbox(), sampling=Sampling(30), seed=3)
     for k in (0, 17, 49):
-        alone, = run_episodes([jobs[k]], Sampler(model, tokenizer), Sandbox(), **how)
+        alone, = run_episodes([jobs[k]], Sampler(model, tokenizer), Sandbox(), sampling=Sampling(30), seed=3)
         assert alone.answer == together[k].answer
         assert [t.reply.ids for t in alone.turns] == [t.reply.ids for t in together[k].turns]
-    longest = max(together, key=lambda episode: max(len(t.reply.prompt_ids) for t in episode.turns))
-    records = longest.records(["solver"])
-    assert sum(sum(r.mask) for r in records) == sum(len(t.reply.ids) for t in longest.turns)
+    deepest = max(together, key=lambda episode: len(episode.turns))
+    records = deepest.records()
+    assert len(records) < sum(turn.role == "solver" for turn in deepest.turns)  # steps that go on in a record
+    assert sum(sum(r.mask) for r in records) == sum(len(t.reply.ids) for t in deepest.turns)
     with torch.no_grad():
         logp, _ = losses.score(model, [r.ids for r in records], [r.mask for r in records], temperature=0.8)
     sampled = [p for r in records for p, m in zip(r.logprobs, r.mask) if m]
     assert torch.allclose(logp, torch.tensor(sampled), atol=1e-4)
-    assert max(len(r.ids) for r in records) > len(longest.turns[0].reply.prompt_ids) + 24  # several steps
     assert "tokenized anew" not in capsys.readouterr().err
-
-
-def two_rollouts(question):
-    return (yield from slm.search.mcts(question, 2, 2))
 
 
 def test_the_examples_in_the_docstrings():
