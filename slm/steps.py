@@ -58,7 +58,7 @@ def cut(text: str, rule: str) -> list[str]:
     ['<think>\nSo:\n', '```python\nprint(4)\n```\n\n```output\n4\n```\n', 'It is 4.']
     """
     steps, start = [], 0
-    for end in re.finditer("|".join(map(re.escape, (*STEP["stop"], *STEPS[rule]))), text):
+    for end in re.finditer("|".join(f"(?<={re.escape(stop)})" for stop in STEP["stop"] + STEPS[rule]), text):
         step, more = text[start:end.end()], text[end.end():end.end() + 12].lstrip()
         if step.count("```") % 2 == 0 and has_words(step) and not more.startswith("```output"):
             steps.append(step)

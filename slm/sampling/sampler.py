@@ -270,7 +270,9 @@ class Sampler:
 
     def _score(self, rows: list[Row], states: dict[Row, torch.Tensor]) -> None:
         """Note the log-prob of each row's continuation. These rows are done."""
-        hidden = torch.cat([states[row] for row in rows]) if rows else None
+        if not rows:
+            return
+        hidden = torch.cat([states[row] for row in rows])
         spans = [(row.adapter, 1) for row in rows for _ in row.given]
         targets = torch.tensor([token for row in rows for token in row.given], device=self.device)
         logprobs: list[float] = []
