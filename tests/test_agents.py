@@ -333,7 +333,7 @@ def test_code_cut_by_the_token_limit_is_not_run():
     ("At first CORRECT, then INCORRECT", False), ("INCORRECT. Let's correct it: 9 is correct", False),
     ("2 + 2 = 4.\nCORRECT", True), ("Correct answer: 5. This is INCORRECT", False), ("**CORRECT**", True),
     ("That is wrong. VERDICT: CORRECT", True), ("Verdict: **Incorrect**, it is CORRECT to add", False),
-    ("Yes", True), ("**No**, the sum is 5.", False), ("yes, it looks right", True), ("No, it looks right", False),
+    ("Yes", True), ("**No**, it is 5.", False), ("yes, it looks right", True), ("No, it looks right", False),
     ("No errors: this is right", True), ("Yes. VERDICT: INCORRECT", False), ("Not sure", None),
     ("Nobody knows", None), ("It is right.", True), ("\n# VERDICT\n\nCORRECT", True),
     ("Yesterday it was CORRECT, today INCORRECT", False), ("不正确", None), ("`INCORRECT`", False)])
