@@ -51,13 +51,14 @@ def candidates(question: str, nodes: list[Node]):
 def best(nodes: list[Node], value: Callable[[list[float]], float] = itemgetter(-1)) -> str | None:
     """The answer of the solution with the highest value of its steps' scores, by default the last of them;
     the earliest of equals, None without a solution."""
-    values = {node: value([step.score for step in node.path()]) for node in nodes if node.answer}
+    values = {node: value(node.scores()) for node in nodes if node.answer}
     return max(values, key=values.get, default=Node()).answer
 
 
 def vote(nodes: list[Node], weights: list[float] | None = None) -> str | None:
     """The answer with most votes, or with the largest sum of weights; None without a solution."""
-    return next((answer for answer, _ in tally([node.answer for node in nodes], weights)), None)
+    votes = tally([node.answer for node in nodes], weights)
+    return votes[0][0] if votes else None
 
 
 def chains(question: str, count: int):
@@ -179,15 +180,13 @@ def rebase(question: str, budget: int = 16):
 def expand(question: str, leaf: Node, width: int, signs: int = 0):
     """Grow and judge `width` steps under a leaf. Each starts with one visit and its value: 2 P(yes) - 1, and
     -1 if it was given up. The value of a solution (with `signs`, +-1) also goes to every node above it."""
-    leaf.children = yield from grow(question, [leaf] * width)
-    yield from judge(question, leaf.children)
-    for child in leaf.children:
-        child.visits, child.total = 1, 2 * child.score - 1
+    children = yield from grow(question, [leaf] * width)
+    yield from judge(question, children)
+    leaf.adopt(children)
+    for child in children:
+        child.visit(2 * child.score - 1)
         for node in leaf.up() if child.answer else ():
-            node.visits += 1
-            node.total += math.copysign(1, child.total) if signs else child.total
-    for node in leaf.up():
-        node.closed = all(child.closed for child in node.children)
+            node.visit(math.copysign(1, child.total) if signs else child.total)
 
 
 def descend(question: str, node: Node, width: int, choose: Callable[[list[Node]], Node], signs: int = 0):

@@ -85,8 +85,8 @@ class Node:
     answer: str | None = None
     closed: bool = False
     children: list["Node"] = field(default_factory=list)
-    visits: int = 0                 # for the searches that come back to a node
-    total: float = 0.0
+    visits: int = 0                 # of a search that comes back to its nodes ...
+    total: float = 0.0              # ... and the sum of what they were worth
 
     def child(self) -> "Node":
         return Node(self, self.text, self.reply, self.outcome, self.blocks, depth=self.depth + 1)
@@ -102,9 +102,22 @@ class Node:
         """From the first step to this one."""
         return list(self.up())[-2::-1]
 
+    def scores(self) -> list[float]:
+        return [node.score for node in self.path()]
+
     def below(self) -> list["Node"]:
         """This node and all that grew from it."""
         return [self, *(node for child in self.children for node in child.below())]
+
+    def visit(self, value: float) -> None:
+        self.visits += 1
+        self.total += value
+
+    def adopt(self, children: list["Node"]) -> None:
+        """Take these as the node's children. A node whose children are all closed is closed itself."""
+        self.children = children
+        for node in self.up():
+            node.closed = all(child.closed for child in node.children)
 
     @property
     def finish(self) -> str:

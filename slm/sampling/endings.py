@@ -42,8 +42,10 @@ class Endings:
 
     def text(self, ids: list[int], finish: str, sampling) -> str:
         """A reply's text. As servers do, it ends before a stop string, though all ids that were sampled are
-        kept. After a box, and with keep_stop, it goes on to the end of its last token: text and ids agree."""
-        text = self.tokenizer.decode(ids)
-        if finish != "stop_string" or sampling.keep_stop:
+        kept. After a box it goes on to the end of its last token: text and ids agree. So they do with
+        keep_stop, special tokens included, as the turn is not over."""
+        kept = finish == "stop_string" and sampling.keep_stop
+        text = self.tokenizer.decode(ids, skip_special=not kept)
+        if finish != "stop_string" or kept:
             return text
         return text[:min(i for i in map(text.find, sampling.stop) if i >= 0)]
