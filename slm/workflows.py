@@ -2,7 +2,8 @@ r"""The workflows: each a short generator that gets the question and nothing els
 
 slm/episode.py has the protocol. The names are those of the SLM-Math report's agents. A docstring says what
 the agent did, and after "Departs" what is different here. All start from a greedy first answer; those that
-begin with the standard prompt share the very same call. The searches are in slm/search.py.
+begin with the standard prompt share the very same call. The searches are in slm/search.py; they sample from
+the start.
 """
 
 import re

@@ -21,6 +21,7 @@ from slm.answers import answer_record
 from slm.episode import Reply, Sampling, jobs_for, run_episodes
 from slm.grading import blocks_of, printed, verdict
 from slm.runs import cli
+from slm.search import SEARCHES
 from slm.workflows import WORKFLOWS, settle, shown, stated, tally
 
 ROOT = Path(__file__).parent.parent
@@ -234,7 +235,7 @@ def test_every_workflow_survives_babble_and_failed_calls(name):
     assert "context" in episode.error
 
 
-@pytest.mark.parametrize("name", [n for n in WORKFLOWS if n not in (
+@pytest.mark.parametrize("name", [n for n in WORKFLOWS if WORKFLOWS[n] not in SEARCHES and n not in (
     "python_tools", "solver_checker_with_tools", "solver_verifier", "code_feedback")])
 def test_workflows_without_tools_share_the_greedy_first_call(name):
     p, memo, calls = problem("p", "Q?", "4"), {}, []
