@@ -6,8 +6,9 @@ r"""Stage 4, agents: every workflow as a short generator, and a comparison of th
     python agents.py --endpoint http://localhost:8000/v1 --model NAME --data math500
 
 A workflow gets the question and nothing else (slm/episode.py has the protocol). The names are those of the
-SLM-Math report's agents; a docstring says what its agent did, and after "Departs" what is different here. All
-start from a greedy first answer, and those that begin with the standard prompt share the very same call.
+SLM-Math report's agents; a docstring says what its agent did, and after "Departs" what is different here.
+They start from a greedy first answer, and those that begin with the standard prompt share the very same call.
+The searches (slm/search.py) sample from the start and take a verifier's word: --adapter verifier=DIR.
 """
 
 import argparse
@@ -15,8 +16,8 @@ import argparse
 from slm.runs import cli
 from slm.workflows import WORKFLOWS, workflow
 
-PAPER = {"max_tokens": 2048, "limit": 500, "workflow": "all"}
-TINY = {"max_tokens": 320, "limit": 200,
+PAPER = {"max_tokens": 2048, "limit": 500, "step_rule": "paragraph", "workflow": "all"}
+TINY = {"max_tokens": 320, "limit": 200, "step_rule": "line",
         "workflow": "majority_vote,python_tools,solver_checker_stateless,solver_checker_with_tools"}
 
 
@@ -63,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
     run = RunDir(args.out, vars(args) | asked_with(backend) | {"grader": version()}, fingerprint(problems),
                  args.resume)
     done = finished(run.journal("episodes")) if args.resume else []
-    sampling = Sampling(args.max_tokens, stop_at_box=True)
+    sampling = Sampling(args.max_tokens, stop_at_box=True, step_rule=args.step_rule)
     memo, results = {}, {}
     with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox:
         for name in names:
@@ -132,7 +133,7 @@ def transcript(row: dict) -> str:
     for i, turn in enumerate(episode.turns):
         prompt = turn.messages[-1]["content"].replace(question, "(question)")
         lines.append(f"---- to the {turn.role}: {prompt.strip()}")
-        lines.append(f"---- the {turn.role}: {turn.reply.text.strip()}")
+        lines.append(f"---- the {turn.role}: {turn.reply.text.strip() or turn.reply.scores or ''}")
         for outcome in (run.outcome for run in episode.runs if run.turn == i):
             said = f"{outcome.stdout.strip()}\n{outcome.error or ''}".strip()
             lines.append(f"---- the sandbox ({outcome.seconds:.2f} s): {said}")

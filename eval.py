@@ -18,8 +18,8 @@ import argparse
 
 from slm.runs import cli
 
-PAPER = {"max_tokens": 2048, "limit": 500}
-TINY = {"max_tokens": 320}
+PAPER = {"max_tokens": 2048, "limit": 500, "step_rule": "paragraph"}
+TINY = {"max_tokens": 320, "step_rule": "line"}
 NOT_SETTINGS = ("compare", "markdown", "regrade", "resume")
 DECODING = {"samples": 1, "temperature": 0.0, "max_tokens": None}  # agents.py has the first two fixed
 
@@ -69,6 +69,7 @@ from slm.runs import stats
 from slm.runs.files import as_lines, read_json, read_rows, write_json, write_whole
 from slm.runs.rundir import RunDir, name_of, new_path
 from slm.sandbox import Sandbox
+from slm.search import tally
 
 
 def main(args: argparse.Namespace) -> None:
@@ -97,7 +98,7 @@ def evaluate(args: argparse.Namespace) -> None:
     run = RunDir(args.out, settings | identity(args) | asked_with(backend),
                  problems.fingerprint(everything), args.resume)
     done = finished(run.journal("answers")) if args.resume else []
-    sampling = Sampling(args.max_tokens, args.temperature, stop_at_box=True)
+    sampling = Sampling(args.max_tokens, args.temperature, stop_at_box=True, step_rule=args.step_rule)
     results = {}
     with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox:
         for name, items in sets.items():
@@ -187,7 +188,7 @@ def figures(rows: list[dict]) -> dict[str, list[float]]:
 def majority(samples: list[dict]) -> float:
     """Whether the most frequent answer is right. Equivalent ones count together, and no answer is no vote. A
     tie is settled by lot: the share of right ones among the most frequent."""
-    votes = workflows.tally([row["answer"] for row in samples])
+    votes = tally([row["answer"] for row in samples])
     right = {row["answer"] for row in samples if row["correct"]}
     first = [answer in right for answer, count in votes if count == votes[0][1]]
     return sum(first) / max(1, len(first))

@@ -25,10 +25,10 @@ from slm.runs import cli
 
 PAPER = {"lr": 5e-6, "batch": 16, "samples": 2, "kl": 0.05, "epochs": 1, "temperature": 0.7,
          "max_tokens": 2048, "micro_tokens": 2048, "warmup": 0.1, "save_every": 20, "steps": 0,
-         "targets": "all", "evaluate": 64}
+         "targets": "all", "evaluate": 64, "step_rule": "paragraph"}
 TINY = {"lr": 3e-3, "batch": 16, "samples": 8, "kl": 0.0, "temperature": 1.0, "max_tokens": 200,
         "micro_tokens": 4096, "warmup": 0.05, "save_every": 1000, "steps": 16, "targets": "qkvo",
-        "evaluate": 32}
+        "evaluate": 32, "step_rule": "line"}
 
 
 def options():
@@ -49,6 +49,8 @@ def options():
     g.add_argument("--samples", type=cli.positive, help=f"K, episodes a problem ({both('samples')})")
     g.add_argument("--temperature", type=cli.number(0.01), help=f"({both('temperature')})")
     g.add_argument("--max-tokens", type=cli.positive, help=f"new tokens of a reply ({both('max_tokens')})")
+    g.add_argument("--step-rule", choices=("paragraph", "line", "sentence"),
+                   help=f"what ends a step of the model's solutions, for the searches ({both('step_rule')})")
     g = p.add_argument_group("reward")
     g.add_argument("--reward", nargs="+", action=cli.Names, default=["correct"], metavar="PART:WEIGHT",
                    help="such as correct:1,format:0.2; slm/rewards.py has all parts (default correct:1)")
@@ -227,7 +229,7 @@ def roll_out(batch, spare, step, policy, workflow, sampler, sandbox, seconds, ar
     Dynamic sampling (DAPO, arXiv 2503.14476, eq. 11): a problem whose episodes are all right or all wrong has
     nothing to compare. Up to --resample times, one of `spare` takes its place in `batch`, and what it sampled
     is replaced. Which one depends on seed and step alone."""
-    sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, stop_at_box=False)
+    sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, step_rule=args.step_rule)
     bar = None if cli.is_small(args.model) else f"step {step + 1}"
     rules = rewards.rules_of(args, step)
     wanted, groups, replaced = range(ranks.rank(), len(batch), ranks.world()), {}, []
@@ -422,7 +424,8 @@ def split(pool, args) -> tuple[list, list]:
 
 def evaluate(held_out, workflow, policy, sampler, sandbox, args) -> dict:
     """The share of held-out problems solved greedily, as eval.py counts it, and its 95 % interval."""
-    own, sampling = held_out[ranks.rank()::ranks.world()], Sampling(args.max_tokens, stop_at_box=True)
+    own = held_out[ranks.rank()::ranks.world()]
+    sampling = Sampling(args.max_tokens, stop_at_box=True, step_rule=args.step_rule)
     with ranks.whole(policy):
         episodes = run_episodes(jobs_for(own, workflow), sampler, sandbox, sampling=sampling, seed=args.seed)
         sampler.close()
