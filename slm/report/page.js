@@ -357,10 +357,13 @@ const SORTS = {
 
 const divided = group => new Set(group.rights).size > 1;
 
+// A test for an episode, by the word on a button.
+const labelled = word => word === "right" ? i => column("right")[i] === 1
+  : word === "wrong" ? i => column("right")[i] === 0 : i => has(i, word);
+
 function passes() {  // a test for an episode, from the state
   const wanted = only().filter(name => name !== "divided"), q = state.q.toLowerCase();
-  const tests = wanted.map(name => name === "right" ? i => column("right")[i] === 1
-    : name === "wrong" ? i => column("right")[i] === 0 : i => has(i, name));
+  const tests = wanted.map(labelled);
   if (state.who) tests.push(i => run.who[column("who")[i]] === state.who);
   if (state.reason) tests.push(i => run.reasons[column("reason")[i]] === state.reason);
   if (q) {
@@ -393,8 +396,10 @@ function drawBar() {
   const names = [...(rights.has(1) ? ["right"] : []), ...(rights.has(0) ? ["wrong"] : []),
                  ...(groups.some(divided) ? ["divided"] : []), ...flags];
   for (const name of names) {
+    const test = labelled(name), every = run.columns.right;
+    const count = name === "divided" ? groups.filter(divided).length : every.filter((_, i) => test(i)).length;
     const chip = make("button", {type: "button", id: `only-${name.replaceAll(" ", "-")}`, "aria-pressed": "false"},
-      name === "divided" && run.kind === "compare" ? "disagreement" : name);
+      name === "divided" && run.kind === "compare" ? "disagreement" : name, " ", make("small", {}, figure(count)));
     chip.onclick = () => {
       const now = only();
       go({only: (now.includes(name) ? now.filter(other => other !== name) : [...now, name]).join(".")});
