@@ -193,7 +193,7 @@ def test_a_print_shows_the_figures_and_the_episode_that_is_read_and_no_controls(
     tab.emulate_media(media="print")
     for part in ("h1", "#curves svg", "#detail .question", "#detail .verdict", "#detail .turn"):
         assert tab.locator(part).first.is_visible(), part
-    for part in ("#nav", "#bar", "#list", ".keys", "#detail .place button", "#meta label"):
+    for part in ("#nav", "#bar", "#list", ".keys", "#detail .place button", "#detail .colors", "#meta label"):
         assert not tab.locator(part).first.is_visible(), part
     assert tab.evaluate("getComputedStyle(document.body).color") == "rgb(31, 32, 35)"  # dark ink
     assert tab.pdf().startswith(b"%PDF")

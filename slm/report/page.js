@@ -674,7 +674,7 @@ const COLORS = {
 };
 
 function tokensOf(records, advantage) {
-  const bar = make("div", {className: "place"}, "tokens by");
+  const bar = make("div", {className: "place colors"}, "tokens by");
   for (const name of Object.keys(COLORS)) {
     const button = make("button", {type: "button", "aria-pressed": String(state.color === name)}, name);
     button.onclick = () => go({color: state.color === name ? "none" : name});
