@@ -1,7 +1,12 @@
 """Photographs a part of a run's page in Debian's chromium, for the README. After `make test-browser`:
 
-    python docs/photograph.py runs/demo/grpo/report.html docs/page-grpo.png --top '#read' --at color=log-prob
-    python docs/photograph.py runs/demo/eval.html docs/page-compare.png
+    python docs/photograph.py RUN/report.html docs/page-grpo.png --top '#read' --height 980 \\
+        --at 'color=log-prob&only=divided&open=tiny-train-824&at=1&n=4'
+    python docs/photograph.py compare.html docs/page-compare.png --height 1500 --at 'only=divided&side=1'
+
+The runs in the pictures are small ones of the built-in model: train_grpo.py --algorithm dapo --steps 3
+--batch 4 --samples 6; and eval.py --limit 60 on the model before and after an SFT, put on one page by
+python -m slm.report compare.
 """
 
 import argparse
@@ -18,7 +23,7 @@ def photograph(page: Path, out: Path, at: str, top: str, height: int) -> None:
         tab = browser.new_page(viewport={"width": 1240, "height": height})
         tab.goto(f"file://{page.resolve()}#{at}")
         tab.wait_for_selector("body[data-ready]")
-        tab.wait_for_function("$('read').hidden || $('detail').textContent")
+        tab.wait_for_selector("#read[hidden], #detail > *", state="attached")
         tab.evaluate("top => document.querySelector(top).scrollIntoView()", top)
         tab.screenshot(path=out)
         browser.close()

@@ -58,6 +58,15 @@ def visit(browser):
     assert not faults
 
 
+def wait_until(tab, condition):
+    """tab.wait_for_function evaluates text inside the page, which its policy forbids."""
+    for _ in range(1500):
+        if tab.evaluate(condition):
+            return
+        tab.wait_for_timeout(20)
+    raise AssertionError(f"never came true: {condition}")
+
+
 def grpo(path, steps=3):
     tokens = {"text": ["What?", " four"], "mask": [0, 1], "logp": [-2.5], "old": [-2.4], "teacher": []}
     rows = []
@@ -79,7 +88,7 @@ def test_attacks_in_every_text_run_nothing(visit, tmp_path):
     path = report.write(run(tmp_path / "r", answers=rows, summary={text: text for text in ATTACKS}))
     tab = visit(path)
     for _ in ATTACKS:
-        tab.wait_for_function("document.querySelector('#detail .turn')")
+        wait_until(tab, "document.querySelector('#detail .turn')")
         tab.keyboard.press("j")
     assert tab.evaluate("document.scripts.length") == 2 + 2  # two of its own, two blocks of data
     assert not tab.query_selector_all("img, iframe, a, base, object, embed")
@@ -109,12 +118,12 @@ def test_an_episode_opens_by_its_address_and_the_keyboard_goes_on(visit, tmp_pat
     tab = visit(grpo(tmp_path / "r"), "#open=p13&at=1&n=2")
     assert tab.locator("#detail .verdict").inner_text().startswith("Right: answer 2")
     tab.keyboard.press("ArrowRight")
-    tab.wait_for_function("$('detail').textContent.includes('Wrong: answer 3')")
+    wait_until(tab, "$('detail').textContent.includes('Wrong: answer 3')")
     tab.keyboard.press("k")
-    tab.wait_for_function("document.querySelector('#detail .question').textContent === 'What is 2?'")
+    wait_until(tab, "document.querySelector('#detail .question').textContent === 'What is 2?'")
     assert tab.locator("#detail math").count()
     tab.keyboard.press("r")
-    tab.wait_for_function("document.querySelector('#detail .turn').textContent.includes('\\\\boxed{0}')")
+    wait_until(tab, "document.querySelector('#detail .turn').textContent.includes('\\\\boxed{0}')")
     assert not tab.locator("#detail math").count()
     tab.keyboard.press("c")
     tab.hover("#detail .tokens span:nth-child(2)")
@@ -135,9 +144,9 @@ def test_details_beside_the_page_are_read_and_searched_from_disk(visit, tmp_path
     monkeypatch.setattr(page, "LIMIT", 1000)
     rows = [answer(f"p{n}", response=f"needle {n}." + "x" * 50) for n in range(600)]
     tab = visit(report.write(run(tmp_path / "r", answers=rows)), "#open=p599&at=&n=0")
-    tab.wait_for_function("document.querySelector('#detail .said')")
+    wait_until(tab, "document.querySelector('#detail .said')")
     tab.fill("#q", "needle 300.")
-    tab.wait_for_function("document.getElementById('count').textContent.startsWith('1 of 600')")
+    wait_until(tab, "document.getElementById('count').textContent.startsWith('1 of 600')")
 
 
 def test_runs_are_read_side_by_side(visit, tmp_path):
@@ -173,7 +182,7 @@ def test_10552_episodes_are_drawn_in_2_s_and_filtered_in_200_ms(visit, tmp_path)
         tab = visit(path)
         drawn.append(max(tab.evaluate("performance.getEntriesByType('paint').map(x => x.startTime)")))
     assert min(drawn) < 2000
-    tab.wait_for_function("unpacked === 10552")
+    wait_until(tab, "unpacked === 10552")
     clicks = ["{only: 'wrong'}", "{only: 'wrong.divided'}", "{q: 'therefore it is so'}", "{q: 'there'}",
               "{q: '', only: '', sort: 'hardest'}"]
     took = """change => { const start = performance.now(); go(change); document.body.offsetHeight;

@@ -204,7 +204,7 @@ const panels = [];   // functions that put the cursor of each panel at a step
 function scale(values, from, to) {  // a linear map with round ticks
   let low = Math.min(...values), high = Math.max(...values);
   if (low === high) [low, high] = [low - (Math.abs(low) / 2 || 1), high + (Math.abs(high) / 2 || 1)];
-  const rough = (high - low) / 3, power = 10 ** Math.floor(Math.log10(rough));
+  const rough = (high - low) / 4, power = 10 ** Math.floor(Math.log10(rough));
   const unit = [1, 2, 5, 10].find(step => step * power >= rough) * power;
   const map = x => from + (to - from) * (x - low) / (high - low);
   map.ticks = [];
