@@ -53,11 +53,12 @@ def tables(told: Told, kind: str) -> list[dict]:
     data = [problems[i].get("data", "") for i in c["problem"]]
     bins = [None if tokens is None else max(0, tokens).bit_length() for tokens in c["tokens"]]
     if kind in ("data", "verifier"):
-        causes = Counter("kept" if right else list(told.reasons)[reason]
+        kept = "kept" if kind == "data" else "right"
+        causes = Counter(kept if right else list(told.reasons)[reason]
                          for right, reason in zip(c["right"], c["reason"]))
         lengths = Counter(low for right, low in zip(c["right"], bins) if right and low is not None)
-        found = [bars("Kept, or why not", causes.most_common()),
-                 bars("Length of what was kept", [(length(low), lengths[low]) for low in sorted(lengths)])]
+        found = [bars(f"{kept.capitalize()}, or why not", causes.most_common()),
+                 bars(f"Length of what was {kept}", [(length(low), lengths[low]) for low in sorted(lengths)])]
         return [table for table in found if table["rows"]]
     if kind not in TITLES or not problems:
         return []

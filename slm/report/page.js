@@ -204,7 +204,7 @@ const panels = [];   // functions that put the cursor of each panel at a step
 function scale(values, from, to) {  // a linear map with round ticks
   let low = Math.min(...values), high = Math.max(...values);
   if (low === high) [low, high] = [low - (Math.abs(low) / 2 || 1), high + (Math.abs(high) / 2 || 1)];
-  const rough = (high - low) / 3, power = 10 ** Math.floor(Math.log10(rough));
+  const rough = (high - low) / 4, power = 10 ** Math.floor(Math.log10(rough));
   const unit = [1, 2, 5, 10].find(step => step * power >= rough) * power;
   const map = x => from + (to - from) * (x - low) / (high - low);
   map.ticks = [];
@@ -357,10 +357,13 @@ const SORTS = {
 
 const divided = group => new Set(group.rights).size > 1;
 
+// A test for an episode, by the word on a button.
+const labelled = word => word === "right" ? i => column("right")[i] === 1
+  : word === "wrong" ? i => column("right")[i] === 0 : i => has(i, word);
+
 function passes() {  // a test for an episode, from the state
   const wanted = only().filter(name => name !== "divided"), q = state.q.toLowerCase();
-  const tests = wanted.map(name => name === "right" ? i => column("right")[i] === 1
-    : name === "wrong" ? i => column("right")[i] === 0 : i => has(i, name));
+  const tests = wanted.map(labelled);
   if (state.who) tests.push(i => run.who[column("who")[i]] === state.who);
   if (state.reason) tests.push(i => run.reasons[column("reason")[i]] === state.reason);
   if (q) {
@@ -393,8 +396,10 @@ function drawBar() {
   const names = [...(rights.has(1) ? ["right"] : []), ...(rights.has(0) ? ["wrong"] : []),
                  ...(groups.some(divided) ? ["divided"] : []), ...flags];
   for (const name of names) {
+    const test = labelled(name), every = run.columns.right;
+    const count = name === "divided" ? groups.filter(divided).length : every.filter((_, i) => test(i)).length;
     const chip = make("button", {type: "button", id: `only-${name.replaceAll(" ", "-")}`, "aria-pressed": "false"},
-      name === "divided" && run.kind === "compare" ? "disagreement" : name);
+      name === "divided" && run.kind === "compare" ? "disagreement" : name, " ", make("small", {}, figure(count)));
     chip.onclick = () => {
       const now = only();
       go({only: (now.includes(name) ? now.filter(other => other !== name) : [...now, name]).join(".")});
@@ -669,7 +674,7 @@ const COLORS = {
 };
 
 function tokensOf(records, advantage) {
-  const bar = make("div", {className: "place"}, "tokens by");
+  const bar = make("div", {className: "place colors"}, "tokens by");
   for (const name of Object.keys(COLORS)) {
     const button = make("button", {type: "button", "aria-pressed": String(state.color === name)}, name);
     button.onclick = () => go({color: state.color === name ? "none" : name});
