@@ -235,7 +235,7 @@ def test_what_is_measured_on_the_way_changes_no_bit_of_the_training(small, tmp_p
 def test_the_evaluation_is_the_share_of_greedy_answers_with_its_interval(tiny):
     model, tokenizer = tiny
     held_out = train_grpo.problems.load("tiny", "test", 6)
-    args = SimpleNamespace(max_tokens=99, seed=0)
+    args = SimpleNamespace(max_tokens=99, seed=0, step_rule="line")
     found = train_grpo.evaluate(held_out, WORKFLOWS["solver"], model, Sampler(model, tokenizer), None, args)
     right = 0
     for p in held_out:
@@ -482,8 +482,8 @@ def rolled(small, rewards, resample, batch=2, pool=9):
     """roll_out with rewards by problem -> (problems of the episodes kept, of those replaced)."""
     policy, tokenizer = checkpoint.load(small)
     some = train_grpo.problems.load("tiny", "train", pool)
-    args = SimpleNamespace(samples=2, temperature=1.0, max_tokens=2, model=small, seed=0, no_box=-1.0,
-                           resample=resample, reward=["correct"], truncated="keep")
+    args = SimpleNamespace(samples=2, step_rule="line", temperature=1.0, max_tokens=2, model=small, seed=0,
+                           no_box=-1.0, resample=resample, reward=["correct"], truncated="keep")
     spare = train_grpo.spare_problems(some, list(range(batch)), 0, args)
     turn = itertools.count()
 
