@@ -162,8 +162,15 @@ def test_workflows_are_compared_with_the_first_on_the_same_problems(tmp_path):
     main, _ = data(report.write(run(tmp_path / "r", episodes=rows)))
     table = main["tables"][0]
     assert table["columns"][-3:] == ["improved", "over the first", "p"]
-    assert table["rows"][0][-2:] == [None, None] and table["rows"][1][-3] == "50.0 %"
+    assert table["rows"][0][-2:] == [None, None] and table["rows"][1][-3] == "5 (50.0 %)"
     assert table["rows"][1][-2]["difference"] == 0.5 and table["rows"][1][-1] == "0.062"  # 2 * 0.5 ** 5
+
+
+def test_attempts_of_a_verifier_are_right_or_not_none_is_kept(tmp_path):
+    rows = [{"id": "p0", "sample": k, "right": k < 3, "reason": "different value"} for k in range(4)]
+    main, _ = data(report.write(run(tmp_path / "r", samples=rows)))
+    assert main["tables"][0]["title"] == "Right, or why not"
+    assert main["tables"][0]["rows"] == [["right", {"bar": 3}], ["different value", {"bar": 1}]]
 
 
 def test_attempts_of_teachers_are_counted_by_cause_and_length(tmp_path):

@@ -161,9 +161,11 @@ def test_runs_are_read_side_by_side(visit, tmp_path):
 def test_an_agents_page_counts_what_a_workflow_improved_and_one_click_lists_it(visit, tmp_path):
     rows = [answer(str(n), n % 2 == 0, first_correct=n % 4 < 2, first_answer="7", workflow="checker")
             for n in range(12)]  # 0, 4, 8 stay right; 1, 5, 9 get lost; 2, 6, 10 are mended
+    rows += [row | {"workflow": "voter", "correct": True, "first_correct": True} for row in rows]
     tab = visit(report.write(run(tmp_path / "r", episodes=rows, table={})))
+    assert tab.locator("tbody tr").first.inner_text().split("\t")[4:6] == ["3 (25.0 %)", "3 (25.0 %)"]
     chips = tab.locator("#chips button").all_inner_texts()
-    assert chips == ["right 6", "wrong 6", "improved 3", "degraded 3"]
+    assert chips == ["right 18", "wrong 6", "divided 6", "improved 3", "degraded 3"]
     tab.click("#only-degraded")
     assert tab.locator("#count").inner_text().startswith("3 of 12 problems, 3 episodes")
     listed = tab.locator("#rows .row p:first-child").all_inner_texts()

@@ -93,10 +93,10 @@ def breakdown(told: Told, title: str, keys: list, name: Callable, compare: bool 
             flags.update(flag for flag, bit in FLAGS.items() if c["flags"][i] & bit)
         shares = {problem: fmean(rights) for problem, rights in groups.items()}
         first = first or shares
+        counts = [f"{flags[flag]:,} ({100 * flags[flag] / len(tokens):.1f} %)" for flag in shown]
         table.append([name(key), len(shares), share("share", fmean(shares.values()),
                                                     *stats.interval(list(shares.values()))),
-                      round(fmean(tokens)), *(f"{100 * flags[flag] / len(tokens):.1f} %" for flag in shown),
-                      *(over(first, shares) if compare else ())])
+                      round(fmean(tokens)), *counts, *(over(first, shares) if compare else ())])
     columns = ["", "problems", "right", "tokens", *shown]
     return {"title": title, "columns": columns + (["over the first", "p"] if compare else []), "rows": table}
 
