@@ -31,7 +31,7 @@ def token_logprobs(model, hidden: torch.Tensor, targets: torch.Tensor, temperatu
                        "its target_modules")
     weight = head.weight[:model.config.ids]
     if chunk is None:
-        chunk = max(16, (1 << 26 if hidden.is_cuda else 1 << 20) // weight.shape[0])
+        chunk = max(128, (1 << 26 if hidden.is_cuda else 1 << 20) // weight.shape[0])
     return _TokenLogprobs.apply(hidden, weight, targets, temperature, chunk)
 
 
