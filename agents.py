@@ -26,8 +26,8 @@ def options() -> argparse.ArgumentParser:
     both = cli.defaults(PAPER, TINY)
     cli.answer_options(p, both)
     g = p.add_argument_group("how")
-    g.add_argument("--workflow", help=f"all, or names with commas between them: {', '.join(WORKFLOWS)} "
-                   f"({both('workflow').replace(',', ', ')}); solver is always run, to compare with")
+    g.add_argument("--workflow", help="all (but the searches), or names with commas between them: "
+                   f"{', '.join(WORKFLOWS)} ({both('workflow').replace(',', ', ')}); solver is always run, to compare with")
     g.add_argument("--max-tokens", type=cli.positive, help=f"new tokens of a reply ({both('max_tokens')})")
     g.add_argument("--show", type=cli.positive, default=0, metavar="N", help="print N transcripts of each")
     cli.run_options(p, "runs/agents-<model>")
@@ -53,6 +53,7 @@ from slm.runs import stats
 from slm.runs.files import write_json
 from slm.runs.rundir import RunDir, name_of, new_path
 from slm.sandbox import Sandbox
+from slm.search import SEARCHES
 
 
 def main(args: argparse.Namespace) -> None:
@@ -90,7 +91,8 @@ def whole_record(problem, episode: Episode) -> dict:
 
 def chosen(workflows: str) -> list[str]:
     """The workflows to run: the solver first, since the others are compared with it."""
-    names = list(WORKFLOWS) if workflows == "all" else [name.strip() for name in workflows.split(",")]
+    plain = [name for name, fn in WORKFLOWS.items() if fn not in SEARCHES]  # a search may cost as much as all
+    names = plain if workflows == "all" else [name.strip() for name in workflows.split(",")]
     return list(dict.fromkeys(["solver", *(workflow(name).__name__ for name in names)]))
 
 
