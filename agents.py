@@ -27,7 +27,8 @@ def options() -> argparse.ArgumentParser:
     cli.answer_options(p, both)
     g = p.add_argument_group("how")
     g.add_argument("--workflow", help="all (but the searches), or names with commas between them: "
-                   f"{', '.join(WORKFLOWS)} ({both('workflow').replace(',', ', ')}); solver is always run, to compare with")
+                   f"{', '.join(WORKFLOWS)} ({both('workflow').replace(',', ', ')}); "
+                   "solver is always run, to compare with")
     g.add_argument("--max-tokens", type=cli.positive, help=f"new tokens of a reply ({both('max_tokens')})")
     g.add_argument("--show", type=cli.positive, default=0, metavar="N", help="print N transcripts of each")
     cli.run_options(p, "runs/agents-<model>")
