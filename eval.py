@@ -60,7 +60,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from slm import BadInput, checkpoint, problems, prompts, workflows
-from slm.answers import GROUPS, finished, run_graded
+from slm.answers import GROUPS, finished, right_answer, run_graded
 from slm.backends import asked_with, open_backend
 from slm.episode import Sampling
 from slm.grading import extract, grade, version
@@ -142,12 +142,12 @@ def label(args: argparse.Namespace) -> str:
 def score(rows: list[dict]) -> dict:
     """The figures of one data set; `tokens` and the counts are sums over all samples. Every interval draws
     problems again, not samples."""
-    values = figures(rows)
+    values = {name: stats.estimate(of_problems) for name, of_problems in figures(rows).items()}
+    (accuracy, *interval), problems = values["lenient"], len(by(rows, "id"))
     found = {
-        "problems": len(values["lenient"]), "samples": len(rows) // len(values["lenient"]),
-        "right": sum(row["correct"] for row in rows), "accuracy": stats.estimate(values["lenient"])[0],
-        "interval": stats.interval(values["lenient"]),
-        "figures": {name: stats.estimate(of_problems) for name, of_problems in values.items()},
+        "problems": problems, "samples": len(rows) // problems,
+        "right": sum(row["correct"] for row in rows), "accuracy": accuracy, "interval": interval,
+        "figures": values,
         "truncated": sum(row["finish"] == "length" for row in rows),
         "no_box": sum(not in_box(row) for row in rows),
         "no_answer": sum(row["answer"] is None for row in rows),
@@ -155,7 +155,7 @@ def score(rows: list[dict]) -> dict:
         "tokens": sum(row["tokens"] for row in rows)}
     for name in GROUPS:
         if groups := by(rows, name):
-            found[name] = {value: stats.estimate(figures(some)["lenient"]) for value, some in groups.items()}
+            found[name] = {value: stats.estimate(shares(some)) for value, some in groups.items()}
     return found
 
 
@@ -168,6 +168,11 @@ def by(rows: list[dict], name: str) -> dict[str, list[dict]]:
     return dict(sorted(groups.items()))
 
 
+def shares(rows: list[dict], right=itemgetter("correct")) -> list[float]:
+    """Each problem's share of right samples, in the order of their ids."""
+    return [sum(map(right, samples)) / len(samples) for samples in by(rows, "id").values()]
+
+
 def figures(rows: list[dict]) -> dict[str, list[float]]:
     """Name of a figure -> its value for each problem, in the order of their ids; their mean is the figure.
 
@@ -176,8 +181,7 @@ def figures(rows: list[dict]) -> dict[str, list[float]]:
     """
     problems = list(by(rows, "id").values())
     n, right = len(problems[0]), [sum(map(itemgetter("correct"), samples)) for samples in problems]
-    values = {"lenient": [c / n for c in right],
-              "strict": [sum(map(strictly, samples)) / n for samples in problems]}
+    values = {"lenient": shares(rows), "strict": shares(rows, lambda row: row["correct"] and in_box(row))}
     for k in sorted({n, *(2 ** i for i in range(n.bit_length()))} - {1}):
         values[f"pass@{k}"] = [stats.pass_at_k(n, c, k) for c in right]
     if n > 1:
@@ -192,10 +196,6 @@ def majority(samples: list[dict]) -> float:
     right = {row["answer"] for row in samples if row["correct"]}
     first = [answer in right for answer, count in votes if count == votes[0][1]]
     return sum(first) / max(1, len(first))
-
-
-def strictly(row: dict) -> bool:
-    return row["correct"] and in_box(row)
 
 
 def in_box(row: dict) -> bool:
@@ -263,10 +263,10 @@ def table(runs: list[Saved], markdown: bool = False) -> str:
     how = ", ".join(f"{name} {first.settings[name]}" for name in DECODING)
     lines = []
     for data in first.rows:
-        start = figures(first.rows[data])["lenient"]
+        start = shares(first.rows[data])
         lines += [f"{data}: {len(start)} problems, {how}", *[""] * markdown]
         for run in runs:
-            s, now = run.score(data), figures(run.rows[data])["lenient"]
+            s, now = run.score(data), shares(run.rows[data])
             compared = {"over the first": "" if run is first else stats.points(*stats.difference(start, now))}
             if s["samples"] == 1:
                 compared["p"] = "" if run is first else stats.p_value(stats.mcnemar(start, now))
@@ -312,8 +312,7 @@ def regrade(run: Saved) -> None:
                       f"{words[row['correct']]} ({row['reason']}) -> {words[now.correct]} ({now.reason})")
             if "first_answer" in row:
                 first, same = row["first_answer"], row["first_answer"] == row["answer"]
-                row["first_correct"] = now.correct if same else (
-                    bool(first) and grade(f"\\boxed{{{first}}}", row["gold"]).correct)
+                row["first_correct"] = now.correct if same else right_answer(first, row["gold"])
             row |= {"correct": now.correct, "answer": now.answer,
                     "boxed": extract(row["response"], strict=True) is not None}
             row["reason"] = now.reason if now.answer else row["reason"]

@@ -49,8 +49,7 @@ def options():
     g.add_argument("--samples", type=cli.positive, help=f"K, episodes a problem ({both('samples')})")
     g.add_argument("--temperature", type=cli.number(0.01), help=f"({both('temperature')})")
     g.add_argument("--max-tokens", type=cli.positive, help=f"new tokens of a reply ({both('max_tokens')})")
-    g.add_argument("--step-rule", choices=("paragraph", "line", "sentence"),
-                   help=f"what ends a step of the model's solutions, for the searches ({both('step_rule')})")
+    cli.step_option(g, both)
     g = p.add_argument_group("reward")
     g.add_argument("--reward", nargs="+", action=cli.Names, default=["correct"], metavar="PART:WEIGHT",
                    help="such as correct:1,format:0.2; slm/rewards.py has all parts (default correct:1)")
@@ -183,18 +182,16 @@ def main(args):
         ask = algorithm.taught and partial(ask_teacher, teacher_for(policy, tokenizer, device, dtype, args),
                                            policy, tokenizer, args=args)
         taken = plan[:2] if args.dry_run else plan
-        write = partial(lines, tokenizer=tokenizer)
-        train(policy, pool, taken, sample, ask, look, write, algorithm, rundir, trained, optimizer, args)
+        train(policy, pool, taken, sample, ask, look, tokenizer, algorithm, rundir, trained, optimizer, args)
         if not args.dry_run:
             finish(policy, base, rundir.path)
         elif ranks.rank() == 0:
             forecast(policy, list(files.readable_rows(rundir.path / "metrics.jsonl")), plan, args)
 
 
-def train(policy, pool, plan, sample, ask, look, write, algorithm: Algorithm, rundir, trained, optimizer,
-          args):
+def train(policy, pool, plan, sample, ask, look, tokenizer, algorithm, rundir, trained, optimizer, args):
     """Take the steps of the plan, each a list of places in pool. sample is roll_out for this policy; ask is
-    ask_teacher and look the evaluation, where there is one; write is steps.lines for this tokenizer."""
+    ask_teacher and look the evaluation, where there is one."""
     moving = {"sum": 0.0, "steps": 0.0}
     for step, lr, bar in training.steps(len(plan), rundir, trained, optimizer, args, moving, look):
         batch, seconds = [pool[i] for i in plan[step]], Counter()
@@ -210,14 +207,14 @@ def train(policy, pool, plan, sample, ask, look, write, algorithm: Algorithm, ru
             learned |= update_policy(policy, records, divisor, optimizer, lr, algorithm, args)
         with timed(seconds, "evaluate"):
             learned |= look() if look and training.look_due(step, len(plan)) else {}
-        told = write(step + 1, episodes, records, known)
+        told = lines(step + 1, episodes, records, known, tokenizer)
         row = {"step": step + 1, **summary(told), **learned, "lr": lr,
                "replaced": int(ranks.summed({"n": len(replaced)})["n"]) // args.samples,
                **shares(seconds, episodes + replaced), "memory": round(peak_memory(policy), 3)}
         rundir.log("metrics", row)
         rundir.log("episodes", *told)
         if args.resample:
-            rundir.log("discarded", *write(step + 1, replaced, [[]] * len(replaced), known))
+            rundir.log("discarded", *lines(step + 1, replaced, [[]] * len(replaced), known, tokenizer))
         tell(bar, row)
 
 

@@ -16,6 +16,7 @@ import argparse
 import json
 import re
 import sys
+from itertools import chain
 from pathlib import Path
 
 import matplotlib
@@ -134,13 +135,9 @@ def gain(runs: dict[str, evaluation.Saved], a: str, b: str) -> tuple[str, str] |
     """(accuracy of b over that of a with its interval, McNemar's p), if both are there."""
     if a not in runs or b not in runs:
         return None
-    before, now = (lenient(runs[name]) for name in (a, b))
+    before, now = (evaluation.shares(list(chain(*runs[name].rows.values()))) for name in (a, b))
     p = stats.p_value(stats.mcnemar(before, now)) if set(before + now) <= {0, 1} else ""
     return stats.points(*stats.difference(before, now)), p
-
-
-def lenient(run: evaluation.Saved) -> list[float]:
-    return evaluation.figures([row for some in run.rows.values() for row in some])["lenient"]
 
 
 # ---- figure ----------------------------------------------------------------------------------------------

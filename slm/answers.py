@@ -17,9 +17,7 @@ def answer_record(problem, episode: Episode) -> dict:
     says whether it stands in a box. The ids are those of the reply that gave the response, or of the solver's
     last reply if several replies led to the answer."""
     result = grade(episode.response, problem.gold)
-    first = result.correct
-    if episode.drafts:
-        first = bool(episode.drafts[0]) and grade(f"\\boxed{{{episode.drafts[0]}}}", problem.gold).correct
+    first = right_answer(episode.drafts[0], problem.gold) if episode.drafts else result.correct
     turns = ([t for t in episode.turns if t.reply.text == episode.response]
              or [t for t in episode.turns if t.role == "solver"] or episode.turns)
     said = turns[-1].reply if turns else Reply("", finish="error")
@@ -32,6 +30,11 @@ def answer_record(problem, episode: Episode) -> dict:
         "sample": episode.sample, "failures": episode.failures, "broken": episode.broken,
         "asks": len(episode.turns), "tokens": episode.tokens_out, "prompt_ids": said.prompt_ids,
         "ids": said.ids, "finish": said.finish}
+
+
+def right_answer(answer: str | None, gold: str) -> bool:
+    """Whether an answer that stands alone is right."""
+    return bool(answer) and grade(f"\\boxed{{{answer}}}", gold).correct
 
 
 def finished(journal: Journal) -> list[dict]:

@@ -16,10 +16,10 @@ from operator import attrgetter, itemgetter
 from slm import prompts
 from slm.episode import seed_of
 from slm.grading import equal, extract, printed
-from slm.steps import Node, grow, judge, stated, write
+from slm.steps import STEP, Node, grow, judge, stated, write
 
 C_UCT, C_VISIT = 2.0, 50  # constants of rStar-Math and of Gumbel MuZero
-TURN = {"keep_stop": True, "stop": ("\n```\n",)}
+TURN = {"keep_stop": True, "stop": STEP["stop"]}
 
 
 # ---- parts that the searches share -----------------------------------------------------------------------

@@ -94,8 +94,7 @@ def breakdown(told: Told, title: str, keys: list, name: Callable, compare: bool 
         shares = {problem: fmean(rights) for problem, rights in groups.items()}
         first = first or shares
         counts = [f"{flags[flag]:,} ({100 * flags[flag] / len(tokens):.1f} %)" for flag in shown]
-        table.append([name(key), len(shares), share("share", fmean(shares.values()),
-                                                    *stats.interval(list(shares.values()))),
+        table.append([name(key), len(shares), share("share", *stats.estimate(list(shares.values()))),
                       round(fmean(tokens)), *counts, *(over(first, shares) if compare else ())])
     columns = ["", "problems", "right", "tokens", *shown]
     return {"title": title, "columns": columns + (["over the first", "p"] if compare else []), "rows": table}
@@ -112,8 +111,7 @@ def over(first: dict[int, float], shares: dict[int, float]) -> list:
         return [None, None]
     a, b = [first[i] for i in common], [shares[i] for i in common]
     p = stats.mcnemar(a, b) if all(x in (0, 1) for x in a + b) else None
-    return [share("difference", *stats.difference(a, b)),
-            p if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"]
+    return [share("difference", *stats.difference(a, b)), None if p is None else stats.p_value(p)]
 
 
 def bars(title: str, rows: list[tuple]) -> dict:
@@ -151,14 +149,10 @@ def sentence(told: Told, kind: str, settings: dict, rows: list[dict], found: lis
     if "p" not in found[0]["columns"]:
         parts = [f"{in_words(row)} of {row[1]:,} problems of {row[0]} right" for row in table]
         return f"{model}: {'; '.join(parts)}."
-    best = max(table, key=share_right)
+    best = max(table, key=lambda row: row[2]["share"])
     first = f" {table[0][0]} has {in_words(table[0])}." if best is not table[0] else ""
     return (f"{len(table)} {TITLES[kind].lower()}, {len(told.problems):,} problems: {best[0]} has the most "
             f"right, {in_words(best)}.{first}")
-
-
-def share_right(row: list) -> float:
-    return row[2]["share"]
 
 
 def in_words(row: list) -> str:

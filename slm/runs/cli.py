@@ -202,6 +202,10 @@ def answer_options(p, both):
     g.add_argument("--limit", type=positive, help=f"the first N problems of each set ({both('limit')})")
     g.add_argument("--draw", type=lambda text: positive(text, 0), metavar="SEED",
                    help="not the first N, but N drawn at random with this seed")
+    step_option(g, both)
+
+
+def step_option(g, both):
     g.add_argument("--step-rule", choices=("paragraph", "line", "sentence"),
                    help=f"what ends a step of this model's solutions, for the searches ({both('step_rule')})")
 
