@@ -3,6 +3,7 @@ r"""Stage 4, agents: every workflow as a short generator, and a comparison of th
     python agents.py                                   the built-in model: four workflows beside a single pass
     python agents.py --workflow python_tools --show 3  read what was asked, answered and run
     python agents.py --model Qwen/Qwen2.5-Math-1.5B-Instruct --data gsm8k --limit 500
+    python agents.py --workflow dvts,best_of_n --budget 1,2,4,8,16   accuracy against tokens, beside a vote
     python agents.py --endpoint http://localhost:8000/v1 --model NAME --data math500
 
 A workflow gets the question and nothing else (slm/episode.py has the protocol). The names are those of the
@@ -14,11 +15,12 @@ The searches (slm/search.py) sample from the start and take a verifier's word: -
 import argparse
 
 from slm.runs import cli
-from slm.workflows import WORKFLOWS, workflow
+from slm.workflows import WORKFLOWS, has_budget, workflow
 
 PAPER = {"max_tokens": 2048, "limit": 500, "step_rule": "paragraph", "workflow": "all"}
 TINY = {"max_tokens": 320, "limit": 200, "step_rule": "line",
         "workflow": "majority_vote,python_tools,solver_checker_stateless,solver_checker_with_tools"}
+CONTROL = "self_consistency"  # what every other use of the same tokens has to beat
 
 
 def options() -> argparse.ArgumentParser:
@@ -29,6 +31,9 @@ def options() -> argparse.ArgumentParser:
     g.add_argument("--workflow", help="all (but the searches), or names with commas between them: "
                    f"{', '.join(WORKFLOWS)} ({both('workflow').replace(',', ', ')}); "
                    "solver is always run, to compare with")
+    g.add_argument("--budget", nargs="+", action=cli.Names, default=[], metavar="N,M",
+                   help="run each workflow with these budgets (solutions, rounds, beams or rollouts), beside "
+                   f"{CONTROL} with the same tokens")
     g.add_argument("--max-tokens", type=cli.positive, help=f"new tokens of a reply ({both('max_tokens')})")
     g.add_argument("--show", type=cli.positive, default=0, metavar="N", help="print N transcripts of each")
     cli.run_options(p, "runs/agents-<model>")
@@ -58,7 +63,8 @@ from slm.search import SEARCHES
 
 
 def main(args: argparse.Namespace) -> None:
-    names, problems = chosen(args.workflow), load_all(args.data, args.split, args.limit, args.draw)
+    names = chosen(args.workflow, args.budget)
+    problems = load_all(args.data, args.split, args.limit, args.draw)
     args.out = new_path(args.out, f"agents-{name_of(args.model)}")
     cli.show(vars(args))
     backend, adapters = open_backend(args)
@@ -71,7 +77,7 @@ def main(args: argparse.Namespace) -> None:
     with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox:
         for name in names:
             start = time.monotonic()
-            rows = run_graded(problems, WORKFLOWS[name], backend, sandbox, record=whole_record,
+            rows = run_graded(problems, workflow(name), backend, sandbox, record=whole_record,
                               have=[row for row in done if row["workflow"] == name],
                               write=partial(run.log, "episodes"), sampling=sampling, seed=args.seed,
                               adapters=adapters, memo=memo, bar=name)
@@ -81,6 +87,8 @@ def main(args: argparse.Namespace) -> None:
                 print(transcript(row))
     write_json(run.path / "table.json", results)
     print(table(results, len(problems)))
+    if args.budget:
+        print(against_control(results))
     print(f"every prompt, reply and code run: {run.path / 'episodes.jsonl'}; some to read: "
           f"{write_report(run.path)}")
 
@@ -90,11 +98,15 @@ def whole_record(problem, episode: Episode) -> dict:
     return {**episode.to_json(), **answer_record(problem, episode)}
 
 
-def chosen(workflows: str) -> list[str]:
-    """The workflows to run: the solver first, since the others are compared with it."""
+def chosen(workflows: str, budgets: list[str]) -> list[str]:
+    """The workflows to run: the solver first, since the others are compared with it. With budgets, each that
+    has one once for each of them, and the control too."""
     plain = [name for name, fn in WORKFLOWS.items() if fn not in SEARCHES]  # a search may cost as much as all
     names = plain if workflows == "all" else [name.strip() for name in workflows.split(",")]
-    return list(dict.fromkeys(["solver", *(workflow(name).__name__ for name in names)]))
+    names = ["solver", *[CONTROL] * bool(budgets), *names]
+    limited = [f"{name}@{budget}" if budget and has_budget(name) else name
+               for name in names for budget in budgets or [""]]
+    return list(dict.fromkeys(workflow(name).__name__ for name in limited))
 
 
 def summary(records: list[dict], alone: list[bool] | None) -> dict:
@@ -126,6 +138,19 @@ def table(results: dict[str, dict], n: int) -> str:
         failures = r["failures"] | ({"without an answer": r["no_answer"]} if r["no_answer"] else {})
         if failures:
             lines.append(f"  {name}: " + ", ".join(f"{count} {cause}" for cause, count in failures.items()))
+    return "\n".join(lines)
+
+
+def against_control(results: dict[str, dict]) -> str:
+    """A line for each budget: how much more is right than by the control with as many tokens, which is the
+    smallest of its budgets that takes at least these, else the largest."""
+    votes = sorted((r["tokens"], name) for name, r in results.items() if name.partition("@")[0] == CONTROL)
+    lines = [f"\nat the same tokens (written, and read by a verifier to judge), over {CONTROL}, 95 %"]
+    for name, r in results.items():
+        tokens, vote = next((vote for vote in votes if vote[0] >= r["tokens"]), votes[-1])
+        if name.partition("@")[0] not in ("solver", CONTROL):
+            gain = stats.points(*stats.difference(results[vote]["right"], r["right"]))
+            lines.append(f"{name:26}{r['tokens']:>8.0f} tokens{gain:>24}  over {vote}, {tokens:.0f} tokens")
     return "\n".join(lines)
 
 

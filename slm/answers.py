@@ -28,7 +28,7 @@ def answer_record(problem, episode: Episode) -> dict:
         "boxed": extract(episode.response, strict=True) is not None, "reason": episode.error or result.reason,
         "first_answer": episode.first_answer, "first_correct": first, "workflow": episode.workflow,
         "sample": episode.sample, "failures": episode.failures, "broken": episode.broken,
-        "asks": len(episode.turns), "tokens": episode.tokens_out, "prompt_ids": said.prompt_ids,
+        "asks": len(episode.turns), "tokens": episode.tokens_spent, "prompt_ids": said.prompt_ids,
         "ids": said.ids, "finish": said.finish}
 
 

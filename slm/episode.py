@@ -199,6 +199,11 @@ class Episode:
     def tokens_out(self) -> int:
         return sum(turn.reply.tokens_out for turn in self.turns)
 
+    @property
+    def tokens_spent(self) -> int:
+        """Tokens written, and those that a verifier read for a score: they cost it a forward pass each."""
+        return self.tokens_out + sum(turn.reply.tokens_in for turn in self.turns if turn.reply.scores)
+
     def records(self, roles: Iterable[str] | None = None) -> list[TokenRecord]:
         """The episode as token sequences; `roles` are the trained ones (None: all). If a turn's prompt starts
         with all that an earlier record holds, the turn continues that record; else it opens a new one.

@@ -309,10 +309,23 @@ WORKFLOWS = {fn.__name__: fn for fn in (
 
 
 def workflow(name: str):
-    """A workflow by its name. BadInput for an unknown name."""
-    if name not in WORKFLOWS:
+    """A workflow by its name. dvts@8 is dvts with a budget of 8. BadInput for an unknown name."""
+    plain, at, budget = name.partition("@")
+    if plain not in WORKFLOWS or (at and not has_budget(plain)):
         raise BadInput(f"--workflow {name!r}: no such workflow; expected one of {', '.join(WORKFLOWS)}")
-    return WORKFLOWS[name]
+    if at and not (budget.isdecimal() and int(budget)):
+        raise BadInput(f"--workflow {name!r}: the budget is {budget!r}; expected 1 or more")
+
+    def limited(question: str):
+        return WORKFLOWS[plain](question, int(budget))
+
+    limited.__name__ = name
+    return limited if at else WORKFLOWS[plain]
+
+
+def has_budget(name: str) -> bool:
+    """Whether a workflow has a second argument: how many solutions, rounds, beams or rollouts it may have."""
+    return name in WORKFLOWS and WORKFLOWS[name].__code__.co_argcount > 1
 
 
 def refuse_roles(option: str, roles) -> None:

@@ -18,7 +18,7 @@ import slm.grading.replies
 import slm.workflows
 from slm import BadInput
 from slm.answers import answer_record
-from slm.episode import Reply, Sampling, jobs_for, run_episodes
+from slm.episode import Episode, Reply, Sampling, Turn, jobs_for, run_episodes
 from slm.grading import blocks_of, printed, verdict
 from slm.runs import cli
 from slm.search import SEARCHES
@@ -377,6 +377,50 @@ def test_the_table_counts_improved_degraded_and_failures():
     assert re.search(r"majority_vote +75\.0 .*\+25\.0 \[.*50\.0 +1 +0 +5\.0", text)
     assert "1 without an answer" in text
     assert "Q0?" in agents.transcript(agents.whole_record(problems[0], episodes[0]))
+
+
+@pytest.mark.parametrize("name, asks", [("majority_vote@3", 3), ("solver_checker_stateless@2", 4)])
+def test_a_name_with_a_budget_is_the_workflow_with_that_second_argument(name, asks):
+    script = answers("1", "2", "3")
+    backend = Backend(lambda prompt, seed, sampling: "INCORRECT" if "Is this solution right" in prompt
+                      else script("solver", len(backend.requests) % 3, prompt))
+    episode, = run_episodes(jobs_for([problem("p", "Q?", "4")], slm.workflows.workflow(name)), backend)
+    assert episode.workflow == name and len(episode.turns) == asks
+
+
+@pytest.mark.parametrize("name, said", [("solver@2", "no such workflow"), ("oracle@2", "no such workflow"),
+                                        ("dvts@0", "budget is '0'"), ("dvts@", "budget is ''"),
+                                        ("dvts@x", "budget is 'x'")])
+def test_a_budget_that_a_workflow_cannot_have_is_refused(name, said):
+    with pytest.raises(BadInput, match=said):
+        slm.workflows.workflow(name)
+
+
+def test_budgets_run_each_workflow_that_has_one_beside_the_control():
+    assert agents.chosen("dvts,code_feedback", ["2", "8"]) == [
+        "solver", "self_consistency@2", "self_consistency@8", "dvts@2", "dvts@8", "code_feedback"]
+    with pytest.raises(BadInput, match="budget is '-1'"):
+        agents.chosen("dvts", ["-1"])
+
+
+def test_a_budget_is_compared_with_the_smallest_vote_that_takes_as_many_tokens():
+    def row(tokens, *right):
+        return {"tokens": tokens, "right": list(map(bool, right))}
+
+    text = agents.against_control({
+        "solver": row(10, 0, 0, 0, 0), "self_consistency@2": row(20, 0, 0, 0, 1),
+        "self_consistency@4": row(40, 0, 0, 1, 1), "dvts@1": row(20, 1, 0, 0, 1),
+        "dvts@2": row(21, 1, 0, 0, 1), "dvts@8": row(99, 1, 1, 1, 1)})
+    found = re.findall(r"(\S+) +(\d+) tokens +([+-][\d.]+) .* over (\S+), (\d+) tokens", text)
+    assert found == [("dvts@1", "20", "+25.0", "self_consistency@2", "20"),
+                     ("dvts@2", "21", "+0.0", "self_consistency@4", "40"),
+                     ("dvts@8", "99", "+50.0", "self_consistency@4", "40")]
+
+
+def test_what_a_verifier_reads_for_a_score_is_spent_too():
+    turns = [Turn("solver", [], Reply("x", ids=[1, 2, 3], logprobs=[-1.0] * 3, prompt_ids=[9] * 50)),
+             Turn("verifier", [], Reply("", prompt_ids=[9] * 7, finish="score", scores={"Yes": -1.0}))]
+    assert Episode("p", "best_of_n", turns=turns).tokens_spent == 3 + 7
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -161,7 +161,14 @@ function scatter(points) {  // accuracy against what it costs in tokens
   for (const tick of x.ticks) svg.append(draw("text", {x: x(tick), y: height - 10, "text-anchor": "middle"}, figure(tick)));
   svg.append(draw("text", {x: width - 150, y: height - 10, dx: 26}, "tokens an answer"));
   const placed = points.map(p => ({x: x(p.x) - 6, end: x(p.x) + 6, y: y(p.share) + 3.5}));  // what no label may hide
-  points.forEach((p, n) => {
+  const kinds = [...new Set(points.map(p => p.name.split("@")[0]))];  // one workflow with several budgets is one line
+  for (const kind of kinds) {
+    const some = points.filter(p => p.name.split("@")[0] === kind).sort((a, b) => a.x - b.x);
+    svg.append(draw("polyline", {points: some.map(p => `${x(p.x)},${y(p.share)}`).join(" "), fill: "none",
+      style: `stroke: ${tone(kinds.indexOf(kind))}`}));
+  }
+  points.forEach(p => {
+    const n = kinds.indexOf(p.name.split("@")[0]);
     const label = {x: x(p.x) + 8, y: y(p.share) + 3.5, end: x(p.x) + 14 + 5.5 * p.name.length};
     while (placed.some(one => one.x < label.end && label.x < one.end && Math.abs(one.y - label.y) < 11)) label.y += 11;
     placed.push(label);

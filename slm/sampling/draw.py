@@ -7,9 +7,10 @@ would need one for each entry of the vocabulary.)
 """
 
 import torch
-import torch.nn.functional as F
 
 from slm.sampling.graphs import fused
+
+BLOCK = 64  # entries of the vocabulary whose probabilities are summed first
 
 
 class Controls:
@@ -31,6 +32,7 @@ class Controls:
         self.sampled, self.greedy_rows = any(x.temperature for x in s), not all(x.temperature for x in s)
         self.greedy = tensor([x.temperature == 0 for x in s], not self.sampled, torch.bool)
         self.temperature = tensor([x.temperature or 1.0 for x in s], 1.0, torch.float32)
+        self.scaled = size > 0 or any(x.temperature not in (0, 1) for x in s)  # a recording serves any batch
         self.outside = outside
         # Greedy is not a distribution: its log-probs are those at temperature 1, nothing cut.
         self.top_k, self.top_p = 0, 1.0
@@ -46,7 +48,7 @@ class Controls:
 
     def draw(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """logits (B, V) -> ids (B,), log-probs (B,) float32 under the distribution drawn from."""
-        temperature = self.temperature if self.sampled else None
+        temperature = self.temperature if self.sampled and self.scaled else None
         if torch.is_tensor(self.top_k) or torch.is_tensor(self.top_p):
             logits = warp(logits.float(), self.temperature, self.top_k, self.top_p)
             temperature = None
@@ -64,24 +66,18 @@ class Controls:
 def choose(logits, temperature, greedy, key, place):
     """logits (B, V) -> ids, log-probs (B,). Rows draw at random unless there is no key; those where `greedy`
     is set take the most likely token."""
-    logits = logits.float()
+    if greedy is not None or temperature is not None:
+        logits = logits.float()  # PyTorch's argmax is slow in bfloat16
     best = logits.argmax(-1) if greedy is not None else None
     if temperature is not None:
         logits = warp(logits, temperature)
-    p = logits.softmax(-1)
+    p = logits.softmax(-1, dtype=torch.float32)
     ids = best
     if key is not None:
         ids = categorical(p, uniform(key, place))
         if greedy is not None:
             ids = torch.where(greedy, best, ids)
     return ids, p.gather(1, ids[:, None]).squeeze(1).log()
-
-
-def blocks(x: torch.Tensor, width: int = 64) -> torch.Tensor:
-    """x (B, V) -> (B, ceil(V / width), width), filled up with zeros at the end."""
-    if missing := -x.shape[1] % width:  # padding by nothing would copy
-        x = F.pad(x, (0, missing))
-    return x.view(len(x), -1, width)
 
 
 def uniform(key: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
@@ -97,12 +93,14 @@ def uniform(key: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
 
 def categorical(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Draw from probabilities p (B, V) by inverting their cumulative sum at u (B,) -> ids (B,). The sum runs
-    over blocks first, then inside the block that was hit: one pass over the vocabulary."""
-    size, p = p.shape[1], blocks(p)
-    sums = p.sum(-1)
+    over blocks first, then inside the block that was hit: one pass over the vocabulary, and no copy of it."""
+    size, full = p.shape[1], p.shape[1] // BLOCK
+    sums = p[:, :full * BLOCK].view(len(p), full, BLOCK).sum(-1)
+    sums = torch.cat((sums, p[:, full * BLOCK:].sum(-1, keepdim=True)), 1)
     block, rest = _invert(sums, u * sums.sum(-1))
-    inside = p[torch.arange(len(p), device=p.device), block]
-    ids = block * p.shape[2] + _invert(inside, rest)[0]
+    places = block[:, None] * BLOCK + torch.arange(BLOCK, device=p.device)
+    inside = p.gather(1, places.clamp(max=size - 1)).masked_fill(places >= size, 0)
+    ids = block * BLOCK + _invert(inside, rest)[0]
     return ids.clamp_(max=size - 1)  # NaN probabilities lead anywhere
 
 
