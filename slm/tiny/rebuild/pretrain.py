@@ -6,10 +6,10 @@
 The shape of the network, the stop ids and the chat template come from the built-in model's JSON files.
 
 A Qwen2 of 2.6 million parameters reads documents of corpus.py, packed, under autocast to bfloat16. Muon
-updates the matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon), AdamW the rest. The learning rate
-is flat in phase 1 and falls to 0 in phase 2, which reads MORE_CHATS. Every step draws its documents from a
-seed of its own, so a resumed run reads what the first would have read. While a run is in phase 1 its --steps
-may change. DIR gets the weights in bfloat16 every 50 steps.
+updates the matrices (Jordan et al. 2024, kellerjordan.github.io/posts/muon), AdamW the rest. The learning
+rate is flat in phase 1 and falls to 0 in phase 2, which reads MORE_CHATS. Every step draws its documents from
+a seed of its own, so a resumed run reads what the first would have read. While a run is in phase 1 its
+--steps may change. DIR gets the weights in bfloat16 every 50 steps.
 """
 
 from pathlib import Path
