@@ -5,13 +5,16 @@ import io
 import itertools
 import random
 import re
+import shutil
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from slm import BadInput
 from slm.tiny import world
-from slm.tiny.rebuild import corpus
+from slm.tiny.rebuild import corpus, pretrain
 
 TINY = Path(world.__file__).parent
 SPLITS = {split: world.problems(split) for split in ("train", "test", "unseen")}
@@ -115,6 +118,33 @@ def test_the_corpus_is_the_same_for_the_same_seed():
     first = [list(itertools.islice(corpus.documents(3), 20)) for _ in range(2)]
     assert first[0] == first[1]
     assert first[0] != list(itertools.islice(corpus.documents(4), 20))
+
+
+def test_a_pretraining_that_was_stopped_resumes_to_the_same_weights(tmp_path, monkeypatch, random_model):
+    monkeypatch.setattr(pretrain, "TOKENS", 1)  # a document a step
+
+    def run(name, resume=False, seed=1):
+        (tmp_path / name).mkdir(exist_ok=True)
+        shutil.copy(TINY / "tokenizer.json", tmp_path / name)
+        args = SimpleNamespace(out=tmp_path / name, steps=53, seed=seed, resume=resume)
+        pretrain.train(random_model(vocab=1280, positions=1024), args)
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    def stop(seed, kinds):
+        if seed == "1 51":  # the last save was after step 50
+            raise KeyboardInterrupt
+        return corpus.documents(seed, kinds)
+
+    whole = run("whole")
+    with monkeypatch.context() as stopped:
+        stopped.setattr(pretrain, "documents", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run("stopped")
+    with pytest.raises(BadInput, match="began with --seed 1; expected the same"):
+        run("stopped", resume=True, seed=2)
+    assert run("stopped", resume=True) == whole
+    with pytest.raises(BadInput, match=r"state\.pt: no such file"):
+        run("new", resume=True)
 
 
 def test_the_checks_say_correct_for_right_solutions_only():
