@@ -121,7 +121,7 @@ def test_the_corpus_is_the_same_for_the_same_seed():
 
 
 def test_a_pretraining_that_was_stopped_resumes_to_the_same_weights(tmp_path, monkeypatch, random_model):
-    monkeypatch.setattr(pretrain, "TOKENS", 1)  # a document a step
+    monkeypatch.setattr(pretrain, "TOKENS", 64)
 
     def run(name, resume=False, seed=1):
         (tmp_path / name).mkdir(exist_ok=True)

@@ -43,7 +43,7 @@ from slm.model import Qwen2
 from slm.runs.files import read_json
 from slm.tiny.rebuild.corpus import KINDS, MORE_CHATS, documents
 
-TOKENS = 2048               # a step, about
+TOKENS = 2048               # a step
 MUON, ADAM = 0.015, 0.003  # learning rates
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TINY = Path(__file__).parents[1]
@@ -79,11 +79,12 @@ class Exact(Packed):
 
 
 def batch(bpe, texts) -> list[list[int]]:
-    """The ids of whole documents, in all about TOKENS."""
-    pack, size = [], 0
-    while size < TOKENS:
-        pack.append(bpe.encode(next(texts)).ids)
-        size += len(pack[-1])
+    """The ids of documents, TOKENS in all: the last one is cut. (In bfloat16 every new number of tokens makes
+    oneDNN compile its kernels again, which took longer than the step itself.)"""
+    pack, room = [], TOKENS
+    while room:
+        pack.append(bpe.encode(next(texts)).ids[:room])
+        room -= len(pack[-1])
     return pack
 
 
