@@ -19,8 +19,8 @@ from slm.runs import cli
 if __name__ == "__main__":
     p = cli.parser(__doc__)
     p.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder to write (default runs/tiny)")
-    p.add_argument("--steps", type=cli.positive, default=4000,
-                   help="optimizer steps; the last 2/5 are phase 2 (default 4000)")
+    p.add_argument("--steps", type=cli.positive, default=3000,
+                   help="optimizer steps; the last 2/5 are phase 2 (default 3000)")
     p.add_argument("--seed", type=int, default=1, help="corpus and initialization (default 1)")
     p.add_argument("--resume", action="store_true", help="go on from the last save in --out")
     args = p.parse_args()  # before the heavy imports, so that --help answers at once
