@@ -1,6 +1,8 @@
 # make demo    the whole pipeline on the built-in model, offline, minutes on two CPU cores
 # make test    every fast test; make test-slow and make test-parity need minutes, or real weights
+# make test-browser  the pages of runs in a real browser; as root on Debian it installs chromium first
 # make bench   side-by-side measurements against peers
+# make results  prints the tables of RESULTS.md that results/ holds, and draws their figures
 # make house   draws docs/house.svg anew, after an import was added or removed
 # Each sets up .venv by itself. Another Python (3.11 or newer): make demo PYTHON=python3.12
 
@@ -9,7 +11,7 @@ PY := .venv/bin/python
 # one thread a worker: two pytest workers share two cores
 TEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(PY) -m pytest
 
-.PHONY: demo test test-slow test-parity bench lint house clean
+.PHONY: demo test test-slow test-parity test-browser bench results lint house clean
 
 demo: .venv/.run
 	PYTHON=$(PY) bash recipes/demo.sh
@@ -23,8 +25,18 @@ test-slow: .venv/.dev
 test-parity: .venv/.dev
 	$(TEST) -m parity -s
 
+test-browser: .venv/.dev
+	@command -v chromium >/dev/null || \
+	  { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y chromium; } >/dev/null 2>&1 || \
+	  echo "The browser tests are skipped: no chromium here, and none could be installed (on Debian: apt-get install chromium)."
+	$(TEST) -m browser
+
 bench: .venv/.dev
 	for b in grader sandbox sampler; do $(PY) bench/$$b.py || exit 1; done
+
+results: .venv/.run
+	$(PY) bench/half_billion.py
+	$(PY) bench/objectives.py --table
 
 lint: .venv/.dev
 	$(PY) -m ruff check .

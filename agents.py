@@ -6,8 +6,9 @@ r"""Stage 4, agents: every workflow as a short generator, and a comparison of th
     python agents.py --endpoint http://localhost:8000/v1 --model NAME --data math500
 
 A workflow gets the question and nothing else (slm/episode.py has the protocol). The names are those of the
-SLM-Math report's agents; a docstring says what its agent did, and after "Departs" what is different here. All
-start from a greedy first answer, and those that begin with the standard prompt share the very same call.
+SLM-Math report's agents; a docstring says what its agent did, and after "Departs" what is different here.
+They start from a greedy first answer, and those that begin with the standard prompt share the very same call.
+The searches (slm/search.py) sample from the start and take a verifier's word: --adapter verifier=DIR.
 """
 
 import argparse
@@ -15,8 +16,8 @@ import argparse
 from slm.runs import cli
 from slm.workflows import WORKFLOWS, workflow
 
-PAPER = {"max_tokens": 2048, "limit": 500, "workflow": "all"}
-TINY = {"max_tokens": 320, "limit": 200,
+PAPER = {"max_tokens": 2048, "limit": 500, "step_rule": "paragraph", "workflow": "all"}
+TINY = {"max_tokens": 320, "limit": 200, "step_rule": "line",
         "workflow": "majority_vote,python_tools,solver_checker_stateless,solver_checker_with_tools"}
 
 
@@ -25,8 +26,9 @@ def options() -> argparse.ArgumentParser:
     both = cli.defaults(PAPER, TINY)
     cli.answer_options(p, both)
     g = p.add_argument_group("how")
-    g.add_argument("--workflow", help=f"all, or names with commas between them: {', '.join(WORKFLOWS)} "
-                   f"({both('workflow').replace(',', ', ')}); solver is always run, to compare with")
+    g.add_argument("--workflow", help="all (but the searches), or names with commas between them: "
+                   f"{', '.join(WORKFLOWS)} ({both('workflow').replace(',', ', ')}); "
+                   "solver is always run, to compare with")
     g.add_argument("--max-tokens", type=cli.positive, help=f"new tokens of a reply ({both('max_tokens')})")
     g.add_argument("--show", type=cli.positive, default=0, metavar="N", help="print N transcripts of each")
     cli.run_options(p, "runs/agents-<model>")
@@ -45,23 +47,26 @@ from functools import partial
 from slm.answers import answer_record, finished, run_graded
 from slm.backends import asked_with, open_backend
 from slm.episode import Episode, Sampling
+from slm.grading import version
 from slm.problems import fingerprint, load_all, refuse_long
 from slm.report import write as write_report
 from slm.runs import stats
 from slm.runs.files import write_json
 from slm.runs.rundir import RunDir, name_of, new_path
 from slm.sandbox import Sandbox
+from slm.search import SEARCHES
 
 
 def main(args: argparse.Namespace) -> None:
-    names, problems = chosen(args.workflow), load_all(args.data, args.split, args.limit)
-    args.out = str(new_path(args.out, f"agents-{name_of(args.model)}", args.resume))
+    names, problems = chosen(args.workflow), load_all(args.data, args.split, args.limit, args.draw)
+    args.out = new_path(args.out, f"agents-{name_of(args.model)}")
     cli.show(vars(args))
     backend, adapters = open_backend(args)
     refuse_long(problems, backend)
-    run = RunDir(args.out, vars(args) | asked_with(backend), fingerprint(problems), args.resume)
+    run = RunDir(args.out, vars(args) | asked_with(backend) | {"grader": version()}, fingerprint(problems),
+                 args.resume)
     done = finished(run.journal("episodes")) if args.resume else []
-    sampling = Sampling(args.max_tokens, stop_at_box=True)
+    sampling = Sampling(args.max_tokens, stop_at_box=True, step_rule=args.step_rule)
     memo, results = {}, {}
     with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox:
         for name in names:
@@ -87,7 +92,8 @@ def whole_record(problem, episode: Episode) -> dict:
 
 def chosen(workflows: str) -> list[str]:
     """The workflows to run: the solver first, since the others are compared with it."""
-    names = list(WORKFLOWS) if workflows == "all" else [name.strip() for name in workflows.split(",")]
+    plain = [name for name, fn in WORKFLOWS.items() if fn not in SEARCHES]  # a search may cost as much as all
+    names = plain if workflows == "all" else [name.strip() for name in workflows.split(",")]
     return list(dict.fromkeys(["solver", *(workflow(name).__name__ for name in names)]))
 
 
@@ -130,7 +136,7 @@ def transcript(row: dict) -> str:
     for i, turn in enumerate(episode.turns):
         prompt = turn.messages[-1]["content"].replace(question, "(question)")
         lines.append(f"---- to the {turn.role}: {prompt.strip()}")
-        lines.append(f"---- the {turn.role}: {turn.reply.text.strip()}")
+        lines.append(f"---- the {turn.role}: {turn.reply.text.strip() or turn.reply.scores or ''}")
         for outcome in (run.outcome for run in episode.runs if run.turn == i):
             said = f"{outcome.stdout.strip()}\n{outcome.error or ''}".strip()
             lines.append(f"---- the sandbox ({outcome.seconds:.2f} s): {said}")
@@ -142,4 +148,4 @@ def transcript(row: dict) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, args)
+    cli.run(main, args, stopped=write_report)

@@ -106,7 +106,7 @@ def make_solutions(args) -> None:
     left = summary["source"]["all"].get("open", 0)
     if asking.why or left:
         why = asking.why or f"attempts ended in HTTP errors, the last: {asking.trouble}"
-        print(f"ended early: {why}; {left:,} problems are open, the same command goes on")
+        print(f"ended early: {why}; open: {cli.count(left, 'problem')}; the same command goes on")
     if asking.counts["kept"] and not asking.why:
         made = shlex.quote(f"{run.path}/records.jsonl")
         print(f"next: python train_sft.py --model {args.model} --data {made}")
@@ -160,14 +160,16 @@ def choose(args) -> tuple[list, list, dict[str, dict], list[str]]:
             print(f"warning: overlap with {name} is NOT checked: {e}")
     find = records.Leaks(tests, None if tiny else 13).find
     dropped = {p.id: leak for p in problems if (leak := find(p.question))}
-    print(f"{len(problems):,} problems; dropped for an overlap with {', '.join(tests)}: {len(dropped):,}")
+    print(f"{cli.count(len(problems), 'problem')}; dropped for an overlap with {', '.join(tests)}: "
+          f"{len(dropped):,}")
     return problems, [p for p in problems if p.id not in dropped], dropped, list(tests)
 
 
 def open_run(args, kind: str, identity: dict, problems: list, stack) -> RunDir:
     """The run directory, new or of the same identity, and ours until the stack unwinds."""
     names = (origin(Path(data))[0] for data in args.data)
-    out = Path(args.out or f"runs/{kind}-{'-'.join(names)}")
+    args.out = args.out or f"runs/{kind}-{'-'.join(names)}"
+    out = Path(args.out)
     run = RunDir(out, identity, fingerprint(problems), goes_on=True)
     stack.enter_context(run.lock)
     if run.resumed:
@@ -233,6 +235,7 @@ def make_verifier(args) -> None:
                 on_done=lambda e: journal.append(sample_row(known[e.problem_id], e, args.model)))
         journal.sort(by_problem(problems, "sample"))
         balance(run.path, journal, known, args.seed)
+        print(f"page: {write_report(run.path)}")
 
 
 def sample_row(problem, episode, model: str) -> dict:
@@ -277,4 +280,4 @@ def verifier_record(row: dict) -> dict:
 
 
 if __name__ == "__main__":
-    cli.run(main, args)
+    cli.run(main, args, stopped=write_report)

@@ -25,10 +25,10 @@ from slm.runs import cli
 
 PAPER = {"lr": 5e-6, "batch": 16, "samples": 2, "kl": 0.05, "epochs": 1, "temperature": 0.7,
          "max_tokens": 2048, "micro_tokens": 2048, "warmup": 0.1, "save_every": 20, "steps": 0,
-         "targets": "all", "evaluate": 64}
+         "targets": "all", "evaluate": 64, "step_rule": "paragraph"}
 TINY = {"lr": 3e-3, "batch": 16, "samples": 8, "kl": 0.0, "temperature": 1.0, "max_tokens": 200,
         "micro_tokens": 4096, "warmup": 0.05, "save_every": 1000, "steps": 16, "targets": "qkvo",
-        "evaluate": 32}
+        "evaluate": 32, "step_rule": "line"}
 
 
 def options():
@@ -49,6 +49,7 @@ def options():
     g.add_argument("--samples", type=cli.positive, help=f"K, episodes a problem ({both('samples')})")
     g.add_argument("--temperature", type=cli.number(0.01), help=f"({both('temperature')})")
     g.add_argument("--max-tokens", type=cli.positive, help=f"new tokens of a reply ({both('max_tokens')})")
+    cli.step_option(g, both)
     g = p.add_argument_group("reward")
     g.add_argument("--reward", nargs="+", action=cli.Names, default=["correct"], metavar="PART:WEIGHT",
                    help="such as correct:1,format:0.2; slm/rewards.py has all parts (default correct:1)")
@@ -85,6 +86,7 @@ if __name__ == "__main__":
     args = options().parse_args()  # before the heavy imports, so that --help answers at once
 
 import contextlib
+import math
 import random
 import shlex
 import tempfile
@@ -124,6 +126,7 @@ class Algorithm:
     decay: float = 0.0         # of the moving mean of earlier steps, which is taken from rewards; 0: none is
     resample: int = 0          # --resample and --truncated if they are not given
     truncated: str = "keep"
+    two_valued: bool = False   # a reward above 0 is right, any other is wrong
     taught: bool = False       # a teacher's log-probs of each token take the place of the advantage
 
 
@@ -136,8 +139,8 @@ ALGORITHMS = {  # with "constant", the gradient is the paper's divided by --max-
     "gspo": Algorithm(losses.over_std, partial(losses.sequence_clipped, low=3e-4, high=4e-4), "sequence", 2),
     "gmpo": Algorithm(losses.over_std, partial(losses.geometric, width=0.4), "sequence", 2),
     "cispo": Algorithm(losses.over_std, partial(losses.cispo, low=1, high=4), "token", 2),
-    "max_rl": Algorithm(losses.max_rl, CLIPPED, "constant", 2),
-    "pass_at_k": Algorithm(partial(losses.pass_at_k, k=4), CLIPPED, "sequence", 5),
+    "max_rl": Algorithm(losses.max_rl, CLIPPED, "constant", 2, two_valued=True),
+    "pass_at_k": Algorithm(partial(losses.pass_at_k, k=4), CLIPPED, "sequence", 5, two_valued=True),
     "rloo": Algorithm(losses.leave_one_out, losses.reinforce, "constant", 2),
     "reinforce": Algorithm(losses.raw, losses.reinforce, "constant", decay=0.9),
     "report": Algorithm(losses.raw, losses.reinforce, "constant"),  # the formula as the report writes it
@@ -147,6 +150,7 @@ ALGORITHMS = {  # with "constant", the gradient is the paper's divided by --max-
 
 
 def main(args):
+    """Settle all that the steps need, then take them; with --dry-run two, to say what all would take."""
     cli.resolve(args, PAPER, TINY)
     args.data = args.data or ["tiny" if cli.is_small(args.model) else "gsm8k"]
     algorithm, workflow = checked(args)
@@ -164,44 +168,54 @@ def main(args):
                         resume=args.resume and not args.dry_run, log=ranks.rank() == 0)
         policy, tokenizer, base, rundir = prepare(Path(out), claim, device, dtype, args)
         pool = fitting(pool, tokenizer, policy.config.positions)
-        plan = training.batches(len(pool), args.batch, args.epochs, args.seed)
-        while len(plan) < args.steps:
-            plan += training.batches(len(pool), args.batch, 1, args.seed + len(plan))
-        plan = plan[:args.steps or None]
+        epochs = max(args.epochs, math.ceil(args.steps * args.batch / len(pool)))
+        plan = training.batches(len(pool), args.batch, epochs, args.seed)[:args.steps or None]
         trained, optimizer = training.start(policy, weight_decay=0.0)
-        sampler, moving = Sampler(policy, tokenizer), {"sum": 0.0, "steps": 0.0}
+        sampler = Sampler(policy, tokenizer)
         if ranks.rank() == 0:
             introduce(policy, sampler, base, pool, held_out, plan, words, args)
             print(said)
-        teacher = teacher_for(policy, tokenizer, device, dtype, args) if algorithm.taught else None
         sandbox = None if args.workflow == "solver" else stack.enter_context(Sandbox())
-        answer = partial(evaluate, held_out, workflow, policy, sampler, sandbox, args)
-        total = len(plan[:2]) if args.dry_run else len(plan)
-        for step, lr, bar in training.steps(total, rundir, trained, optimizer, args, moving):
-            if step == 0 and held_out:
-                rundir.log("metrics", {"step": 0, **answer()})
-            batch, seconds = [pool[i] for i in plan[step]], Counter()
-            episodes, replaced = roll_out(batch, spare_problems(pool, plan[step], step, args), step, policy,
-                                          workflow, sampler, sandbox, seconds, args)
-            with timed(seconds, "score"):
-                records, divisor = give_credit(episodes, algorithm, moving, args)
-                if teacher:
-                    ask_teacher(teacher, policy, tokenizer, batch, episodes, records, args)
-            with timed(seconds, "learn"):
-                learned = drift(policy, episodes, records, args)
-                learned |= update_policy(policy, records, divisor, optimizer, lr, algorithm, args)
-            with timed(seconds, "evaluate"):
-                learned |= answer() if held_out and training.look_due(step, total) else {}
-            told = lines(step + 1, episodes, records, batch)
-            row = {"step": step + 1, **summary(told), **learned, "lr": lr,
-                   "replaced": int(ranks.summed({"n": len(replaced)})["n"]) // args.samples,
-                   **shares(seconds, episodes + replaced), "memory": round(peak_memory(policy), 3)}
-            rundir.log("metrics", row)
-            rundir.log("episodes", *told)
-            tell(bar, row)
-        if args.dry_run:
-            return forecast(policy, row, len(plan), args)
-        finish(policy, base, rundir.path)
+        sample = partial(roll_out, policy=policy, workflow=workflow, sampler=sampler, sandbox=sandbox,
+                         args=args)
+        look = partial(evaluate, held_out, workflow, policy, sampler, sandbox, args) if held_out else None
+        ask = algorithm.taught and partial(ask_teacher, teacher_for(policy, tokenizer, device, dtype, args),
+                                           policy, tokenizer, args=args)
+        taken = plan[:2] if args.dry_run else plan
+        train(policy, pool, taken, sample, ask, look, tokenizer, algorithm, rundir, trained, optimizer, args)
+        if not args.dry_run:
+            finish(policy, base, rundir.path)
+        elif ranks.rank() == 0:
+            forecast(policy, list(files.readable_rows(rundir.path / "metrics.jsonl")), plan, args)
+
+
+def train(policy, pool, plan, sample, ask, look, tokenizer, algorithm, rundir, trained, optimizer, args):
+    """Take the steps of the plan, each a list of places in pool. sample is roll_out for this policy; ask is
+    ask_teacher and look the evaluation, where there is one."""
+    moving = {"sum": 0.0, "steps": 0.0}
+    for step, lr, bar in training.steps(len(plan), rundir, trained, optimizer, args, moving, look):
+        batch, seconds = [pool[i] for i in plan[step]], Counter()
+        spare = spare_problems(pool, plan[step], step, args)
+        known = {p.id: p for p in (*batch, *spare)}
+        episodes, replaced = sample(batch, spare, step, seconds=seconds)
+        with timed(seconds, "score"):
+            records, divisor = give_credit(episodes, algorithm, moving, args)
+            if ask:
+                ask(batch, episodes, records)
+        with timed(seconds, "learn"):
+            learned = drift(policy, episodes, records, args)
+            learned |= update_policy(policy, records, divisor, optimizer, lr, algorithm, args)
+        with timed(seconds, "evaluate"):
+            learned |= look() if look and training.look_due(step, len(plan)) else {}
+        told = lines(step + 1, episodes, records, known, tokenizer)
+        row = {"step": step + 1, **summary(told), **learned, "lr": lr,
+               "replaced": int(ranks.summed({"n": len(replaced)})["n"]) // args.samples,
+               **shares(seconds, episodes + replaced), "memory": round(peak_memory(policy), 3)}
+        rundir.log("metrics", row)
+        rundir.log("episodes", *told)
+        if args.resample:
+            rundir.log("discarded", *lines(step + 1, replaced, [[]] * len(replaced), known, tokenizer))
+        tell(bar, row)
 
 
 # ---- a step: roll out ------------------------------------------------------------------------------------
@@ -212,7 +226,7 @@ def roll_out(batch, spare, step, policy, workflow, sampler, sandbox, seconds, ar
     Dynamic sampling (DAPO, arXiv 2503.14476, eq. 11): a problem whose episodes are all right or all wrong has
     nothing to compare. Up to --resample times, one of `spare` takes its place in `batch`, and what it sampled
     is replaced. Which one depends on seed and step alone."""
-    sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, stop_at_box=False)
+    sampling = Sampling(max_tokens=args.max_tokens, temperature=args.temperature, step_rule=args.step_rule)
     bar = None if cli.is_small(args.model) else f"step {step + 1}"
     rules = rewards.rules_of(args, step)
     wanted, groups, replaced = range(ranks.rank(), len(batch), ranks.world()), {}, []
@@ -371,7 +385,7 @@ def micro_batch_loss(policy, records: list[TokenRecord], algorithm: Algorithm, a
             reference, _ = losses.score(policy, *sequences, args.temperature)
         penalty = losses.kl(logp, reference, args.kl_kind)
     total = (slope * trust * logp + args.kl * penalty * weight).sum()
-    gap, importance = (old - sampled).abs(), (old - sampled).exp()
+    gap, importance = (old - sampled).abs(), losses.ratio(old, sampled)
     sums = {"loss": (loss + args.kl * penalty * weight).detach().sum(), "entropy": entropy.sum(),
             "dlogp": gap.sum(), "clipped": ((slope == 0) & (loss != 0)).sum(), "importance": importance.sum(),
             "cut": (trust != (importance if args.importance_cap else 1)).sum(), "tokens": len(logp)}
@@ -407,7 +421,8 @@ def split(pool, args) -> tuple[list, list]:
 
 def evaluate(held_out, workflow, policy, sampler, sandbox, args) -> dict:
     """The share of held-out problems solved greedily, as eval.py counts it, and its 95 % interval."""
-    own, sampling = held_out[ranks.rank()::ranks.world()], Sampling(args.max_tokens, stop_at_box=True)
+    own = held_out[ranks.rank()::ranks.world()]
+    sampling = Sampling(args.max_tokens, stop_at_box=True, step_rule=args.step_rule)
     with ranks.whole(policy):
         episodes = run_episodes(jobs_for(own, workflow), sampler, sandbox, sampling=sampling, seed=args.seed)
         sampler.close()
@@ -431,6 +446,10 @@ def checked(args):
     if args.samples < least:
         raise BadInput(f"--samples {args.samples}: {'--resample' if args.resample else args.algorithm} "
                        f"compares a problem's samples and needs {least} or more")
+    paid = [part for part, weight in rewards.rules_of(args).weights.items() if weight]
+    if algorithm.two_valued and len(paid) > 1:
+        raise BadInput(f"--reward {','.join(paid)}: {args.algorithm} knows only right (more than 0) and "
+                       "wrong; expected one part, and the weight 0 for others")
     if args.teacher and not algorithm.taught:
         raise BadInput(f"--teacher {args.teacher}: only distill has one, not --algorithm {args.algorithm}")
     if algorithm.taught and not args.teacher and args.workflow != "solver":
@@ -503,7 +522,7 @@ def fitting(pool, tokenizer, context: int) -> list:
     sizes = [len(tokenizer.chat([user(SOLVER(question=p.question))])) for p in pool]
     fit = [p for p, size in zip(pool, sizes) if size < context - 32]
     if not fit:
-        raise BadInput(f"all {len(pool)} prompts are too long: {min(sizes)} tokens or more of {context}")
+        raise BadInput(f"every prompt is too long: {min(sizes)} tokens or more of {context}")
     if len(fit) < len(pool):
         print(f"left out: {len(pool) - len(fit)} of {len(pool)} prompts are too long for {context} tokens")
     return fit
@@ -520,18 +539,24 @@ def introduce(policy, sampler, base: str, pool, held_out, plan, device: str, arg
     print(f"device: {device}")
     print(f"policy: {base} with a new LoRA of rank {args.rank} on {args.targets}, {parameters:,} parameters, "
           f"{updated:,} trained; reference: the same with the adapter off")
-    print(f"work: {len(plan)} steps of {args.batch} problems x {args.samples} samples, at most "
-          f"{args.batch * args.samples * args.max_tokens:,} new tokens a step; {len(held_out)} problems are "
-          f"held out; {memory(policy, args.micro_tokens, min(cached, sampler.slots.max_tokens))}")
+    print(f"work: {cli.count(len(plan), 'step')} of {cli.count(args.batch, 'problem')} x "
+          f"{cli.count(args.samples, 'sample')}, at most {args.batch * args.samples * args.max_tokens:,} new "
+          f"tokens a step; held out: {cli.count(len(held_out), 'problem')}; "
+          f"{memory(policy, args.micro_tokens, min(cached, sampler.slots.max_tokens))}")
     print("the solver's prompt for the first problem:\n" + tokenizer.render(prompt))
 
 
-def forecast(policy, row: dict, steps: int, args) -> None:
-    """Say what --dry-run found. row: the metrics of a step that was evaluated, as not every step will be."""
-    looks = 1 + sum(training.look_due(step, steps) for step in range(steps))
-    look = row["seconds"] * row["evaluate_share"]
-    training.forecast(policy, steps, round(steps * args.batch * args.samples * row["mean_tokens"]),
-                      steps * (row["seconds"] - look) + looks * look)
+def forecast(policy, rows: list[dict], plan: list[list[int]], args) -> None:
+    """Say what --dry-run found. rows: the metrics of the plan's first two steps, both evaluated. Replies keep
+    their length in both; a token takes as long as in the second, as the first paid for caches."""
+    rows = [row for row in rows if row["step"]]
+    length = sum(row["mean_tokens"] for row in rows) / len(rows)
+    taken = [len(step) + row["replaced"] for step, row in zip(plan, rows)]  # problems, with those replaced
+    tokens = sum(map(len, plan)) * sum(taken) / sum(map(len, plan[:2])) * args.samples * length
+    look = rows[-1]["seconds"] * rows[-1]["evaluate_share"]
+    token = (rows[-1]["seconds"] - look) / max(1, taken[-1] * args.samples * rows[-1]["mean_tokens"])
+    training.forecast(policy, len(plan), round(tokens), tokens * token, look,
+                      f" while replies have {length:.0f} tokens, as now")
 
 
 def finish(policy, base: str, out):
@@ -550,4 +575,4 @@ def finish(policy, base: str, out):
 
 
 if __name__ == "__main__":
-    cli.run(main, args)
+    cli.run(main, args, stopped=write_report)

@@ -40,7 +40,8 @@ def options():
                    help="tokens in the loss; `all` is what the report did (default response)")
     g = p.add_argument_group("what is trained")
     how = g.add_mutually_exclusive_group()
-    how.add_argument("--lora", action="store_true", help="a LoRA adapter (the default)")
+    how.add_argument("--lora", dest="full", action="store_false", default=False,
+                     help="a LoRA adapter (the default)")
     how.add_argument("--full", action="store_true", help="all weights")
     cli.adapter_options(g, both)
     g.add_argument("--dropout", type=cli.number(0, 0.99), help=f"on the adapter's input ({both('dropout')})")
@@ -60,6 +61,7 @@ import math
 import re
 import shlex
 import time
+from collections import Counter
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -77,6 +79,7 @@ from slm.report import write as write_report
 from slm.runs import files, ranks
 from slm.runs.device import memory, parameter_counts, peak_memory
 from slm.runs.rundir import RunDir, name_of
+from slm.runs.steps import timed, token_by_token
 from slm.sampling import Sampler
 
 
@@ -106,6 +109,8 @@ def main(args):
         rundir = RunDir(args.out, vars(args), data, args.resume, log=ranks.rank() == 0)
     if ranks.rank() == 0:
         introduce(model, tokenizer, rows, held_out, plan, largest, words, args)
+        if not args.dry_run:
+            files.write_json(rundir.path / "tokens.json", token_by_token(rows[0], tokenizer))
 
     trained, optimizer = training.start(model, args.weight_decay)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.full and dtype == torch.bfloat16)
@@ -113,19 +118,18 @@ def main(args):
             partial(lora_files.save, model, base=args.model))
     look_once = partial(look, model, Sampler(model, tokenizer), held_out, autocast)
     model.train()
-    looks = [bool(held_out) and training.look_due(step, len(plan)) for step in range(len(plan))]
     if args.dry_run:
-        learn = partial(one_step, model, largest, optimizer, args.lr, autocast, args)
+        for _ in range(2):  # the first pays for moments, caches and the like
+            row, spent = one_step(model, largest, optimizer, args.lr, autocast, args), Counter()
+            with timed(spent, "look"):
+                row |= look_once() if held_out else {}
         tokens = args.epochs * size(rows)
-        seconds = training.rehearse(learn) * tokens / size(largest)
-        if held_out:
-            seconds += training.rehearse(look_once) * (1 + sum(looks))
-        return training.forecast(model, len(plan), tokens, seconds)
-    for step, lr, bar in training.steps(len(plan), rundir, trained, optimizer, args):
-        if held_out and step == 0:
-            rundir.log("metrics", {"step": 0, **look_once()})
+        seconds = tokens / max(1, row["tokens_per_s"])
+        return training.forecast(model, len(plan), tokens, seconds, spent["look"])
+    first = look_once if held_out else None
+    for step, lr, bar in training.steps(len(plan), rundir, trained, optimizer, args, look=first):
         row = one_step(model, [rows[i] for i in plan[step]], optimizer, lr, autocast, args)
-        if looks[step]:
+        if held_out and training.look_due(step, len(plan)):
             row |= look_once()
             row["best"] = keep_best(model, save, row["held_out_loss"], rundir.path)
         rundir.log("metrics", {"step": step + 1, **row})
@@ -290,10 +294,10 @@ def introduce(model, tokenizer, rows, held_out, plan, largest, device: str, args
     print(f"device: {device}")
     print(f"model: {args.model}, {parameters:,} parameters, {updated:,} trained "
           f"({'all' if args.full else f'LoRA rank {args.rank} on {args.targets}'})")
-    print(f"data: {', '.join(args.data)}: {len(rows):,} rows, {tokens:,} tokens, "
-          f"{trained / tokens:.0%} in the loss; {len(held_out):,} rows more are held out")
-    print(f"work: {args.epochs} epochs, {len(plan)} steps of {args.batch} rows, "
-          f"{args.epochs * tokens:,} tokens; "
+    print(f"data: {', '.join(args.data)}: {cli.count(len(rows), 'row')}, {cli.count(tokens, 'token')}, "
+          f"{trained / tokens:.0%} in the loss; held out: {cli.count(len(held_out), 'row')}")
+    print(f"work: {cli.count(args.epochs, 'epoch')}, {cli.count(len(plan), 'step')} of "
+          f"{cli.count(args.batch, 'row')}, {cli.count(args.epochs * tokens, 'token')}; "
           f"{memory(model, min(size(largest), args.micro_tokens), size(held_out))}")
     sizes = model.model.embed_tokens.weight.detach().float().norm(dim=1)
     if not args.full and sizes[tokenizer.end_of_turn] < 0.5 * sizes.median():
@@ -309,7 +313,7 @@ def finish(model, save, out, args):
     if ranks.rank() == 0:
         save(result)
         rows = list(files.readable_rows(out / "metrics.jsonl"))
-        print(f"loss {rows[-1]['loss']:.4f} after {rows[-1]['step']} steps, peak memory "
+        print(f"loss {rows[-1]['loss']:.4f} after {cli.count(rows[-1]['step'], 'step')}, peak memory "
               f"{peak_memory(model):.2f} GB; the result is {result}; curves: {write_report(out)}")
         print(verdict(rows, out))
         result = shlex.quote(str(result))
@@ -335,4 +339,4 @@ def verdict(rows: list[dict], out: Path) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, args)
+    cli.run(main, args, stopped=write_report)

@@ -18,7 +18,6 @@ four steps, the mean of the seeds with their range as a band.
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -31,8 +30,8 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench.shared import ROOT, processor, rows, save, shortened, smooth
 from slm.runs import stats
 
 RUNS, RESULTS, FIGURE = ROOT / "runs/objectives", ROOT / "results/objectives", ROOT / "docs/objectives.svg"
@@ -116,20 +115,6 @@ def typed(words: list) -> str:
     return " ".join(["python", *(str(word).replace(f"{ROOT}/", "") for word in words)])
 
 
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def shortened(x):
-    return float(f"{x:.4g}") if isinstance(x, float) else x
-
-
-def processor() -> str:
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
-    return (names or [platform.processor()])[0]
-
-
 def read() -> dict[str, list[dict]]:
     """Name of an arm -> its results by seed."""
     found = {}
@@ -163,12 +148,6 @@ def table(found: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
-def smooth(values: list[float]) -> list[float]:
-    """The mean of each value and the LAST - 1 before it: a step has only 64 episodes."""
-    windows = [values[max(0, i - LAST):i] for i in range(1, len(values) + 1)]
-    return [sum(window) / len(window) for window in windows]
-
-
 def draw(found: dict[str, list[dict]]) -> None:
     """A panel for each arm: share solved by step, mean and range of the seeds, the placebo behind it."""
     names = [name for name in found if not name.endswith("random") and name != "start"]
@@ -178,7 +157,7 @@ def draw(found: dict[str, list[dict]]) -> None:
                                 squeeze=False)
     for axis, name in zip(axes.flat, names):
         for arm, colour in ((CONTROL.get(name, "random"), "0.6"), (name, "tab:blue")):
-            curves = [smooth([100 * row["solved"] for row in r["metrics"]]) for r in found.get(arm, [])]
+            curves = [smooth([100 * row["solved"] for row in r["metrics"]], LAST) for r in found.get(arm, [])]
             columns_of = list(zip(*curves))
             steps = range(1, len(columns_of) + 1)
             axis.plot(steps, [sum(c) / len(c) for c in columns_of], color=colour, linewidth=1.3)
@@ -192,8 +171,7 @@ def draw(found: dict[str, list[dict]]) -> None:
     figure.supylabel("solved while sampling, mean of four steps, %")
     figure.suptitle("Mean of the seeds, with their range; grey: the placebo, a reward at random", fontsize=10)
     figure.tight_layout()
-    FIGURE.parent.mkdir(exist_ok=True)
-    figure.savefig(FIGURE, metadata={"Date": None})
+    save(figure, FIGURE)
 
 
 if __name__ == "__main__":

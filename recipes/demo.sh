@@ -32,4 +32,7 @@ stage "4 agents: what the base model can do when it is asked otherwise" \
 
 printf '\n==== all stages on the same problems, greedy (%d s in all)\n' "$SECONDS"
 "$PYTHON" eval.py --compare "$RUNS"/eval-{base,sft-full,sft-lora,grpo}
+printf '\n==== GRPO beside the adapter that it started from\n'
+"$PYTHON" eval.py --compare "$RUNS"/eval-{sft-lora,grpo}
+"$PYTHON" bench/demo.py "$RUNS"
 echo "curves and samples: $RUNS/grpo/report.html"

@@ -8,19 +8,10 @@
 #   MODEL=path/to/model BUDGET=20 bash recipes/paper.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ -z "${PYTHON:-}" ]; then PYTHON=python3; [ -x .venv/bin/python ] && PYTHON=.venv/bin/python; fi
+source recipes/stage.sh
 MODEL=${MODEL:-Qwen/Qwen2.5-Math-1.5B}
 RUNS=${RUNS:-runs/paper}
 TEST=(--data gsm8k,math500 --limit 500 --max-tokens 2048)
-
-# stage FOLDER SCRIPT OPTIONS runs one stage. A stage whose page is there is done, and is left out. A stage with
-# settings but no page was stopped, and goes on.
-stage() {
-  local out="$RUNS/$1" resume=""; shift
-  if [ -e "$out/report.html" ]; then return; fi
-  if [ -e "$out/settings.json" ]; then resume=--resume; fi
-  "$PYTHON" "$@" --out "$out" $resume
-}
 
 # 1. Data: round 1 asks one teacher for everything, round 2 asks another for what is left. This script goes on
 # without --resume.

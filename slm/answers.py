@@ -6,27 +6,35 @@ Here, and not in episode.py, the gold answers come in: no workflow and no frame 
 from collections.abc import Callable, Generator
 
 from slm.episode import Episode, Reply, jobs_for, run_episodes
-from slm.grading import grade
+from slm.grading import extract, grade
 from slm.runs.files import Journal
+
+GROUPS = ("level", "subject")  # what a problem may belong to
 
 
 def answer_record(problem, episode: Episode) -> dict:
-    """An episode graded, as one line of answers.jsonl. The ids are those of the reply that gave the response,
-    or of the solver's last reply if several replies led to the answer."""
+    """An episode graded, as one line of answers.jsonl. `correct` counts an answer wherever it stands, `boxed`
+    says whether it stands in a box. The ids are those of the reply that gave the response, or of the solver's
+    last reply if several replies led to the answer."""
     result = grade(episode.response, problem.gold)
-    first = result.correct
-    if episode.drafts:
-        first = bool(episode.drafts[0]) and grade(f"\\boxed{{{episode.drafts[0]}}}", problem.gold).correct
+    first = right_answer(episode.drafts[0], problem.gold) if episode.drafts else result.correct
     turns = ([t for t in episode.turns if t.reply.text == episode.response]
              or [t for t in episode.turns if t.role == "solver"] or episode.turns)
     said = turns[-1].reply if turns else Reply("", finish="error")
     return {
-        "id": problem.id, "question": problem.question, "gold": problem.gold, "response": episode.response,
-        "answer": episode.answer, "correct": result.correct, "reason": episode.error or result.reason,
+        "id": problem.id, "data": problem.data, "question": problem.question, "gold": problem.gold,
+        **{name: getattr(problem, name) for name in GROUPS if getattr(problem, name)},
+        "response": episode.response, "answer": episode.answer, "correct": result.correct,
+        "boxed": extract(episode.response, strict=True) is not None, "reason": episode.error or result.reason,
         "first_answer": episode.first_answer, "first_correct": first, "workflow": episode.workflow,
         "sample": episode.sample, "failures": episode.failures, "broken": episode.broken,
         "asks": len(episode.turns), "tokens": episode.tokens_out, "prompt_ids": said.prompt_ids,
         "ids": said.ids, "finish": said.finish}
+
+
+def right_answer(answer: str | None, gold: str) -> bool:
+    """Whether an answer that stands alone is right."""
+    return bool(answer) and grade(f"\\boxed{{{answer}}}", gold).correct
 
 
 def finished(journal: Journal) -> list[dict]:

@@ -22,23 +22,17 @@ from torch import nn
 
 from slm import BadInput, lora
 from slm.formats import lora_files
-from slm.formats.tensors import (
-    ADAPTER,
-    CONFIG,
-    SafeTensors,
-    atomic_directory,
-    check_tensors,
-    write_safetensors,
-)
+from slm.formats.tensors import SafeTensors, atomic_directory, check_tensors, write_safetensors
 from slm.model import Config, Qwen2
 from slm.runs import cli
-from slm.runs.files import base_of, read_json, write_json
+from slm.runs.files import ADAPTER, CONFIG, base_of, read_json, write_json
 from slm.tokenizer import Tokenizer
 
 TINY = Path(__file__).parent / "tiny"
 WEIGHTS, INDEX, GENERATION = "model.safetensors", "model.safetensors.index.json", "generation_config.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+OTHER_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 
 
 # ---- names to directories ----------------------------------------------------------------------------------
@@ -141,10 +135,14 @@ def read_config(config: dict, where: str = "config.json") -> Config:
 
     if config.get("model_type") != "qwen2":
         refuse("model_type", config.get("model_type"), "'qwen2', the one architecture this project runs")
-    for key in SIZES:
+    for key in (*SIZES, *(key for key in OTHER_SIZES if config.get(key) is not None)):
         if not isinstance(config.get(key), int) or config[key] < 1:
             refuse(key, config.get(key), "a whole number of 1 or more")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta, eps = rope.get("rope_theta") or config.get("rope_theta") or 1e4, config.get("rms_norm_eps", 1e-6)
+    for key, value in ("rope_theta", theta), ("rms_norm_eps", eps):
+        if not isinstance(value, int | float):
+            refuse(key, value, "a number")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         refuse("rope scaling", kind, "none: scaled rope is not supported")
@@ -158,9 +156,8 @@ def read_config(config: dict, where: str = "config.json") -> Config:
     if heads % kv_heads or head_size % 2:
         refuse("num_key_value_heads", kv_heads, f"a divisor of {heads} query heads, of an even size each")
     return Config(*(config[key] for key in SIZES), kv_heads, head_size,
-                  positions=config.get("max_position_embeddings", 32768),
-                  rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-                  norm_eps=config.get("rms_norm_eps", 1e-6), tied=config.get("tie_word_embeddings", False),
+                  positions=config.get("max_position_embeddings") or 32768, rope_theta=float(theta),
+                  norm_eps=eps, tied=config.get("tie_word_embeddings", False),
                   bias=config.get("attention_bias", True))
 
 

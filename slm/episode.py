@@ -10,6 +10,10 @@ It yields an Ask and gets a Reply, yields a Run and gets the sandbox's Outcome, 
 gets a list: they are worked on at the same time. It yields a Draft, an answer it holds so far, and gets
 nothing. It returns the answer it stands by: a string, the Reply whose text holds it, or None.
 
+An Ask with `continuations` samples nothing. Its Reply has the log-prob of each of them as the next words of
+the conversation: so a verifier is asked for its Yes and its No. A conversation that ends with an assistant's
+message goes on inside that turn: so a search writes a solution step by step (slm/search.py).
+
 An Ask that can't be answered raises AskFailed at its yield. A workflow that doesn't catch it ends there, and
 its first Draft stands. In a list such an Ask gives a Reply with an empty text and its `error` set.
 """
@@ -31,10 +35,12 @@ from slm.sandbox import Outcome
 @dataclass
 class Ask:
     """A question to the model in some role. `sampling` names what differs from the run's own Sampling, such
-    as {"temperature": 0.7}; max_tokens never exceeds the run's."""
+    as {"temperature": 0.7}; max_tokens never exceeds the run's. {"one_step": True}: the reply also ends where
+    a step does. `continuations`: texts to be scored; then nothing is sampled."""
     role: str
     messages: list[dict]
     sampling: dict = field(default_factory=dict)
+    continuations: tuple[str, ...] = ()
 
 
 @dataclass
@@ -60,9 +66,13 @@ def user(content: str) -> dict:
 
 # ---- what a backend gets and gives -----------------------------------------------------------------------
 
+STEPS = {"paragraph": ("\n\n",), "line": ("\n",), "sentence": (". ", ".\n", "! ", "!\n", "? ", "?\n")}
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How one reply is drawn. temperature 0 is greedy; top_p 1 and top_k 0 mean the full distribution."""
+    """How one reply is drawn. temperature 0 is greedy; top_p 1 and top_k 0 mean the full distribution.
+    step_rule: of STEPS, what ends a step of this model's solutions."""
     max_tokens: int = 1024
     temperature: float = 0.0
     top_p: float = 1.0
@@ -70,6 +80,8 @@ class Sampling:
     seed: int = 0
     stop: tuple[str, ...] = ()
     stop_at_box: bool = False  # stop at the end of the first line with an answer in a box
+    keep_stop: bool = False    # the text of a reply holds the stop string that ended it
+    step_rule: str = "line"
 
 
 @dataclass
@@ -80,22 +92,25 @@ class Request:
     adapter: str | None = None  # LoRA adapter (Sampler) or model name (Endpoint); None: the default
     n: int = 1                  # samples of this prompt; sample i uses seed + i
     ids: list[int] | None = None
+    continuations: tuple[str, ...] = ()  # nothing is sampled: one Reply with the scores of these
 
 
 @dataclass
 class Reply:
     """One sampled answer. prompt_ids + ids is exactly what the model saw and wrote; logprobs[i] is the
     log-probability of ids[i] under the distribution it was drawn from. An Endpoint leaves the ids empty and
-    reports its own counts of tokens; without a report they are the lengths of the ids."""
+    reports its own counts of tokens; without a report they are the lengths of the ids. scores:
+    continuation -> its log-prob in nats after the prompt, summed over its tokens, at temperature 1."""
     text: str
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    finish: str = "stop"  # stop | length | box | stop_string | error
+    finish: str = "stop"  # stop | length | box | stop_string | score | error
     prompt_ids: list[int] = field(default_factory=list)
     error: str | None = None
     tokens_in: int = 0
     tokens_out: int = 0
     thinking: str | None = None  # a server's separate reasoning_content
+    scores: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         self.tokens_in = self.tokens_in or len(self.prompt_ids)
@@ -197,6 +212,8 @@ class Episode:
         """
         records: list[TokenRecord] = []
         for turn in self.turns:
+            if not turn.reply.ids:  # scores, or a failure
+                continue
             prompt = turn.reply.prompt_ids
             continued = [r for r in records if prompt[:len(r.ids)] == r.ids]
             if not continued:
@@ -322,12 +339,14 @@ class _Runner:
         want = {k: v for k, v in ask.sampling.items()
                 if not (self.fixed and k in ("temperature", "top_p", "top_k"))}
         want["max_tokens"] = min(self.sampling.max_tokens, want.get("max_tokens", self.sampling.max_tokens))
-        sampling = replace(self.sampling, **want, seed=0)
+        if want.pop("one_step", False):
+            want |= {"stop": STEPS[self.sampling.step_rule] + want.get("stop", ()), "keep_stop": True}
+        sampling = Sampling() if ask.continuations else replace(self.sampling, **want, seed=0)
         if sampling.temperature or any("reply" in m for m in ask.messages):  # not shared
             seed = seed_of(self.seed, live.episode.problem_id, live.episode.sample, live.steps, place)
             sampling = replace(sampling, seed=seed)
         adapter = self.adapters.get(ask.role, self.adapters.get("*"))
-        asked = adapter, sampling, tuple((m["role"], m["content"]) for m in ask.messages)
+        asked = adapter, sampling, ask.continuations, tuple((m["role"], m["content"]) for m in ask.messages)
         if asked in self.memo:
             self.deliver(live, place, self.memo[asked])
         elif asked in self.waiting:
@@ -335,13 +354,14 @@ class _Runner:
         else:
             self.waiting[asked] = [(live, place)]
             try:
-                self.tickets[self.backend.submit(Request(ask.messages, sampling, adapter))] = asked
+                request = Request(ask.messages, sampling, adapter, continuations=ask.continuations)
+                self.tickets[self.backend.submit(request)] = asked
             except BadInput as e:  # a prompt longer than the context, for one: too much said before it
                 finish = "length" if live.episode.turns else "error"
                 self.replied(asked, Reply("", finish=finish, error=str(e)))
 
     def replied(self, asked: tuple, reply: Reply) -> None:
-        _, sampling, _ = asked
+        sampling = asked[1]
         if not sampling.seed and not reply.error:  # a shared one
             self.memo[asked] = reply
         self.tokens += reply.tokens_out

@@ -31,7 +31,7 @@ def token_logprobs(model, hidden: torch.Tensor, targets: torch.Tensor, temperatu
                        "its target_modules")
     weight = head.weight[:model.config.ids]
     if chunk is None:
-        chunk = max(16, (1 << 26 if hidden.is_cuda else 1 << 20) // weight.shape[0])
+        chunk = max(128, (1 << 26 if hidden.is_cuda else 1 << 20) // weight.shape[0])
     return _TokenLogprobs.apply(hidden, weight, targets, temperature, chunk)
 
 
@@ -183,11 +183,16 @@ def pass_at_k(r: torch.Tensor, k: int) -> torch.Tensor:
 # All take logp, the log-probs now; old, those at the start of the step; the advantage of each token; and
 # sequence, int, the number of each token's sequence; all (N,). r = exp(logp - old).
 
+def ratio(logp, old) -> torch.Tensor:
+    """exp(logp - old), at most e^60. Above e^88 float32 has only inf, and inf times 0 is no number."""
+    return (logp - old).clamp(max=60).exp()
+
+
 def clipped(logp, old, advantage, sequence, low: float, high: float) -> torch.Tensor:
     """-min(r A, clip(r, 1 - low, 1 + high) A): PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 7) and GRPO
     (arXiv 2402.03300, eq. 3) with low = high; DAPO (Yu et al. 2025, arXiv 2503.14476, eq. 10) with more."""
-    ratio = (logp - old).exp()
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+    r = ratio(logp, old)
+    return -torch.minimum(r * advantage, r.clamp(1 - low, 1 + high) * advantage)
 
 
 def sequence_clipped(logp, old, advantage, sequence, low: float, high: float) -> torch.Tensor:
@@ -214,7 +219,7 @@ def _mean(x: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
 def cispo(logp, old, advantage, sequence, low: float, high: float) -> torch.Tensor:
     """-sg(clip(r, 1 - low, 1 + high)) A log p: CISPO (arXiv 2506.13585, eq. 4-5), with ratios up to 5 as in
     arXiv 2510.13786. The clip bounds a token's weight and never stops its gradient; none flows through sg."""
-    return -(logp - old).exp().clamp(1 - low, 1 + high).detach() * advantage * logp
+    return -ratio(logp, old).clamp(1 - low, 1 + high).detach() * advantage * logp
 
 
 def reinforce(logp, old, advantage, sequence) -> torch.Tensor:
@@ -226,7 +231,7 @@ def distill(logp, old, teacher, sequence) -> torch.Tensor:
     """-r sg(teacher - logp): on-policy distillation (Thinking Machines, "On-policy distillation", 2025), with
     the teacher's log-probs (N,). The expected gradient is that of each token's KL(policy || teacher), given
     what is before it."""
-    return -(logp - old).exp() * (teacher - logp).detach()
+    return -ratio(logp, old) * (teacher - logp).detach()
 
 
 # ---- where the sampler's distribution is not the trainer's -----------------------------------------------
@@ -239,7 +244,7 @@ def trust(logp, old, sampled, advantage, cap: float, delta: float) -> torch.Tens
     delta  0 for a token that has gone too far already: p - p_sampled > delta if A > 0, p_sampled - p > delta
            if A < 0. DPPO's mask with the binary total variation (arXiv 2602.04879, eq. 13). 0: no mask
     """
-    weight = (old - sampled).exp().clamp(max=cap) if cap else torch.ones_like(old)
+    weight = ratio(old, sampled).clamp(max=cap) if cap else torch.ones_like(old)
     gone = advantage.sign() * (logp.exp() - sampled.exp()) > (delta or torch.inf)
     return torch.where(gone, 0.0, weight)
 

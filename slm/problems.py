@@ -11,10 +11,11 @@ Imports no torch.
 import hashlib
 import math
 import os
+import random
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import requests
@@ -32,12 +33,16 @@ from slm.tiny import world
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with its gold answer. `solution` is the worked solution where the set has one, else ''."""
+    """One question with its gold answer; '' for what the set does not have. `data` is the name or path that
+    it was loaded by."""
     id: str
     question: str
     gold: str
     source: str
     solution: str = ""
+    level: str = ""
+    subject: str = ""
+    data: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,9 @@ LIST = re.compile(rf"\s*\[\s*(?:(?:{TEXT.pattern})(?:\s*,\s*|\s*(?=\])))+\]\s*")
 NAMES = ("tiny", "tiny-unseen", *SOURCES)
 
 
-def load(name: str, split: str = "train", limit: int | None = None) -> list[Problem]:
+def load(name: str, split: str = "train", limit: int | None = None, draw: int | None = None) -> list[Problem]:
     """The first `limit` problems of a named set's split, or of a JSON lines file (which has no other split).
+    With `draw`, a seed, they are `limit` problems at random, in the order of the set.
 
     Raises BadInput, naming file and line, for an unknown name or split, a set that is neither local nor
     reachable, a broken row, a missing field, an empty set.
@@ -93,7 +99,7 @@ def load(name: str, split: str = "train", limit: int | None = None) -> list[Prob
     if limit is not None and limit < 1:
         raise BadInput(f"limit {limit}: expected 1 or more problems")
     if name in ("tiny", "tiny-unseen"):
-        problems = _tiny("unseen" if name == "tiny-unseen" else split, limit)
+        problems = _tiny("unseen" if name == "tiny-unseen" else split, limit if draw is None else None)
     elif name in SOURCES:
         if split not in SOURCES[name]:
             raise BadInput(f"{name} has no {split!r} split here, only {' and '.join(SOURCES[name])}" + (
@@ -105,12 +111,15 @@ def load(name: str, split: str = "train", limit: int | None = None) -> list[Prob
             what = "is a folder, not a file" if path.is_dir() else "is neither a data set's name nor a file"
             raise BadInput(f"data {name!r} {what}; expected one of {', '.join(NAMES)}, or a JSON lines file")
         problems = read(path, *origin(path))
-    return problems[:limit]
+    if draw is not None and limit and limit < len(problems):
+        chosen = random.Random(draw).sample(range(len(problems)), limit)
+        problems = [problems[i] for i in sorted(chosen)]
+    return [replace(p, data=name) for p in problems[:limit]]
 
 
-def load_all(names: list[str], split: str, limit: int | None = None) -> list[Problem]:
-    """The first `limit` problems of each of several sets. BadInput where an id comes twice."""
-    problems = [p for name in names for p in load(name, split, limit)]
+def load_all(names: list[str], split: str, *which) -> list[Problem]:
+    """The problems of several sets; which: as in load(). BadInput where an id comes twice."""
+    problems = [p for name in names for p in load(name, split, *which)]
     (id, times), = Counter(p.id for p in problems).most_common(1)
     if times > 1:
         raise BadInput(f"--data {','.join(names)}: problem {id!r} comes twice; expected different ids")
@@ -118,8 +127,8 @@ def load_all(names: list[str], split: str, limit: int | None = None) -> list[Pro
 
 
 def read(path: Path, source: str, split: str = "") -> list[Problem]:
-    """The problems of one file. Rows keep their own id where all of them have a different one. A row without
-    a gold answer, or a conversation with several questions, is left out, counted and named."""
+    """The problems of one file. Rows keep their own id where all of them have a different one. A row whose
+    question or gold answer is empty, or with several questions, is left out, counted and named."""
     rows = files.read_rows(path)
     own = [_own_id(row) for _, row in rows]
     unique = None not in own and len(set(own)) == len(own)
@@ -131,15 +140,16 @@ def read(path: Path, source: str, split: str = "") -> list[Problem]:
         unread |= dict.fromkeys(found.unread)
         gold, solution = _gold_and_solution(found, row, source, f"{path} line {line}")
         if gold and found.question:
-            problems.append(Problem(id, found.question.strip(), gold, source, solution))
+            problems.append(Problem(id, found.question.strip(), gold, source, solution,
+                                    str(row.get("level", "")), str(row.get("subject", ""))))
         else:
             without.append(f"line {line}")
     if without and not problems:
-        raise BadInput(f"{path} {without[0]}: the gold answer is empty or there are several questions, as in "
-                       "all rows")
+        raise BadInput(f"{path} {without[0]}: the gold answer is empty, or not one question, as in all rows")
     if without:
         print(f"{path.name}: left out {len(without)} of {len(rows)} rows, without a gold answer or with "
-              f"several questions: {', '.join(without[:5] + ['...'] * (len(without) > 5))}", file=sys.stderr)
+              f"several or no questions: {', '.join(without[:5] + ['...'] * (len(without) > 5))}",
+              file=sys.stderr)
     if unread and source not in SOURCES:
         print(f"{path.name}: these fields are not read: {', '.join(unread)}", file=sys.stderr)
     if not problems:
@@ -189,7 +199,7 @@ def _gold_and_solution(found: Row, row: dict, source: str, where: str) -> tuple[
     """A row's gold answer, '' if it has none, and its worked solution. Where no field holds the answer it is
     what the solution ends with: its last box, else what its last line calls the answer or holds alone."""
     names, solution = ", ".join(map(str, row)) or "no fields", found.solution or found.response
-    if not (found.question or found.messages):
+    if found.question is None:
         raise BadInput(f"{where}: no question; expected a text named question or problem, found {names}")
     if found.gold is None and not solution:
         raise BadInput(f"{where}: no gold answer; expected one named answer or gold, found {names}")

@@ -33,9 +33,8 @@ from slm import BadInput
 from slm.episode import TokenRecord, seed_of
 from slm.losses import pack
 from slm.runs import ranks
-from slm.runs.cli import Interrupt
+from slm.runs.cli import Interrupt, count
 from slm.runs.device import peak_memory, pick_device
-from slm.runs.files import read_json
 from slm.runs.rundir import RunDir, new_path
 
 SAVE_SECONDS = 300  # between two checkpoints at most, if a step is not longer
@@ -44,11 +43,8 @@ SAVE_SECONDS = 300  # between two checkpoints at most, if a step is not longer
 def settle(args, name: str) -> tuple[torch.device, torch.dtype, str]:
     """Decide args.out (default runs/<name>), args.dtype and args.ranks, so that settings.json tells them;
     join the other ranks and seed what is drawn before the first step -> (device, dtype, both in words)."""
-    out = new_path(args.out, name, args.resume)
-    if args.resume and args.dtype == "auto":  # a resumed run keeps the dtype that it was started with
-        args.dtype = read_json(out / "settings.json", {}).get("settings", {}).get("dtype", "auto")
     device, dtype, reason = pick_device(args.device, args.dtype, args.model)
-    args.out, args.dtype = str(out), str(dtype).removeprefix("torch.")
+    args.out, args.dtype = new_path(args.out, name), str(dtype).removeprefix("torch.")
     ranks.start_ranks(device)
     args.ranks = ranks.world()  # another number of processes adds up in another order
     torch.manual_seed(args.seed)  # an adapter's initial values
@@ -87,12 +83,13 @@ def start(model, weight_decay: float) -> tuple[dict[str, torch.nn.Parameter], to
     return trained, torch.optim.AdamW(trained.values(), weight_decay=weight_decay)
 
 
-def steps(total: int, rundir: RunDir, trained: dict, optimizer, args,
-          extra: dict | None = None) -> Iterator[tuple[int, float, tqdm]]:
+def steps(total: int, rundir: RunDir, trained: dict, optimizer, args, extra: dict | None = None,
+          look: Callable[[], dict] | None = None) -> Iterator[tuple[int, float, tqdm]]:
     """Yield (step, its learning rate, progress bar) from the newest checkpoint on. A checkpoint is saved
     every args.save_every steps, every SAVE_SECONDS, at the end, and after Ctrl-C, which then leaves as
     KeyboardInterrupt. extra: what else a step hands to the next, numbers and tensors by name. The caller
-    changes it in place; each checkpoint holds it, and it is put back before the first step."""
+    changes it in place; each checkpoint holds it, and it is put back before the first step. look: gives what
+    is logged as step 0."""
     extra = {} if extra is None else extra
     device = next(iter(trained.values())).device
     state = rundir.load(device) if args.resume else None
@@ -103,6 +100,8 @@ def steps(total: int, rundir: RunDir, trained: dict, optimizer, args,
     with Interrupt(lambda: print(words, file=sys.stderr)) as stop, bar:
         for step in range(first, total):
             torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + ranks.rank())  # for dropout
+            if look and step == 0:
+                rundir.log("metrics", {"step": 0, **look()})
             yield step, args.lr * cosine(step, total, args.warmup), bar
             bar.update()
             late = time.monotonic() - saved > SAVE_SECONDS
@@ -183,19 +182,13 @@ def _sharded_like(p: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 
 # ---- what a person reads ---------------------------------------------------------------------------------
 
-def rehearse(part: Callable[[], object]) -> float:
-    """Seconds that a part of a run takes the second time; the first pays for moments, caches and the like."""
-    for _ in range(2):
-        began = time.perf_counter()
-        part()
-    return time.perf_counter() - began
-
-
-def forecast(model, steps: int, tokens: int, seconds: float) -> None:
-    """Say what --dry-run found, after the parts of the run were rehearsed."""
+def forecast(model, steps: int, tokens: int, seconds: float, look: float, condition: str = "") -> None:
+    """Say what --dry-run found. seconds: of all steps, without looks; look: of one look at held-out rows."""
+    seconds += look * (1 + sum(look_due(step, steps) for step in range(steps)))
     if ranks.rank() == 0:
-        print(f"dry run: {steps} steps, {tokens:,} tokens; by what was measured they take "
-              f"{timedelta(seconds=round(seconds))} (h:mm:ss), peak memory {peak_memory(model):.2f} GB")
+        print(f"dry run: {count(steps, 'step')}, {count(tokens, 'token')}{condition}; by what was measured "
+              f"they take {timedelta(seconds=round(seconds))} (h:mm:ss), peak memory "
+              f"{peak_memory(model):.2f} GB")
 
 
 def marked(tokenizer, ids: list[int], mask: list[int]) -> str:

@@ -2,7 +2,8 @@ r"""The workflows: each a short generator that gets the question and nothing els
 
 slm/episode.py has the protocol. The names are those of the SLM-Math report's agents. A docstring says what
 the agent did, and after "Departs" what is different here. All start from a greedy first answer; those that
-begin with the standard prompt share the very same call.
+begin with the standard prompt share the very same call. The searches are in slm/search.py; they sample from
+the start.
 """
 
 import re
@@ -11,6 +12,8 @@ from collections.abc import Iterable
 from slm import BadInput, prompts
 from slm.episode import Ask, Draft, Reply, Run, user
 from slm.grading import blocks_of, equal, extract, printed, verdict
+from slm.search import SEARCHES, tally
+from slm.steps import shown, stated
 
 OTHER = {"temperature": 0.7, "top_p": 0.9}                # a later attempt must be able to differ
 VOTE = {"temperature": 0.7, "top_p": 0.95, "top_k": 50}   # the report's decoding of runs 2 to 5
@@ -23,19 +26,6 @@ ROLES = ("solver", "checker", "verifier", "summarizer")
 def same(a: str | None, b: str | None) -> bool:
     """Whether two answers are both there and equivalent."""
     return a is not None and b is not None and equal(a, b)
-
-
-def tally(answers: list[str | None]) -> list[tuple[str, int]]:
-    """Each answer and how often it was given, equivalent ones together; most frequent first, then earliest.
-
-    >>> tally(["0.5", None, "3", "1/2"])
-    [('0.5', 2), ('3', 1)]
-    """
-    counts: dict[str, int] = {}
-    for answer in filter(None, answers):
-        known = next((other for other in counts if equal(answer, other)), answer)
-        counts[known] = counts.get(known, 0) + 1
-    return sorted(counts.items(), key=lambda entry: -entry[1])
 
 
 def first_of(answers: Iterable[str | None]) -> str | None:
@@ -51,19 +41,6 @@ def settle(answers: list[str | None]) -> str | None:
     if first is not None and (often is None or any(same(a, first) and n >= 2 for a, n in counts)):
         return first
     return often or first_of(reversed(answers))
-
-
-def stated(text: str) -> str | None:
-    """The answer in a text. If the text has code, only a box counts: numbers of code are no answers."""
-    return extract(text, strict="```" in text or "~~~" in text)
-
-
-def shown(outcome) -> str:
-    """What a model gets to see of a run, at most 1,000 characters."""
-    text = outcome.stdout.strip()
-    if outcome.error or outcome.timed_out:
-        text = f"{text}\n{outcome.error or 'stopped: time limit'}".strip()
-    return text[-1000:] or "(nothing)"
 
 
 def complaint(answer: str | None) -> str:
@@ -328,7 +305,7 @@ def code_feedback(question: str):
 WORKFLOWS = {fn.__name__: fn for fn in (
     solver, majority_vote, python_tools, solver_checker_stateless, solver_checker_with_tools,
     solver_checker_chat, solver_checker_summarizer, summarizer_chat, trivial_chat, plan_and_reflection, base,
-    solver_verifier, code_feedback)}
+    solver_verifier, code_feedback, *SEARCHES)}
 
 
 def workflow(name: str):

@@ -21,6 +21,7 @@ from slm.answers import answer_record
 from slm.episode import Reply, Sampling, jobs_for, run_episodes
 from slm.grading import blocks_of, printed, verdict
 from slm.runs import cli
+from slm.search import SEARCHES
 from slm.workflows import WORKFLOWS, settle, shown, stated, tally
 
 ROOT = Path(__file__).parent.parent
@@ -234,7 +235,7 @@ def test_every_workflow_survives_babble_and_failed_calls(name):
     assert "context" in episode.error
 
 
-@pytest.mark.parametrize("name", [n for n in WORKFLOWS if n not in (
+@pytest.mark.parametrize("name", [n for n in WORKFLOWS if WORKFLOWS[n] not in SEARCHES and n not in (
     "python_tools", "solver_checker_with_tools", "solver_verifier", "code_feedback")])
 def test_workflows_without_tools_share_the_greedy_first_call(name):
     p, memo, calls = problem("p", "Q?", "4"), {}, []
@@ -332,7 +333,11 @@ def test_code_cut_by_the_token_limit_is_not_run():
     ("", None), ("It is not correct", False), ("VERDICT: CORRECT", True), ("maybe", None),
     ("At first CORRECT, then INCORRECT", False), ("INCORRECT. Let's correct it: 9 is correct", False),
     ("2 + 2 = 4.\nCORRECT", True), ("Correct answer: 5. This is INCORRECT", False), ("**CORRECT**", True),
-    ("That is wrong. VERDICT: CORRECT", True), ("Verdict: **Incorrect**, it is CORRECT to add", False)])
+    ("That is wrong. VERDICT: CORRECT", True), ("Verdict: **Incorrect**, it is CORRECT to add", False),
+    ("Yes", True), ("**No**, it is 5.", False), ("yes, it looks right", True), ("No, it looks right", False),
+    ("No errors: this is right", True), ("Yes. VERDICT: INCORRECT", False), ("Not sure", None),
+    ("Nobody knows", None), ("It is right.", True), ("\n# VERDICT\n\nCORRECT", True),
+    ("Yesterday it was CORRECT, today INCORRECT", False), ("不正确", None), ("`INCORRECT`", False)])
 def test_verdicts(text, said):
     assert verdict(text) is said
 

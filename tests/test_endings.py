@@ -36,7 +36,7 @@ def written(*pieces: str, burst: int = 1, limit: int = 99, **sampling) -> tuple[
         row.tokens += ids[:count]
         row.logprobs += [0.0] * count
         del ids[:count]
-    return endings.text(row.tokens[2:], finish, row.sampling.stop), finish, tokenizer
+    return endings.text(row.tokens[2:], finish, row.sampling), finish, tokenizer
 
 
 BOXES = [  # pieces, where a reply ends at an endpoint

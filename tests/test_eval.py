@@ -1,11 +1,17 @@
 """Scoring, resuming, comparing and regrading, with a scripted model where figures must be known."""
 
+import contextlib
+import io
+import itertools
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -14,9 +20,11 @@ import pytest
 import scripted
 from faulty_server import serve
 
+import agents
 import eval as evaluation
 from slm import BadInput, checkpoint
 from slm.episode import Reply, user
+from slm.grading import grade, version
 from slm.prompts import SOLVER
 from slm.runs import cli, stats
 from slm.teachers import Endpoint
@@ -103,7 +111,7 @@ def test_the_figures_are_those_of_the_answers(tmp_path, data, model, capsys):
     by_id = {row["id"]: row for row in rows(tmp_path / "r")}
     assert by_id["doubles-8"]["reason"] == "HTTP 500" and by_id["doubles-7"]["finish"] == "length"
     said = capsys.readouterr().out
-    assert "66.7" in said and "1 x HTTP 500" in said and "35.4-87.9" in said
+    assert "66.7 (35.4-87.9)" in said and "1 x HTTP 500" in said
 
 
 def test_several_samples_give_the_mean_and_unbiased_pass_at_k(tmp_path, data, model, capsys):
@@ -118,8 +126,12 @@ def test_several_samples_give_the_mean_and_unbiased_pass_at_k(tmp_path, data, mo
     found = json.loads((tmp_path / "r" / "summary.json").read_text())["data"][str(data)]
     assert found["accuracy"] == pytest.approx(0.5) and found["samples"] == 4
     expected = {k: sum(stats.pass_at_k(4, n % 5, int(k)) for n in range(10)) / 10 for k in ("2", "4")}
-    assert found["pass_at"] == pytest.approx(expected)
-    assert found["interval"][0] < 0.5 < found["interval"][1] and "pass@4" in capsys.readouterr().out
+    for k, value in expected.items():
+        mean, low, high = found["figures"][f"pass@{k}"]
+        assert mean == pytest.approx(value) and low < value < high
+    assert found["interval"][0] < 0.5 < found["interval"][1]
+    said = capsys.readouterr().out
+    assert re.search(r"pass@4 +80.0 \(", said) and re.search(r"maj@4 +50.0 \(", said)  # right: 0 1 2 3 4 of 4
     assert sorted((r["id"], r["sample"]) for r in rows(tmp_path / "r"))[:5] == [
         ("doubles-0", 0), ("doubles-0", 1), ("doubles-0", 2), ("doubles-0", 3), ("doubles-1", 0)]
 
@@ -251,26 +263,155 @@ def three(tmp_path, data, model):
 
 
 def test_runs_are_compared_in_one_table_with_paired_differences(three):
-    text = evaluation.table([evaluation.Saved(str(path)) for path in three])
     right = [[i < limit for i in range(10)] for limit in (2, 6, 9)]
-    lines = text.splitlines()
-    assert len(lines) == 5 and "10 problems, samples 1, temperature 0.0" in lines[1]
+    lines = compared(*three).splitlines()
+    assert len(lines) == 5 and "10 problems, samples 1, temperature 0.0" in lines[0]
     for line, k in zip(lines[2:], (2, 6, 9)):
         low, high = stats.wilson(k, 10)
-        assert f"{10 * k:.1f}" in line and f"{100 * low:.1f}-{100 * high:.1f}" in line
-    for line, first, above in ((lines[3], 0, 0), (lines[4], 0, 1)):
-        now = right[lines.index(line) - 2]
-        for other in (first, above):
-            d, low, high = stats.paired(right[other], now)
-            assert f"{100 * d:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" in line
-        assert f"{stats.mcnemar(right[above], now):.3f}" in line
+        assert line.count(f"{10 * k:.1f} ({100 * low:.1f}-{100 * high:.1f})") == 2  # lenient and strict
+    for line, now in zip(lines[3:], right[1:]):
+        d, low, high = stats.paired(right[0], now)
+        assert f"{100 * d:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" in line
+        assert f" {stats.mcnemar(right[0], now):.3f} " in line
+    assert max(map(len, lines[1:])) <= 132
+    markdown = compared(*three, "--markdown").splitlines()
+    assert {line.count("|") for line in markdown[2:]} == {10} and markdown[3] == "|" + " --- |" * 9
+    assert [line.replace("|", "").split() for line in markdown[4:]] == [line.split() for line in lines[2:]]
+
+
+def compared(*words):
+    """What --compare prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        run("--compare", *words)
+    return said.getvalue()
+
+
+def test_a_small_p_is_not_printed_as_zero(tmp_path, data, model):
+    data.write_text("".join(json.dumps({"question": f"{i}", "answer": 2 * i}) + "\n" for i in range(30)))
+    for limit in (0, 30):
+        model(below(limit))
+        run("--data", data, "--out", tmp_path / f"{limit}")
+    assert " < 0.001 " in compared(tmp_path / "0", tmp_path / "30")
+
+
+def test_an_answer_outside_a_box_is_lenient_and_one_in_a_box_strict(tmp_path, data, model):
+    model(lambda n, seed, sampling: f"The answer is {2 * n}." if n < 4 else below(6)(n, seed, sampling))
+    run("--data", data, "--out", tmp_path / "r")
+    found, = json.loads((tmp_path / "r" / "summary.json").read_text())["data"].values()
+    assert found["figures"]["lenient"] == pytest.approx([0.6, *stats.wilson(6, 10)])
+    assert found["figures"]["strict"] == pytest.approx([0.2, *stats.wilson(2, 10)])
+    assert (found["no_box"], found["accuracy"]) == (4, 0.6)
+    for row in rows(tmp_path / "r"):
+        assert grade(row["response"], row["gold"], strict=True).correct == (row["correct"] and row["boxed"])
+    line = compared(tmp_path / "r").splitlines()[-1]
+    assert re.search(r" 60\.0 .* 20\.0 .* 40\.0 ", line)
+
+
+def test_a_run_without_token_ids_questions_and_responses_gives_the_same_table(three):
+    text = compared(*three)
+    for path in three:
+        kept = [{key: row[key] for key in "id data gold answer correct boxed tokens finish sample".split()}
+                for row in rows(path)]
+        (path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    assert compared(*three) == text
+
+
+def test_a_run_from_before_boxes_were_noted_gives_the_same_table(three):
+    text = compared(*three)
+    for path in three:
+        kept = [{key: row[key] for key in row if key != "boxed"} for row in rows(path)]
+        (path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    assert compared(*three) == text
+
+
+def test_workflows_of_agents_are_compared_with_runs_of_eval(tmp_path, data, model, monkeypatch):
+    backend = model(lambda n, seed, sampling: f"\\boxed{{{2 * n + (sampling.temperature == 0 and n > 4)}}}")
+    monkeypatch.setattr(agents, "open_backend", lambda *_: (backend, {}))
+    words = ["--data", data, "--workflow", "majority_vote", "--max-tokens", 320, "--out", tmp_path / "agents"]
+    args = agents.options().parse_args(list(map(str, words)))
+    agents.main(cli.resolve(args, agents.PAPER, agents.TINY))
+    run("--data", data, "--out", tmp_path / "eval")
+    lines = compared(tmp_path / "eval", tmp_path / "agents").splitlines()
+    assert [line.split()[:2] for line in lines[2:]] == [
+        ["eval", "50.0"], ["agents/solver", "50.0"], ["agents/majority_vote", "100.0"]]
+    assert "+50.0 [" in lines[-1]
+    with pytest.raises(BadInput, match="no run of eval"):
+        run("--regrade", tmp_path / "agents")
+
+
+# Several samples
+
+def test_the_vote_is_the_mean_over_all_orders_in_which_the_first_of_the_most_frequent_wins():
+    rng = random.Random(0)
+    for _ in range(40):
+        answers = [rng.choice(["0.5", "1/2", "\\frac12", "3", "3.0", "7", None]) for _ in range(5)]
+        samples = [{"answer": a, "correct": a in ("0.5", "1/2", "\\frac12")} for a in answers]
+        value = {"0.5": 1, "1/2": 1, "\\frac12": 1, "3": 2, "3.0": 2, "7": 3}
+        wins = []
+        for order in itertools.permutations(answers):
+            votes = Counter(value[a] for a in order if a)
+            wins.append(bool(votes) and votes.most_common(1)[0][0] == 1)
+        assert evaluation.majority(samples) == pytest.approx(sum(wins) / len(wins))
+
+
+def test_the_figures_of_several_samples_are_those_of_all_subsets():
+    rng = random.Random(1)
+    table = [[rng.random() < 0.4 for _ in range(6)] for _ in range(7)]
+    graded = [{"id": f"{i}", "answer": str(int(right)), "correct": right, "boxed": True}
+              for i, samples in enumerate(table) for right in samples]
+    rng.shuffle(graded)
+    found = evaluation.figures(graded)
+    for k in (2, 4, 6):
+        for value, samples in zip(found[f"pass@{k}"], table):
+            subsets = list(itertools.combinations(samples, k))
+            assert value == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    assert found["lenient"] == found["strict"] == pytest.approx([sum(samples) / 6 for samples in table])
+    assert list(found) == ["lenient", "strict", "pass@2", "pass@4", "pass@6", "maj@6"]
+
+
+def test_runs_of_several_samples_are_compared_by_their_means(tmp_path, data, model):
+    rng = random.Random(0)
+    for name, chance in (("a", 0.2), ("b", 0.7)):
+        model(lambda n, seed, sampling, chance=chance: below(10 * (rng.random() < chance))(n, 0, 0))
+        run("--data", data, "--out", tmp_path / name, "--samples", 4, "--temperature", 1)
+    lines = compared(tmp_path / "a", tmp_path / "b").splitlines()
+    means = [[sum(row["correct"] for row in rows(tmp_path / name) if row["id"] == f"doubles-{i}") / 4
+              for i in range(10)] for name in "ab"]
+    assert "pass@4 %" in lines[1] and " p " not in lines[1]
+    assert stats.points(*stats.difference(*means)) in lines[3]
+
+
+# Which problems
+
+def test_levels_and_subjects_have_their_own_accuracy(tmp_path, data, model, capsys):
+    data.write_text("".join(json.dumps({
+        "question": f"{i}", "answer": 2 * i, "level": 1 + i % 2, "subject": "Algebra"}) + "\n"
+        for i in range(10)))
+    model(below(6))
+    run("--data", data, "--out", tmp_path / "r")
+    found, = json.loads((tmp_path / "r" / "summary.json").read_text())["data"].values()
+    assert found["level"] == {level: pytest.approx([0.6, *stats.wilson(3, 5)]) for level in "12"}
+    assert found["subject"]["Algebra"] == pytest.approx([0.6, *stats.wilson(6, 10)])
+    assert re.search(r"level 2 +60\.0 \(", capsys.readouterr().out)
+
+
+def test_the_limit_takes_the_first_problems_or_draws_them_by_a_seed(tmp_path, data, model):
+    model(double)
+    taken = {}
+    for name, more in (("first", []), ("a", ["--draw", 1]), ("again", ["--draw", 1]), ("b", ["--draw", 2])):
+        run("--data", data, "--out", tmp_path / name, "--limit", 4, *more)
+        taken[name] = {row["question"] for row in rows(tmp_path / name)}
+    assert taken["first"] == set("0123") and taken["a"] == taken["again"]
+    assert len({frozenset(chosen) for chosen in taken.values()}) == 3 and len(taken["b"]) == 4
+    with pytest.raises(BadInput, match=r"different problems.*--draw"):
+        run("--compare", tmp_path / "first", tmp_path / "a")
 
 
 def test_the_order_of_the_answers_in_the_file_does_not_matter(three):
     answers = three[1] / "answers.jsonl"
-    text = evaluation.table([evaluation.Saved(str(path)) for path in three])
+    text = compared(*three)
     answers.write_text("".join(reversed(answers.read_text().splitlines(keepends=True))))
-    assert evaluation.table([evaluation.Saved(str(path)) for path in three]) == text
+    assert compared(*three) == text
 
 
 def test_unlike_runs_are_not_compared(three, tmp_path, data, model):
@@ -288,6 +429,11 @@ def test_unlike_runs_are_not_compared(three, tmp_path, data, model):
     run("--data", other, "--out", tmp_path / "elsewhere")
     refused(tmp_path / "elsewhere", "compare runs on the same data")
     refused(tmp_path / "nothing", "expected a run directory of eval.py")
+    settings = three[2] / "settings.json"
+    settings.write_text(settings.read_text().replace(version(), "0123456789ab"))
+    refused(three[2], "by version 0123456789ab; grade both again: python eval.py --regrade")
+    run("--regrade", three[2])
+    run("--compare", three[0], three[2])
     (three[1] / "summary.json").unlink()
     refused(three[1], "not finished")
 

@@ -73,6 +73,14 @@ def test_no_verdict_without_an_answer_and_a_reason():
         assert not g.correct or g.answer
 
 
+@pytest.mark.parametrize("text, value", [("0x12", "18"), ("0x1F", "31"), ("0XfF", "255"), ("0xab", "171"),
+                                         ("0b101", "5"), ("0o17", "15"), ("-0x10", "-16"), ("2x3", "6x")])
+def test_a_numeral_with_a_prefix_is_no_product_with_0(text, value):
+    """As in C and Python: the value is int(text, 0), as 12_{16} is 18. After another digit, x is a letter."""
+    assert equal(text, value) and not equal(text, "0") and not equal(rf"\text{{{text}}}", "0")
+    assert equal("0x", "0") and equal("0x + 1", "1") and equal("0 x 12", "0")
+
+
 # ---- which text is the answer ------------------------------------------------------------------------------
 
 def test_strict_mode_takes_a_box_only():

@@ -185,7 +185,8 @@ def test_save_and_load_give_the_same_adapter(random_model, tmp_path, options):
     ("layer_replication", [[0, 2]]), ("r", 0), ("target_modules", None), ("target_modules", ["c_attn"]),
     ("target_modules", "(q"), ("rank_pattern", {"(": 2}), ("rank_pattern", ["q"]),
     ("rank_pattern", {"q_proj": "2"}), ("alpha_pattern", {"q_proj": None}), ("layers_to_transform", "1"),
-    ("exclude_modules", 5), ("modules_to_save", 5)])
+    ("exclude_modules", 5), ("modules_to_save", 5), ("lora_dropout", "0.1"), ("lora_dropout", [0.1]),
+    ("lora_dropout", 1.5), ("lora_alpha", "32"), ("r", "8"), ("r", 2.5), ("rank_pattern", {"q_proj": 0})])
 def test_what_is_not_supported_is_refused_by_name(random_model, tmp_path, key, value):
     model = trained(random_model())
     lora_files.save(model, tmp_path / "adapter")

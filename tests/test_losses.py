@@ -21,6 +21,7 @@ from slm.losses import (
     over_std,
     pack,
     pass_at_k,
+    ratio,
     raw,
     reinforce,
     score,
@@ -379,6 +380,23 @@ def test_clip_higher_stops_the_gradient_outside_its_bounds_only(advantage, ratio
     loss = OBJECTIVES["clipped"](logp, torch.zeros(1), torch.tensor([float(advantage)]), None)
     assert loss.item() == pytest.approx(-min(ratio * advantage, min(max(ratio, 0.8), 1.28) * advantage))
     assert bool(torch.autograd.grad(loss.sum(), logp)[0]) == moves
+
+
+@pytest.mark.parametrize("name", [*OBJECTIVES, "trust"])
+def test_a_gap_of_90_nats_has_numbers_as_loss_and_gradient(name):
+    """exp(90) is more than float32 holds. Tokens without an advantage have no loss and no gradient."""
+    gap, sequence, none = torch.tensor([90.0, 0.5]), torch.tensor([0, 0]), torch.zeros(2)
+    if name == "trust":
+        assert trust(gap, gap, none, none, 2, 0).tolist() == pytest.approx([2, math.exp(0.5)])
+        assert ratio(gap, none).tolist() == pytest.approx([math.exp(60), math.exp(0.5)]) and ratio(
+            none, gap).tolist() == pytest.approx([math.exp(-90), math.exp(-0.5)])
+        return
+    for a in (0.0, 1.0, -1.0):
+        logp = gap.clone().requires_grad_()
+        loss = OBJECTIVES[name](logp, none, logp.detach() + a if name == "distill" else none + a, sequence)
+        slope, = torch.autograd.grad(loss.sum(), logp)
+        assert loss.isfinite().all() and slope.isfinite().all()
+        assert a or not (loss.any() or slope.any())
 
 
 def test_objectives_by_hand():

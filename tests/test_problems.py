@@ -86,8 +86,9 @@ def test_a_list_of_golds_is_read_so_that_every_right_answer_is_right(tmp_path, g
     assert not grade(f"So \\boxed{{{wrong}}}.", problem.gold).correct
 
 
-def test_an_empty_gold_among_others_is_left_out_counted_and_named(tmp_path, capsys):
-    rows = [{"question": f"q{i}", "answer": [] if i in (3, 9) else i} for i in range(20)]
+@pytest.mark.parametrize("empty", [{"answer": []}, {"question": " "}, {"question": None}, {"answer": ""}])
+def test_an_empty_field_among_others_is_left_out_counted_and_named(tmp_path, capsys, empty):
+    rows = [{"question": f"q{i}", "answer": i} | (empty if i in (3, 9) else {}) for i in range(20)]
     found = problems.load(write(tmp_path / "mine.jsonl", *rows))
     assert [p.id for p in found] == [f"mine-{i}" for i in range(20) if i not in (3, 9)]
     assert "left out 2 of 20 rows" in (said := capsys.readouterr().err) and "line 4, line 10" in said
@@ -151,7 +152,7 @@ GOOD = {"question": "q", "answer": 1}
     ([GOOD, "", '"text"'], "line 3: 'text' found where a JSON object was expected"),
     ([GOOD, {"question": "q"}], "line 2: no gold answer; expected one named answer or gold, found question"),
     ([{"answer": 1}], "line 1: no question; expected a text named question or problem, found answer"),
-    ([{"question": "  ", "answer": 1}], "line 1: no question"),
+    ([{"question": "  ", "answer": 1}], "line 1: the gold answer is empty, or not one question"),
     ([{"question": "q", "answer": "  "}], "line 1: the gold answer is empty"),
     ([{"question": "q", "answer": None}], "line 1: the gold answer is empty"),
     ([GOOD, '{"question": "q", "answer": NaN}'], "line 2: the gold answer is 'nan'; expected a"),

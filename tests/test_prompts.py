@@ -30,6 +30,7 @@ def test_a_code_prompt_asks_for_a_fence_that_the_reader_of_code_finds():
 
 def test_no_prompt_leaves_a_field_open():
     names = "question answer other solution feedback history output critique".split()
-    for name in """SOLVER CAREFUL VERY_CAREFUL PYTHON HINT OUTPUT EXPLAIN CHECKER CRITIC VERIFIER FEEDBACK
-                   NO_ANSWER UNCLEAR DISAGREE RETRY RETRY_PYTHON AGAIN TRANSCRIPT SUMMARY ADVICE""".split():
+    for name in """SOLVER CAREFUL VERY_CAREFUL PYTHON HINT OUTPUT EXPLAIN CHECKER CRITIC STEP_CHECK VERIFIER
+                   FEEDBACK NO_ANSWER UNCLEAR DISAGREE RETRY RETRY_PYTHON AGAIN TRANSCRIPT SUMMARY
+                   ADVICE""".split():
         assert "$" not in ALL[name](**dict.fromkeys(names, "x"))

@@ -242,6 +242,13 @@ def test_resume_and_out_are_enough_and_an_option_given_again_must_agree(run, sma
     assert result(tmp_path / "cut") == result(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("script", ["train_sft", "train_grpo", "eval", "agents"])
+def test_resume_alone_says_what_to_type(capsys, script):
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(script).options().parse_args(["--resume", "--seed", "1"])
+    assert "error: --resume needs the folder of the run: --resume --out FOLDER" in capsys.readouterr().err
+
+
 def test_a_run_of_another_script_is_called_one(run, small, tmp_path):
     run(train_sft, tmp_path / "run", *start_words(train_sft, small))
     with pytest.raises(BadInput, match="is a run of another script, or of another version of this one: "):

@@ -201,11 +201,11 @@ def test_a_missing_device_is_named_and_cpu_has_a_reason():
     assert pick_device("cpu", "bfloat16", "tiny")[1] == torch.bfloat16
 
 
-def test_default_folders_count_up_and_resume_takes_the_last(tmp_path, monkeypatch):
+def test_default_folders_count_up(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert str(rundir.new_path(None, "sft-x", False)) == "runs/sft-x"
+    assert rundir.new_path(None, "sft-x") == "runs/sft-x"
     (tmp_path / "runs" / "sft-x").mkdir(parents=True)
+    assert rundir.new_path(None, "sft-x") == "runs/sft-x-2"
     (tmp_path / "runs" / "sft-x-2").mkdir()
-    assert str(rundir.new_path(None, "sft-x", False)) == "runs/sft-x-3"
-    assert str(rundir.new_path(None, "sft-x", True)) == "runs/sft-x-2"
-    assert str(rundir.new_path("elsewhere", "sft-x", False)) == "elsewhere"
+    assert rundir.new_path(None, "sft-x") == "runs/sft-x-3"
+    assert rundir.new_path("elsewhere", "sft-x") == "elsewhere"

@@ -199,6 +199,13 @@ def test_nothing_outlives_its_time(name, pool):
         run_plain(ENDLESS[name], 0.6)
 
 
+@pytest.mark.parametrize("name", ["SIGTSTP", "SIGTTIN", "SIGTTOU"])
+def test_a_program_that_stops_itself_as_at_a_terminal_did_not_end(name, pool):
+    """Without a terminal the kernel drops these three signals, and the program would go on as if nothing was."""
+    outcome = pool.run(f"import os, signal\nos.kill(os.getpid(), signal.{name})\nprint(1)", 0.3)
+    assert outcome.timed_out and not outcome.stdout
+
+
 def test_processor_time_is_bounded_besides_the_clock(pool):
     # 8 threads in C code that releases the interpreter's lock: 5 seconds of clock, at most 2 of processor each run
     code = ("import hashlib, threading\nb = bytes(1 << 24)\n"

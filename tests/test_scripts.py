@@ -242,6 +242,17 @@ def test_an_output_that_cannot_be_written_is_named(call, tmp_path, monkeypatch, 
     refused(call(script, *words), "locked", "--out")
 
 
+@pytest.mark.parametrize("script", ["train_sft.py", "train_grpo.py"])
+def test_metrics_are_flat_rows_of_numbers_with_a_growing_step_as_wandb_and_trackio_take_them(call, script):
+    code, _, err = call(script, *WITH_MODEL[script], "--data", "tiny", "--limit", 8, "--out", "run")
+    assert code == 0, err
+    metrics = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    for row in metrics:
+        assert all(type(value) in (int, float, bool) for value in row.values()), row
+    steps = [row["step"] for row in metrics]
+    assert metrics and steps == sorted(steps)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 @pytest.mark.parametrize("script, log", [
     ("train_sft.py", "metrics.jsonl"), ("train_grpo.py", "metrics.jsonl"), ("agents.py", "episodes.jsonl"),

@@ -119,6 +119,34 @@ def test_the_bootstrap_over_problems_covers_95_percent_for_several_samples():
     assert 0.92 <= np.mean(inside) <= 0.98
 
 
+def test_the_intervals_of_pass_at_4_and_of_a_difference_of_means_cover_95_percent():
+    rng = np.random.default_rng(3)
+    start = np.arange(120) / 119
+    inside = {"pass@4": [], "difference": []}
+    for _ in range(300):
+        skill = rng.beta(0.6, 0.9, size=(2, 120))  # drawn anew: problems of one kind
+        skill[1] = (skill[0] + 0.2 * start) / 1.2  # better by 0.2 * (start - skill) / 1.2
+        right = rng.binomial(4, skill)
+        passed = [stats.pass_at_k(4, int(c), 4) for c in right[0]]
+        _, low, high = stats.estimate(passed)
+        inside["pass@4"].append(low <= PASS_AT_4 <= high)
+        d, low, high = stats.difference((right[0] / 4).tolist(), (right[1] / 4).tolist())
+        assert d == pytest.approx((right[1] - right[0]).mean() / 4)
+        inside["difference"].append(low <= 0.2 * (0.5 - 0.4) / 1.2 <= high)
+    for covered in inside.values():
+        assert 0.91 <= np.mean(covered) <= 0.985
+
+
+# 1 - E[(1 - p)^4] for p of Beta(0.6, 0.9): rising factorials of 0.9 over those of 1.5
+PASS_AT_4 = 1 - np.prod([(0.9 + i) / (1.5 + i) for i in range(4)])
+
+
+@pytest.mark.parametrize("p, text", [
+    (0.0, "< 0.001"), (0.00099, "< 0.001"), (0.001, "0.001"), (1.0, "1.000")])
+def test_a_p_value_is_never_printed_as_zero(p, text):
+    assert stats.p_value(p) == text
+
+
 def test_the_bootstrap_is_reproducible_and_close_to_wilson_for_one_sample():
     values = [1.0] * 120 + [0.0] * 380
     assert stats.bootstrap(values) == stats.bootstrap(values)

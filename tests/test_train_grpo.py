@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -21,9 +22,9 @@ from slm.episode import Episode, Reply, TokenRecord, Turn
 from slm.formats import lora_files
 from slm.grading import grade
 from slm.problems import Problem
-from slm.report.page import HEADLINES
+from slm.report.figures import HEADLINES
 from slm.rewards import Rules, reward_of
-from slm.runs import cli, rundir, steps
+from slm.runs import cli, files, rundir, steps
 from slm.sampling import Sampler
 from slm.workflows import WORKFLOWS
 from train_grpo import ALGORITHMS
@@ -234,7 +235,7 @@ def test_what_is_measured_on_the_way_changes_no_bit_of_the_training(small, tmp_p
 def test_the_evaluation_is_the_share_of_greedy_answers_with_its_interval(tiny):
     model, tokenizer = tiny
     held_out = train_grpo.problems.load("tiny", "test", 6)
-    args = SimpleNamespace(max_tokens=99, seed=0)
+    args = SimpleNamespace(max_tokens=99, seed=0, step_rule="line")
     found = train_grpo.evaluate(held_out, WORKFLOWS["solver"], model, Sampler(model, tokenizer), None, args)
     right = 0
     for p in held_out:
@@ -298,6 +299,13 @@ def test_episodes_hold_question_and_gold_and_metrics_are_made_of_them(small, tmp
     assert all(known[e["problem"]] == (e["question"], e["gold"]) for e in told) and len(told) == 18
     assert row["reward"] == pytest.approx(2 * row["reward/correct"] + row["reward/random"])
     assert row["mean_tokens"] == sum(e["tokens"] for e in told) / 18 and row["memory"] > 0.1
+    assert [len(e["records"]) for e in told] == [1] * 12 + [0] * 6  # each token, of the first two problems
+    for e in told[:12]:
+        record, = e["records"]
+        assert len(record["text"]) == len(record["mask"]) and len(record["logp"]) == sum(record["mask"])
+        assert e["question"] in "".join(record["text"]) and e["turns"][0]["reply"]["text"][:9] in "".join(
+            text for text, mask in zip(record["text"], record["mask"]) if mask)
+        assert record["old"] == pytest.approx(record["logp"] if e["advantage"] else [], abs=1e-3)
 
 
 def test_a_step_in_numbers():
@@ -307,15 +315,17 @@ def test_a_step_in_numbers():
                 for i, text in enumerate(texts)]
     records, _ = credit(episodes, "grpo")
     for e, group in zip(episodes, (0, 0, 0, 1, 1)):
-        e.group = group
-    rows = steps.lines(3, episodes, records, [TWELVE, Problem("q", "1 + 1?", "2", "test")])
+        e.group, e.problem_id = group, "pq"[group]
+    _, tokenizer = checkpoint.load("tiny")
+    problems = {"p": TWELVE, "q": Problem("q", "1 + 1?", "2", "test")}
+    rows = steps.lines(3, episodes, records, problems, tokenizer)
     assert [row["correct"] for row in rows] == [True, False, False, False, False]
     assert [row["lenient"] for row in rows] == [True, True, False, False, False]
     assert [row["gold"] for row in rows] == ["12", "12", "12", "2", "2"]
     found = steps.summary(rows)
     assert found == pytest.approx({
         "reward": -0.5, "solved": 0.25, "lenient": 0.5, "no_answer": 0.4, "truncated": 0.0,
-        "mean_tokens": 4.0, "tokens_right": 2.0, "tokens_wrong": 4.0, "zero_spread": 0.0,
+        "mean_tokens": 4.0, "tokens_right": 2.0, "tokens_wrong": 4.0, "zero_spread": 0.5,
         "with_advantage": 0.8, "failed": 1, "reward/correct": -0.5})
     assert {"tokens_right", "tokens_wrong"}.isdisjoint(steps.summary(rows[4:]))
 
@@ -336,16 +346,37 @@ def test_a_dry_run_says_what_the_run_would_do_and_leaves_nothing(small, tmp_path
              "--dry-run", "--out", str(tmp_path / "run")]
     train_grpo.main(train_grpo.options().parse_args(words))
     said = capsys.readouterr().out
-    assert re.search(r"dry run: 7 steps, 1,\d\d\d tokens; .* 0:00:\d\d .* memory \d\.\d\d GB", said)
+    promise = (r"dry run: 7 steps, (1,\d\d\d) tokens while replies have \d tokens, as now; .* 0:00:\d\d .* "
+               r"memory \d\.\d\d GB")
+    tokens = int(re.search(promise, said)[1].replace(",", ""))
     assert "merged" in said and made == [2]
     assert not (tmp_path / "run").exists() and not list((tmp_path / "temporary").iterdir())
+    words.remove("--dry-run")
+    train_grpo.main(train_grpo.options().parse_args(words))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "episodes.jsonl").read_text().splitlines()]
+    assert len(rows) == 7 * 3 * 6 and tokens == pytest.approx(sum(row["tokens"] for row in rows), rel=0.15)
 
 
 def test_the_forecast_counts_steps_and_evaluations(random_model, capsys):
-    """20 steps of 8 s without their evaluations, 11 evaluations of 2 s; 20 x 6 episodes of 5 tokens."""
-    row = {"seconds": 10.0, "evaluate_share": 0.2, "mean_tokens": 5.0}
-    train_grpo.forecast(random_model(), row, 20, SimpleNamespace(batch=2, samples=3))
-    assert "20 steps, 600 tokens; by what was measured they take 0:03:02" in capsys.readouterr().out
+    """20 steps of 8 s for 30 tokens, less what the half batches at the ends of two epochs save: 19 whole
+    steps. 11 evaluations of 2 s. The first step was slower, and its replies shorter."""
+    rows = [{"step": 0, "evaluated": 0.5},
+            {"step": 1, "seconds": 40.0, "evaluate_share": 0.5, "mean_tokens": 3.0, "replaced": 0},
+            {"step": 2, "seconds": 10.0, "evaluate_share": 0.2, "mean_tokens": 5.0, "replaced": 0}]
+    plan = ([[0, 1]] * 9 + [[0]]) * 2
+    train_grpo.forecast(random_model(), rows, plan, SimpleNamespace(samples=3))
+    said = capsys.readouterr().out
+    assert "20 steps, 456 tokens while replies have 4 tokens, as now" in said  # 38 problems x 3 x 4
+    assert "they take 0:02:24 " in said                                        # 456 x 8 / 30 + 22 = 143.6
+
+
+def test_the_forecast_counts_problems_that_make_way(random_model, capsys):
+    """Of 4 problems 2 were replaced, so 6 are sampled for every 4 of the plan; 12 s for 4 x 3 x 5 tokens."""
+    rows = [{"step": step, "seconds": 12.0, "evaluate_share": 0.0, "mean_tokens": 5.0, "replaced": replaced}
+            for step, replaced in ((1, 0), (2, 2))]
+    train_grpo.forecast(random_model(), rows, [[0, 1]] * 10, SimpleNamespace(samples=3))
+    said = capsys.readouterr().out
+    assert "10 steps, 450 tokens while replies have 5 tokens, as now" in said and "take 0:01:30 " in said
 
 
 @pytest.mark.parametrize("words, resample, truncated", [
@@ -358,6 +389,8 @@ def test_dapo_brings_its_resampling_and_its_overlong_reward(small, tmp_path, wor
     assert (settings["resample"], settings["truncated"]) == (resample, truncated)
     row = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
     assert ("reward/length" in row) == (truncated == "soft")
+    gone = list(files.readable_rows(tmp_path / "run" / "discarded.jsonl"))  # those of replaced problems
+    assert len(gone) == 2 * row["replaced"] and all(e["correct"] == gone[0]["correct"] for e in gone[:2])
 
 
 # ---- rewards and credit ----------------------------------------------------------------------------------
@@ -449,8 +482,8 @@ def rolled(small, rewards, resample, batch=2, pool=9):
     """roll_out with rewards by problem -> (problems of the episodes kept, of those replaced)."""
     policy, tokenizer = checkpoint.load(small)
     some = train_grpo.problems.load("tiny", "train", pool)
-    args = SimpleNamespace(samples=2, temperature=1.0, max_tokens=2, model=small, seed=0, no_box=-1.0,
-                           resample=resample, reward=["correct"], truncated="keep")
+    args = SimpleNamespace(samples=2, step_rule="line", temperature=1.0, max_tokens=2, model=small, seed=0,
+                           no_box=-1.0, resample=resample, reward=["correct"], truncated="keep")
     spare = train_grpo.spare_problems(some, list(range(batch)), 0, args)
     turn = itertools.count()
 
@@ -526,6 +559,8 @@ def test_distillation_brings_the_policy_to_its_teacher(small, tmp_path):
     ("--algorithm ppo", "ppo.*grpo, dr_grpo"), ("--algorithm grpo --samples 1", "samples 1.*2 or more"),
     ("--algorithm pass_at_k --samples 4", "samples 4.*5 or more"),
     ("--algorithm reinforce --samples 1 --resample 2", "--resample.*2 or more"),
+    ("--algorithm max_rl --reward correct,format:0.2", "correct,format: max_rl knows only right .* wrong"),
+    ("--algorithm pass_at_k --samples 8 --truncated soft", "correct,length: pass_at_k"),
     ("--teacher tiny", "only distill"), ("--algorithm distill --workflow python_tools", "solver"),
     ("--algorithm distill --teacher none/such", "none/such")])
 def test_objectives_that_cannot_be_are_refused(words, said):
@@ -533,6 +568,13 @@ def test_objectives_that_cannot_be_are_refused(words, said):
     train_grpo.cli.resolve(args, train_grpo.PAPER, train_grpo.TINY)
     with pytest.raises(BadInput, match=said):
         train_grpo.checked(args)
+
+
+@pytest.mark.parametrize("reward", ["correct", "correct,format:0,steps:0", "random"])
+def test_objectives_of_right_and_wrong_take_one_part(reward):
+    args = train_grpo.options().parse_args(["--algorithm", "max_rl", "--reward", *reward.split()])
+    train_grpo.cli.resolve(args, train_grpo.PAPER, train_grpo.TINY)
+    assert train_grpo.checked(args)[0].two_valued
 
 
 def test_a_teacher_with_other_tokens_is_refused(small):
@@ -606,6 +648,8 @@ def test_old_log_probs_are_the_trainers_own_at_the_start_of_the_step(random_mode
     assert row["importance"] == pytest.approx((expected + 3).exp().mean().item())
     row = step()
     assert row["loss"] < -1.001 and records[0].old == expected.tolist()
+    records[0].logprobs = [0.0, 0.0, -100.0, -100.0]  # 90 nats and more below the trainer's
+    assert math.isfinite(step()["importance_max"])
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dr_grpo", "gspo", "gmpo", "cispo", "report", "rloo"])

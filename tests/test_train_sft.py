@@ -124,7 +124,9 @@ def test_the_loss_falls_and_the_adapter_loads(small, data, tmp_path, capsys):
     rows = train(small, data, tmp_path / "run", "--epochs", "6")
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert "<<" in (said := capsys.readouterr().out) and "predicted peak" in said and "next: python" in said
-    assert (tmp_path / "run" / "report.html").is_file() and (tmp_path / "run" / "metrics.png").is_file()
+    assert (tmp_path / "run" / "report.html").is_file()
+    told = json.loads((tmp_path / "run" / "tokens.json").read_text())
+    assert len(told["text"]) == len(told["mask"]) and set(told["mask"]) == {0, 1}
     model, _ = checkpoint.load(tmp_path / "run" / "adapter")
     assert lora.active(model) == "default"
 
@@ -334,6 +336,11 @@ def test_a_run_in_which_nothing_was_learned_says_so(small, data, tmp_path, capsy
     assert "nothing was learned" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words, full", [([], False), (["--lora"], False), (["--full"], True)])
+def test_the_settings_name_what_is_trained(words, full):
+    assert train_sft.options().parse_args(words).full is full
+
+
 @pytest.mark.parametrize("how", ["--lora", "--full"])
 def test_an_adapter_as_the_model_is_refused_with_the_way_out(small, data, tmp_path, how):
     model, _ = checkpoint.load(small)
@@ -346,11 +353,15 @@ def test_an_adapter_as_the_model_is_refused_with_the_way_out(small, data, tmp_pa
 
 @pytest.mark.parametrize("options", [["--validate", "1"], ["--full"]])
 def test_a_dry_run_says_what_the_run_would_do_and_leaves_nothing(small, data, tmp_path, capsys, options):
-    args = train_sft.options().parse_args(["--model", small, "--data", str(data), "--batch", "4", "--dry-run",
-                                           "--device", "cpu", "--out", str(tmp_path / "run"), *options])
-    train_sft.main(args)
+    words = ["--model", small, "--data", str(data), "--batch", "4", "--device", "cpu", "--out",
+             str(tmp_path / "run"), *options]
+    train_sft.main(train_sft.options().parse_args([*words, "--dry-run"]))
     said = capsys.readouterr().out
     tokens = re.search(r"rows, ([\d,]+) tokens", said)[1].replace(",", "")
     promise = rf"dry run: 6 steps, {2 * int(tokens):,} tokens; .* 0:00:\d\d .* memory \d\.\d\d GB"
     assert re.search(promise, said)
     assert not (tmp_path / "run").exists()
+    train_sft.main(train_sft.options().parse_args(words))
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    taken = [row["tokens"] for row in rows if row["step"]]
+    assert len(taken) == 6 and sum(taken) == 2 * int(tokens)

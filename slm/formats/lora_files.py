@@ -8,18 +8,11 @@ from pathlib import Path
 import torch
 
 from slm import BadInput, lora
-from slm.formats.tensors import (
-    ADAPTER,
-    CONFIG,
-    SafeTensors,
-    atomic_directory,
-    check_tensors,
-    write_safetensors,
-)
+from slm.formats.tensors import SafeTensors, atomic_directory, check_tensors, write_safetensors
 from slm.model import Qwen2
-from slm.runs.files import base_of, fingerprint, read_json, write_json
+from slm.runs.files import ADAPTER, BASE, CONFIG, base_of, fingerprint, read_json, write_json
 
-WEIGHTS, BASE, PREFIX = "adapter_model.safetensors", "base.json", "base_model.model."
+WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
 # Keys of adapter_config.json that say what we need or nothing about the numbers; any other must be unset.
 KNOWN = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "base_model_name_or_path",
          "task_type", "inference_mode", "revision", "auto_mapping", "peft_version", "eva_config",
@@ -68,7 +61,7 @@ def load(model: Qwen2, directory: str | Path, name: str = "default") -> None:
                        f"(fingerprint {here}, expected {known}); give --model {directory}")
     try:
         file, layers = SafeTensors(directory / WEIGHTS), _layers(model, config)
-    except (re.error, TypeError, AttributeError) as e:
+    except (re.error, TypeError, AttributeError, ArithmeticError) as e:
         found = {k: v for k, v in config.items() if v and re.search("pattern|modules|layers", k)}
         raise BadInput(f"{directory / ADAPTER}: {found} cannot be read as peft reads it ({e})") from None
     if not layers:
@@ -165,6 +158,10 @@ def _refuse(config: dict, where: Path) -> None:
     for key, value in config.items():
         if key not in KNOWN and value not in UNSET.get(key, ()) and (value or key in UNSET):
             raise BadInput(f"{where}: {key} is {value!r}, which is not supported here")
-    for key, kind in (("r", int), ("lora_alpha", (int, float)), ("target_modules", (list, str))):
+    number = (int, float)
+    for key, kind in {"r": int, "lora_alpha": number, "target_modules": (list, str)}.items():
         if not config.get(key) or not isinstance(config[key], kind):
             raise BadInput(f"{where}: {key} is {config.get(key)!r}, expected a value")
+    dropout = config.get("lora_dropout") or 0.0
+    if not isinstance(dropout, number) or not 0 <= dropout < 1:
+        raise BadInput(f"{where}: lora_dropout is {dropout!r}, expected a number from 0 to less than 1")

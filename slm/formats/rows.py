@@ -28,10 +28,10 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assist
 
 
 class Row(NamedTuple):
-    """What a row holds, '' or [] where it lacks that. gold: as it stands there, None without such a field.
-    messages: a conversation to train on as it is; without one the standard prompt goes around the question.
-    unread: the names of fields with several words that were not taken."""
-    question: str
+    """What a row holds, '' or [] where it lacks that; of question and gold None if it has no such field.
+    gold: as it stands there. messages: a conversation to train on as it is; without one the standard prompt
+    goes around the question. unread: the names of fields with several words that were not taken."""
+    question: str | None
     response: str
     gold: Any
     solution: str
@@ -63,9 +63,11 @@ def read(row: dict) -> Row:
     told = [m["content"] for m in spoken if m["role"] == "assistant"]
     gold = value["gold"] if name["gold"] else "" if low.keys() & FIELDS["gold"] else None
     gold = gold.get("ground_truth", gold) if isinstance(gold, dict) else gold
+    asked = asked or (asks[0] if len(asks) == 1 else "")
+    there = low.keys() & {*FIELDS["question"], *FIELDS["prompt"], *FIELDS["talk"]}
     used = {key for part, key in name.items() if not (text["question"] and part in ("prompt", "input"))}
     unread = [key for key, v in low.items() if " " in str(v) and key not in used]  # also lists of choices
-    return Row(asked or (asks[0] if len(asks) == 1 else ""), text["response"] or (told or [""])[-1], gold,
+    return Row(asked if asked or there else None, text["response"] or (told or [""])[-1], gold,
                text["solution"], messages, unread)
 
 

@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from slm import BadInput
+from slm.runs.files import ADAPTER, CONFIG
 
 DTYPES = ("F32", "BF16", "F16", "F64")
-CONFIG, ADAPTER = "config.json", "adapter_config.json"  # the file that makes a folder a model, an adapter
 
 
 class SafeTensors:

@@ -198,7 +198,7 @@ ALIAS = table(r"""cdot * times * ast * div / le <= leq <= leqslant <= ge >= geq 
 SHORT_WORDS = set("no on up to is in am pm of by at as it so an if we".split())
 TOKEN = re.compile(
     r"(?P<based>[0-9][0-9A-Z]*(?:\.[0-9A-Z]+)?_(?:\d{1,2}(?!\d)|\{\s*(?:\\\w+\{)?\s*\w{1,7}\s*\}?\s*\})"
-    r"|[A-Z][0-9A-Z]*[0-9][0-9A-Z]*_\{\d\d\})"
+    r"|[A-Z][0-9A-Z]*[0-9][0-9A-Z]*_\{\d\d\}|0(?:[xX][0-9a-fA-F]+|[oO][0-7]+|[bB][01]+)(?![0-9a-zA-Z]))"
     r"|(?P<repeat>\d*\.\d*\\(?:overline|bar|dot)\s*\{?\d+\}?)"
     r"|(?P<num>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)"
     r"|\\begin\s*\{(?P<begin>[a-zA-Z]+)\*?\}(?:\s*\{[clr|\s]*\})?|(?P<close>\\end\s*\{[a-zA-Z]+\*?\})"
@@ -285,7 +285,9 @@ def decimal(text: str) -> Node:
 
 
 def based(text: str) -> Node:
-    """`1101_2`, `2A_{11}`, `0.11_{two}`: the value."""
+    """`1101_2`, `2A_{11}`, `0.11_{two}`, `0x1F`: the value."""
+    if "_" not in text:
+        return ("n", Fraction(int(text, 0)))
     digits, _, base = text.partition("_")
     base = re.sub(r"\\\w+|[{} ]", "", base).lower()
     radix = NUMBER_WORDS.get(base) or (int(base) if base.isdigit() else 0)

@@ -62,12 +62,14 @@ def printed(outcome) -> str | None:
 
 def verdict(text: str) -> bool | None:
     """A checker's word: True for CORRECT, False for INCORRECT, None for neither. What follows VERDICT counts,
-    else the word that the text opens with, else the last one in capitals, else what is said in passing.
+    else the word that the text opens with, else the last one in capitals, else a Yes or No that it opens with
+    (to "is it right?"), else what is said in passing.
 
     >>> verdict("INCORRECT. The correct way is"), verdict("3 + 4 = 7. CORRECT"), verdict("Let's see")
     (False, True, None)
     """
     for pattern in (r"(?i)verdict\W*(in)?correct", r"(?i)\A\W*(in)?correct\b(?! answer)", r"\b(IN)?CORRECT\b",
+                    r"(?i)\A\W*(?:yes|(no))\b(?! (?:error|mistake|issue)s?\b)",
                     r"(?i)\b(incorrect|not correct|not right|wrong)\b|\b(?:is|looks) (?:right|correct)\b"):
         found = list(re.finditer(pattern, text))
         if found:

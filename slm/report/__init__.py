@@ -1,12 +1,12 @@
-"""A run directory as one self-contained page: report.html.
+"""A run directory as one page, report.html, that opens from disk and needs no network.
 
-    python -m slm.report runs/sft-tiny
-
-`write(run_dir)` works on what any script leaves behind, finished or not; every script calls it at its end.
-The page needs no other file and no network, and text of models is always escaped. page.py builds it. Not
-covered: several runs on one page (eval.py --compare prints a table), live updates.
+`write(run_dir)` works on what any script leaves behind, finished or not; RunDir's `Live` does so while a run
+goes on; `compare(runs, file)` puts several runs on one page. told.py reads the logs, figures.py says in
+tables and a sentence what came of a run, page.py packs that into page.html with page.css and page.js, which
+draws it. vendor/ holds temml, which typesets formulas. Text of models is only ever set as text. See also
+`python -m slm.report --help`. Not covered: editing, pages over a network.
 """
 
-from slm.report.page import write
+from slm.report.page import Live, compare, write
 
-__all__ = ["write"]
+__all__ = ["Live", "compare", "write"]

@@ -1,173 +1,125 @@
-"""report.html: curves over the steps (metrics.jsonl), summaries (*.json), a few rows to read of each log, and
-the settings (settings.json). Imports no torch."""
+"""Packs what a run tells into one HTML file: page.html, page.css, page.js, and the data beside them.
 
-import base64
-import contextlib
-import html
-import io
-import json
-import math
-from pathlib import Path
-from statistics import fmean
-
-from matplotlib.figure import Figure
-
-from slm import BadInput
-from slm.runs.files import read_json, readable_rows, write_whole
-
-# Metric -> title, in the order of the page. The loss comes late because it says little in GRPO.
-HEADLINES = {
-    "reward": "reward", "evaluated": "held-out problems right (share)", "solved": "solved (share)",
-    "lenient": "solved, box or not (share)", "kl": "KL to the reference (nats)", "entropy": "entropy (nats)",
-    "mean_tokens": "tokens a reply", "tokens_right": "tokens of right ones",
-    "tokens_wrong": "tokens of wrong ones", "truncated": "truncated (share)",
-    "no_answer": "no answer (share)", "zero_spread": "groups without a signal (share)",
-    "with_advantage": "with an advantage (share)", "replaced": "groups replaced", "loss": "loss",
-    "held_out_loss": "loss on held-out rows", "held_out_right": "held-out rows right (share)",
-    "grad_norm": "gradient norm", "clipped": "clipped tokens (share)",
-    "dlogp": "gap of log-probs to the sampler", "importance": "importance weight, mean",
-    "importance_max": "importance weight, largest", "cut": "weights cut (share)", "lr": "learning rate",
-    "tokens_per_s": "tokens a second", "generate_share": "time to sample (share)",
-    "score_share": "time to reward (share)", "learn_share": "time to learn (share)",
-    "evaluate_share": "time to evaluate (share)", "memory": "peak memory (GB)"}
-LOGS = ("answers", "episodes", "records", "rejected")
-SHOWN = 8  # rows of a log
-STYLE = """
-body {font: 15px/1.5 system-ui, sans-serif; max-width: 980px; margin: 2em auto; padding: 0 1em; color: #222}
-table {border-collapse: collapse; margin: .5em 0}
-td, th {border: 1px solid #ddd; padding: .15em .6em; text-align: left; vertical-align: top}
-pre {white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f4; padding: .5em; margin: .2em 0}
-img {max-width: 100%} details {margin: .3em 0} summary {cursor: pointer}
-.right {color: #187a2f} .wrong {color: #b3261e}
+The data is JSON, compressed, in script elements that no browser runs. The page allows itself no network and
+no other script (a Content-Security-Policy with the hashes of its own two). If the details exceed LIMIT bytes
+they lie in a folder beside the page, as classic scripts: a page on disk may load these, and no other files.
 """
 
+import base64
+import hashlib
+import html
+import math
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
 
-def write(run_dir: str | Path) -> Path:
-    """Write report.html, and metrics.png if there are metrics. Returns the page's path."""
-    path = Path(run_dir)
-    if not (path / "settings.json").is_file():
-        raise BadInput(f"{path}: no settings.json there; expected a run directory")
-    about = read_json(path / "settings.json")
-    name = html.escape(path.resolve().name)
-    parts = [f"<h1>{name}</h1>", show({"command": about.get("command", ""), "started": about.get("started")})]
-    if rows := list(readable_rows(path / "metrics.jsonl")):
-        write_whole(path / "metrics.png", picture := curves(rows))
-        data = base64.b64encode(picture).decode()
-        parts += [f'<img alt="curves over the steps" src="data:image/png;base64,{data}">', ends(rows)]
-    for file in sorted(path.glob("*.json")):
-        if file.name != "settings.json":
-            with contextlib.suppress(ValueError):
-                parts += [f"<h2>{html.escape(file.stem)}</h2>", show(json.loads(file.read_bytes()))]
-    for log in LOGS:
-        if rows := spread(path / f"{log}.jsonl"):
-            parts += [f"<h2>{log}: {len(rows)} to read</h2>", *map(to_read, rows)]
-    parts += ["<h2>Settings</h2>", show(about.get("settings", about)), show(about.get("versions", {}))]
-    head = f"<!doctype html><meta charset=utf-8><title>{name}</title><style>{STYLE}</style>"
-    write_whole(path / "report.html", "\n".join([head, *parts, ""]).encode(errors="replace"))
-    return path / "report.html"
+from slm import BadInput
+from slm.report import figures
+from slm.report.told import CHUNK, FLAGS, Told, pack, short
+from slm.runs.files import read_json, readable_rows, write_whole
+
+HERE = Path(__file__).parent
+LIMIT = 14_000_000  # bytes
+SECONDS = 30        # between two pages of a run under way, at least
+SHARE = 0.005       # of a run's time that its pages may take
+SAME = {"seed", "out", "resume", "save_every"}  # settings in which the seeds of one run may differ
 
 
-# ---- curves ----------------------------------------------------------------------------------------------
+class Live:
+    """The page of a run that goes on. `refresh` is cheap to call: it writes every SECONDS at most, and more
+    seldom where that would take more than SHARE of the time."""
 
-def curves(rows: list[dict]) -> bytes:
-    """One panel a metric that changes, against the step, as a PNG. If none changes: all that there are."""
-    words = titles(rows)
-    found = {name: series(rows, name) for name in words}
-    names = [name for name, points in found.items() if len(set(dict(points).values())) > 1]
-    names = names or [name for name, points in found.items() if points]
-    lines = -(-len(names) // 3)
-    figure = Figure(figsize=(12, 2.6 * lines or 1), layout="constrained")
-    for i, name in enumerate(names, 1):
-        x, y = zip(*found[name])
-        axes = figure.add_subplot(lines, 3, i)
-        axes.plot(x, y, color="#9db8d9", linewidth=1, marker="o" if len(x) == 1 else None)
-        axes.plot(x, smooth(y, max(1, len(y) // 15)), color="#1f4e8c", linewidth=2)
-        low, high = (dict(series(rows, f"{name}_{end}")) for end in ("low", "high"))
-        if low.keys() & high.keys() >= set(x):  # a 95 % interval
-            axes.fill_between(x, list(map(low.get, x)), list(map(high.get, x)), color="#dfe8f3")
-        axes.set_title(words[name], fontsize=10, parse_math=False)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-        axes.locator_params(axis="x", integer=True)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=100)
-    return file.getvalue()
+    def __init__(self, folder: Path):
+        self.folder, self.told, self.due = folder, Told({"": folder}), time.monotonic() + SECONDS
+
+    def refresh(self) -> None:
+        start = time.monotonic()
+        if start >= self.due:
+            try:
+                write(self.folder, self.told)
+            except Exception as e:  # the run matters more than its picture
+                print(f"\nwarning: {self.folder}: report.html could not be written: {e!r}", file=sys.stderr)
+            self.due = time.monotonic() + max(SECONDS, (time.monotonic() - start) / SHARE)
 
 
-def titles(rows: list[dict]) -> dict[str, str]:
-    """HEADLINES, and after the reward its parts if there are several."""
-    parts = {name: f"reward: {name.removeprefix('reward/')}" for row in rows for name in row
-             if name.startswith("reward/")}
-    return {"reward": HEADLINES["reward"], **(parts if len(parts) > 1 else {}), **HEADLINES}
+def write(run_dir: str | Path, told: Told | None = None) -> Path:
+    """Write report.html of a run -> its path. told: the logs as far as they were read for an earlier page."""
+    folder = Path(run_dir)
+    about, settings, rows = about_run(folder)
+    kind, told = figures.kind_of(folder, settings), (told or Told({"": folder})).read()
+    tables = figures.tables(told, kind)
+    others = {file.stem: read_json(file, {}) for file in sorted(folder.glob("*.json"))
+              if file.name not in ("settings.json", "tokens.json")}
+    return save(folder / "report.html", told, {
+        "kind": kind, "name": folder.resolve().name, "tables": tables, "metrics": {"": [rows]},
+        "sentence": figures.sentence(told, kind, settings, rows, tables), "command": about.get("command"),
+        "finished": kind == "run" or any(folder.glob(figures.DONE[kind])), "started": about.get("started"),
+        "tokens": read_json(folder / "tokens.json", {}),
+        "about": {"settings": settings, "versions": about.get("versions"), **others}})
 
 
-def series(rows: list[dict], name: str) -> list[tuple]:
-    """(step, value) of each row in which this metric is a finite number."""
-    points = [(row.get("step", n), row.get(name)) for n, row in enumerate(rows, 1)]
-    return [(step, y) for step, y in points if type(y) in (int, float) and math.isfinite(y)]
+def compare(runs: list[str | Path], out: str | Path) -> Path:
+    """Write one page about several runs. Those that differ in nothing but the seed share their curves."""
+    full = [Path(run).resolve().parts for run in runs]
+    if len(set(full)) < len(full):
+        raise BadInput("compare: the same run is named twice; expected different runs")
+    length = 1  # parts of a path that tell the runs apart
+    while len({parts[-length:] for parts in full}) < len(full):
+        length += 1
+    folders = {"/".join(parts[-length:]): Path(*parts) for parts in full}
+    settings, names, lines = {}, {}, {}
+    for name, folder in folders.items():
+        _, settings[name], rows = about_run(folder)
+        alike = repr(sorted((key, str(value)) for key, value in settings[name].items() if key not in SAME))
+        lines.setdefault(names.setdefault(alike, name), []).append(rows)
+    told = Told(folders).read()
+    tables = figures.tables(told, "compare")
+    said = figures.sentence(told, "compare", {}, [], tables) if tables else (
+        f"The curves of {len(folders)} runs.")
+    lines = {f"{name} and {len(seeds) - 1} more like it" if seeds[1:] else name: seeds
+             for name, seeds in lines.items()}
+    Path(out).absolute().parent.mkdir(parents=True, exist_ok=True)
+    return save(Path(out), told, {
+        "kind": "compare", "name": " / ".join(folders), "tables": tables, "metrics": lines, "sentence": said,
+        "finished": True, "tokens": {}, "about": settings})
 
 
-def smooth(y: tuple[float, ...], width: int) -> list[float]:
-    """Running mean over the last `width` values (fewer at the start).
-
-    >>> smooth((1, 2, 3, 5), 2)
-    [1.0, 1.5, 2.5, 4.0]
-    """
-    return [fmean(y[max(0, i + 1 - width):i + 1]) for i in range(len(y))]
-
-
-def ends(rows: list[dict]) -> str:
-    """The mean of each metric over the first and the last tenth of its values."""
-    table = {}
-    for name, title in titles(rows).items():
-        values = [value for _, value in series(rows, name)]
-        width = max(1, len(values) // 10)
-        if values:
-            table[title] = {"first tenth": fmean(values[:width]), "last tenth": fmean(values[-width:])}
-    return show(table)
+def about_run(folder: Path) -> tuple[dict, dict, list[dict]]:
+    """(settings.json, the settings in it, the finite numbers of metrics.jsonl)."""
+    if not (folder / "settings.json").is_file():
+        raise BadInput(f"{folder}: no settings.json there; expected a run directory")
+    about, rows = read_json(folder / "settings.json"), []
+    for n, row in enumerate(readable_rows(folder / "metrics.jsonl"), 1):
+        rows.append({"step": n} | {name: short(x) for name, x in row.items()
+                                   if type(x) in (int, float) and math.isfinite(x)})
+    return about, about.get("settings", about), rows
 
 
-# ---- tables and texts ------------------------------------------------------------------------------------
-
-def show(value) -> str:
-    """Any JSON value as HTML, with all text escaped. Long lists of numbers are only counted."""
-    if isinstance(value, dict):
-        if value and all(isinstance(v, dict) for v in value.values()):
-            return matrix(value)
-        cells = (f"<tr><th>{html.escape(str(k))}</th><td>{show(v)}</td></tr>" for k, v in value.items())
-        return f"<table>{''.join(cells)}</table>"
-    if isinstance(value, list):
-        many = len(value) > 6 and all(isinstance(v, (int, float)) for v in value)
-        return f"({len(value)} numbers)" if many else ", ".join(map(show, value))
-    if isinstance(value, str):
-        return f"<pre>{html.escape(value)}</pre>" if len(value) > 60 or "\n" in value else html.escape(value)
-    return f"{value:.4g}" if isinstance(value, float) else html.escape(str(value))
-
-
-def matrix(rows: dict[str, dict]) -> str:
-    """A dict of dicts as a table with one row each."""
-    columns = list(dict.fromkeys(k for row in rows.values() for k in row))
-    head = "".join(f"<th>{html.escape(str(c))}</th>" for c in ["", *columns])
-    body = ""
-    for name, row in rows.items():
-        cells = "".join(f"<td>{show(row[c]) if c in row else ''}</td>" for c in columns)
-        body += f"<tr><th>{html.escape(str(name))}</th>{cells}</tr>"
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def to_read(row: dict) -> str:
-    """One row to read: a title that says whether it was right, and everything in it when opened."""
-    keys = [key for key in ("step", "reward", "answer", "gold", "cause") if row.get(key) not in (None, "")]
-    facts = ", ".join(f"{key} {row[key]}" for key in keys)
-    title = html.escape(f"{row.get('id') or row.get('problem_id') or row.get('problem', '')}: {facts}"[:200])
-    if row.get("correct") is not None:
-        word = "right" if row["correct"] else "wrong"
-        title = f'<b class="{word}">{word}</b> {title}'
-    return f"<details><summary>{title}</summary>{show(row)}</details>"
-
-
-def spread(path: Path) -> list[dict]:
-    """Up to SHOWN rows, evenly spread over a file that may be larger than memory."""
-    total = sum(1 for _ in readable_rows(path))
-    wanted = {i * total // SHOWN for i in range(SHOWN)}
-    return [row for n, row in enumerate(readable_rows(path)) if n in wanted]
+def save(out: Path, told: Told, main: dict) -> Path:
+    """Write the page, and the folder beside it or not. A folder that an earlier page had goes away."""
+    chunks, beside = told.chunks(), out.with_name(f"{out.stem}-data")
+    apart = sum(map(len, chunks)) > LIMIT
+    problems = [[p["id"], p["question"], *map(p.get, ("gold", "level", "subject"))]
+                for p in told.problems.values()]
+    main |= {"written": time.strftime("%Y-%m-%d %H:%M:%S"), "columns": told.columns, "problems": problems,
+             "who": list(told.who), "reasons": list(told.reasons), "flags": FLAGS, "chunk": CHUNK,
+             "headlines": figures.HEADLINES, "chunks": len(chunks), "beside": beside.name if apart else None}
+    blocks = {"main": pack(main)} | ({} if apart else {f"chunk-{n}": text for n, text in enumerate(chunks)})
+    shutil.rmtree(beside, ignore_errors=True)
+    for n, text in enumerate(chunks if apart else ()):
+        beside.mkdir(exist_ok=True)
+        (beside / f"{n}.js").write_text(f'receive({n},"{text}")\n')
+    scripts = [(HERE / name).read_text() for name in ("vendor/temml-0.13.5.min.js", "page.js")]
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
+    parts = {
+        "POLICY": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
+                  "script-src " + " ".join(f"'sha256-{one}'" for one in digests) + " 'self' file:" * apart,
+        "TITLE": html.escape(main["name"]), "SENTENCE": html.escape(main["sentence"]),
+        "STYLE": (HERE / "page.css").read_text(), "TEMML": scripts[0], "SCRIPT": scripts[1],
+        "DATA": "\n".join(f'<script type="application/octet-stream" id="{name}">{text}</script>'
+                          for name, text in blocks.items())}
+    page = re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], (HERE / "page.html").read_text())
+    write_whole(out, page.encode(errors="replace"))
+    return out

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from slm import BadInput
-from slm.runs.files import base_of, read_json
+from slm.runs.files import CONFIG, base_of, read_json
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 TARGETS = {"all": (*QKVO, "gate_proj", "up_proj", "down_proj"), "qkvo": QKVO, "qv": ("q_proj", "v_proj")}
@@ -33,19 +33,21 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 class Parser(argparse.ArgumentParser):
-    """With --resume and --out, an option that is not given has the value that the run was started with.
-    RunDir refuses one that is given with another value."""
+    """With --resume, an option that is not given has the value that the run in --out was started with. RunDir
+    refuses one that is given with another value."""
 
     def parse_args(self, words=None, namespace=None):
         args = super().parse_args(words, namespace)
-        if getattr(args, "resume", False) and args.out:
+        if getattr(args, "resume", False):
+            if not args.out:
+                self.error("--resume needs the folder of the run: --resume --out FOLDER, no more options")
             given = super().parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args))))
             try:
                 settings = read_json(Path(args.out) / "settings.json", {}).get("settings", {})
             except BadInput as e:
                 self.error(str(e))
             for name in settings.keys() & vars(args).keys():
-                if getattr(given, name) is None:  # where an option is given it is not None
+                if getattr(given, name) in (None, "auto"):  # where an option is given it is not None
                     setattr(args, name, settings[name])
         return args
 
@@ -97,11 +99,16 @@ def is_small(model: str) -> bool:
     if model == "tiny":
         return True
     with contextlib.suppress(BadInput, TypeError, RecursionError):
-        config = Path(model) / "config.json"
+        config = Path(model) / CONFIG
         if config.is_file():
             return read_json(config).get("hidden_size", 1024) <= 256
         return is_small(base_of(Path(model)))
     return False
+
+
+def count(n: int, thing: str) -> str:
+    """1 step, 2 steps, 1,000 steps"""
+    return f"{n:,} {thing}" + "s" * (n != 1)
 
 
 def show(settings: dict) -> None:
@@ -111,8 +118,9 @@ def show(settings: dict) -> None:
                         break_long_words=False, break_on_hyphens=False))
 
 
-def run(main, args: argparse.Namespace) -> None:
-    """Call main(args). Bad input, a full disk and a locked folder end in one sentence and exit code 2."""
+def run(main, args: argparse.Namespace, stopped=None) -> None:
+    """Call main(args). Bad input, a full disk and a locked folder end in one sentence and exit code 2. After
+    Ctrl-C, the first rank calls stopped(args.out) if a run stands there."""
     try:
         main(args)
     except BadInput as e:
@@ -125,7 +133,10 @@ def run(main, args: argparse.Namespace) -> None:
         where = e.filename or getattr(args, "out", None) or "the output"
         give_up(f"cannot write {where}: {e.strerror}; choose another --out")
     except KeyboardInterrupt:
-        more = ", and the same command with --resume goes on from there" if hasattr(args, "resume") else ""
+        begun = stopped and args.out and Path(args.out, "settings.json").is_file()
+        if begun and os.environ.get("RANK", "0") == "0":
+            stopped(args.out)
+        more = f"; --resume --out {args.out or 'DIR'} goes on from there" if hasattr(args, "resume") else ""
         print(f"\nstopped; what was finished is kept{more}", file=sys.stderr)
         sys.exit(130)
 
@@ -189,6 +200,14 @@ def answer_options(p, both):
                         "files (default tiny)")
     g.add_argument("--split", choices=("train", "test", "unseen"), default="test")
     g.add_argument("--limit", type=positive, help=f"the first N problems of each set ({both('limit')})")
+    g.add_argument("--draw", type=lambda text: positive(text, 0), metavar="SEED",
+                   help="not the first N, but N drawn at random with this seed")
+    step_option(g, both)
+
+
+def step_option(g, both):
+    g.add_argument("--step-rule", choices=("paragraph", "line", "sentence"),
+                   help=f"what ends a step of this model's solutions, for the searches ({both('step_rule')})")
 
 
 def adapter_options(g, both):

@@ -9,7 +9,7 @@ import timeit
 import torch
 
 from slm import BadInput, lora
-from slm.runs.cli import is_small
+from slm.runs.cli import count, is_small
 from slm.runs.ranks import STARTED
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,10 +41,10 @@ def pick_device(device: str = "auto", dtype: str = "auto", model: str | None = N
 
 def _cpu_dtype(model: str | None):
     if model is not None and is_small(model):
-        return torch.float32, f"CPU, {torch.get_num_threads()} threads; the model is small"
+        return torch.float32, f"CPU, {count(torch.get_num_threads(), 'thread')}; the model is small"
     full, half = _matrix_rate(torch.float32), _matrix_rate(torch.bfloat16)
     return torch.bfloat16 if half > 1.3 * full else torch.float32, (
-        f"CPU, {torch.get_num_threads()} threads; matrix products here: float32 {full:.0f}, "
+        f"CPU, {count(torch.get_num_threads(), 'thread')}; matrix products here: float32 {full:.0f}, "
         f"bfloat16 {half:.0f} GFLOP/s")
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from slm import BadInput
 
+CONFIG, ADAPTER, BASE = "config.json", "adapter_config.json", "base.json"  # a model; an adapter, its base
+
 
 def read_json(path: Path, default: dict | None = None) -> dict:
     """The JSON object in a file; `default` if there is no such file and a default is given."""
@@ -28,10 +30,10 @@ def read_json(path: Path, default: dict | None = None) -> dict:
 
 
 def base_of(adapter: Path) -> str | None:
-    """The name or folder of the model that an adapter's folder belongs to. A path in base.json leads there
-    from the adapter, so that it holds where a run was copied to; else adapter_config.json's name counts."""
-    name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    near = read_json(adapter / "base.json", {}).get("path")
+    """The name or folder of the model that an adapter's folder belongs to. A path in BASE leads there from
+    the adapter, so that it holds where a run was copied to; else the name in ADAPTER counts."""
+    name = read_json(adapter / ADAPTER).get("base_model_name_or_path")
+    near = read_json(adapter / BASE, {}).get("path")
     return str((adapter / near).resolve()) if near and os.path.isdir(adapter / str(near)) else name
 
 
@@ -76,11 +78,12 @@ class Journal:
     """A JSON lines file that survives a kill (by SIGKILL; a power cut may take the last seconds).
 
     Each append is one write, so a killed process leaves at most one torn line, the last. The next start
-    repairs it: a row that only lacks its line break is finished, half a row is cut off.
+    repairs it: a row that only lacks its line break is finished, half a row is cut off. after: is called
+    after each append.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.file = path, path.open("ab", buffering=0)
+    def __init__(self, path: Path, after: Callable[[], None] = lambda: None):
+        self.path, self.after, self.file = path, after, path.open("ab", buffering=0)
         with path.open("rb") as f:
             last = b"".join(deque(f, maxlen=1)) if path.is_file() else b""
         if last and not last.endswith(b"\n"):
@@ -94,6 +97,7 @@ class Journal:
         lines = as_lines(rows)
         while lines:  # a signal or a nearly full disk can cut a write short
             lines = lines[self.file.write(lines):]
+        self.after()
 
     def __iter__(self) -> Iterator[dict]:
         """The rows. BadInput names a line that is not JSON."""

@@ -2,6 +2,7 @@
 
     settings.json     resolved settings, command, versions, fingerprint of the data
     metrics.jsonl     one line a step          episodes.jsonl   what was sampled and what it earned (GRPO)
+    report.html       the run as a page, written while it goes on
     checkpoints/      step-000123/: trained tensors, optimizer, step; the newest one only
     adapter/ or model/  the result: PEFT format, or a Hugging Face directory
 
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 
 from slm import BadInput
+from slm.report import Live
 from slm.runs.files import Journal, read_json, write_json
 from slm.runs.ranks import barrier, rank
 
@@ -42,6 +44,7 @@ class RunDir:
     def __init__(self, path, settings: dict, data: str = "", resume: bool = False, log: bool = True,
                  goes_on: bool = False):
         self.path, self.log_here, self.journals = Path(path), log, {}
+        self.page = Live(self.path)
         self.checkpoints = self.path / "checkpoints"
         if self.path.is_file():
             raise BadInput(f"--out {self.path}: a file stands where the folder would be")
@@ -84,12 +87,12 @@ class RunDir:
     def journal(self, name: str) -> Journal:
         """The folder's <name>.jsonl."""
         if name not in self.journals:
-            self.journals[name] = Journal(self.path / f"{name}.jsonl")
+            self.journals[name] = Journal(self.path / f"{name}.jsonl", self.page.refresh)
         return self.journals[name]
 
     def log(self, name: str, *rows: dict) -> None:
         """Append rows to <name>.jsonl. A trainer's rows have a `step`, since load() cuts by it."""
-        if self.log_here:
+        if self.log_here and rows:
             self.journal(name).append(*rows)
 
     def load(self, device="cpu") -> dict | None:
@@ -127,14 +130,12 @@ class RunDir:
         barrier()
 
 
-def new_path(out: str | None, default: str, resume: bool) -> Path:
-    """--out, or the first free one of runs/<default>, runs/<default>-2, ...; to resume, the last used."""
-    if out:
-        return Path(out)
+def new_path(out: str | None, default: str) -> str:
+    """--out, or the first free one of runs/<default>, runs/<default>-2, ..."""
     n, path = 1, Path("runs") / default
-    while (following := path if n == 1 else path.with_name(f"{default}-{n}")).exists():
-        n, last = n + 1, following
-    return last if resume and n > 1 else following
+    while not out and path.exists():
+        n, path = n + 1, path.with_name(f"{default}-{n + 1}")
+    return out or str(path)
 
 
 def name_of(model: str) -> str:

@@ -111,6 +111,24 @@ def difference(a: list[float], b: list[float]) -> tuple[float, float, float]:
     return sum(gains) / len(gains), *bootstrap(gains)
 
 
+def estimate(values: list[float]) -> tuple[float, float, float]:
+    """(mean, low, high), given one value a problem."""
+    return sum(values) / len(values), *interval(values)
+
+
+def p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def percent(estimate: tuple[float, float, float]) -> str:
+    """A share with its interval, in percent.
+
+    >>> percent((0.6, 0.354, 0.879))
+    '60.0 (35.4-87.9)'
+    """
+    return f"{100 * estimate[0]:.1f} ({span(*estimate[1:])})"
+
+
 def span(low: float, high: float) -> str:
     """An interval of a share in percent.
 
@@ -127,6 +145,23 @@ def points(difference: float, low: float, high: float) -> str:
     '+25.0 [-6.2, +50.0]'
     """
     return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+# ---- figures in a table ----------------------------------------------------------------------------------
+
+WIDTHS = {"problems": 9, "over the first": 23, "p": 8, "truncated %": 12, "no box %": 9, "no answer %": 12,
+          "tokens": 7, "seconds": 8}  # else 18
+
+
+def line(name: str, cells: dict[str, str], markdown: bool = False) -> str:
+    """A line of a table; cells: heading -> text."""
+    if markdown:
+        return f"| {' | '.join([name, *cells.values()])} |"
+    return f"{shorten(name):28}" + "".join(f"{text:>{WIDTHS.get(h, 18)}}" for h, text in cells.items())
+
+
+def shorten(name: str) -> str:
+    return name if len(name) < 28 else "..." + name[-24:]
 
 
 def _table(a, b) -> tuple[int, int, int]:

@@ -1,30 +1,47 @@
-"""What a step of train_grpo.py tells: lines of episodes.jsonl, a row of metrics.jsonl, the progress bar."""
+"""What a step of a trainer tells: lines of episodes.jsonl, a row of metrics.jsonl, the progress bar."""
 
 import contextlib
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
+from itertools import compress
 
 from slm.episode import Episode, TokenRecord
 from slm.grading import grade
 from slm.runs import ranks
 from slm.runs.stats import span
 
+TOKENS_OF = 2  # groups a step of which episodes.jsonl tells every token
 
-def lines(step: int, episodes: list[Episode], records: list[list[TokenRecord]], batch) -> list[dict]:
-    """The lines of all ranks for episodes.jsonl, by problem. records: each episode's; batch: the problems.
+
+def lines(step: int, episodes: list[Episode], records: list[list[TokenRecord]], problems: dict,
+          tokenizer) -> list[dict]:
+    """The lines of all ranks for episodes.jsonl, by problem. records: each episode's; problems: by id.
     `correct` is a right box, `lenient` a right answer in a box or not."""
     told = []
     for e, own in zip(episodes, records):
-        problem = batch[e.group]
+        problem = problems[e.problem_id]
         unboxed = e.reason in ("no box", "truncated") and grade(e.response, problem.gold).correct
         turns = [{"role": t.role, "reply": {"text": t.reply.text, "finish": t.reply.finish}} for t in e.turns]
         told.append((e.group, e.sample, {
             "step": step, "problem": e.problem_id, "question": problem.question, "gold": problem.gold,
             "sample": e.sample, "correct": e.solved, "lenient": e.solved or unboxed, "reward": e.reward,
             "reason": e.reason, "parts": e.parts, "answer": e.answer, "tokens": e.tokens_out,
-            "advantage": own[0].advantage if own else None, "turns": turns}))
+            "advantage": own[0].advantage if own else None, "turns": turns,
+            "records": [token_by_token(r, tokenizer) for r in own if e.group < TOKENS_OF]}))
     return [row for *_, row in sorted(ranks.gather(told), key=lambda t: t[:2])]
+
+
+def token_by_token(record: TokenRecord, tokenizer) -> dict:
+    """The text of each token and its mask; for the tokens with mask 1 the log-probs of the sampler, and where
+    they were computed those of the trainer (`old`) and of the teacher."""
+    return {"text": [tokenizer.decode([token], skip_special=False) for token in record.ids],
+            "mask": record.mask, "old": rounded(record.old), "teacher": rounded(record.teacher),
+            "logp": rounded(compress(record.logprobs, record.mask))}
+
+
+def rounded(values: Iterable[float]) -> list[float]:
+    return [round(x, 4) for x in values]
 
 
 def summary(rows: list[dict]) -> dict:

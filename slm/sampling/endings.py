@@ -40,8 +40,12 @@ class Endings:
         return (sampling.stop_at_box and "\n" in there) or any(
             stop[-1] in there or "\ufffd" in there for stop in sampling.stop)
 
-    def text(self, ids: list[int], finish: str, stop: list[str]) -> str:
+    def text(self, ids: list[int], finish: str, sampling) -> str:
         """A reply's text. As servers do, it ends before a stop string, though all ids that were sampled are
-        kept. After a box it goes on to the end of its last token: text and ids agree."""
-        text = self.tokenizer.decode(ids)
-        return text[:min(i for i in map(text.find, stop) if i >= 0)] if finish == "stop_string" else text
+        kept. After a box it goes on to the end of its last token: text and ids agree. So they do with
+        keep_stop, special tokens included, as the turn is not over."""
+        kept = finish == "stop_string" and sampling.keep_stop
+        text = self.tokenizer.decode(ids, skip_special=not kept)
+        if finish != "stop_string" or kept:
+            return text
+        return text[:min(i for i in map(text.find, sampling.stop) if i >= 0)]

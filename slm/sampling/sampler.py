@@ -19,6 +19,9 @@ prefilled again later: slower, never stuck. Random numbers are a hash of (seed +
 reply), so a reply does not depend on what else is in the batch. In bfloat16 that holds up to rounding, since
 products of other shapes round differently (train_grpo.py logs it as dlogp).
 
+A request with continuations draws nothing. Each continuation is a row that is prefilled behind the prompt,
+which is computed once; its log-prob is read, and the row leaves.
+
 The weights are the trainer's own tensors. fast.py runs the network over them in an order that suits
 sampling. A few rows on a CPU decode several tokens a step if drafts of them come true (drafts.py). A GPU
 decodes several rounds between two looks of the host at the result, and replays each from a recording
@@ -52,6 +55,7 @@ from slm.sampling.slots import SHARED_TOKENS, Row, Slots, filled_up
 
 PREFILL_TOKENS = 512, 16384  # in one packed pass, on a CPU (its own caches hold no more) and on a GPU
 BURST = 8              # decode rounds between two looks at what was drawn, on a GPU
+SCORED = 256           # given tokens that have logits at once
 SPAN = 128             # without flash attention, recorded rounds attend over a multiple of this
 
 
@@ -82,6 +86,7 @@ class Sampler:
         self.burst = BURST if cuda else 1
         self.drafts = None if cuda else Drafts()
         self.steps = self.tickets = self.tokens = 0
+        self.scores: dict[int, dict[str, float | None]] = {}  # ticket -> continuation -> log-prob, once known
 
     # ---- the protocol --------------------------------------------------------------------------------------
 
@@ -91,28 +96,36 @@ class Sampler:
 
     def submit(self, request: Request) -> int:
         """Queue a request; its n replies come out of step() under the ticket returned. BadInput names what
-        can't be sampled. If the context or the cache ends first, a reply ends with "length"."""
+        can't be sampled. If the context or the cache ends first, a reply ends with "length". With
+        continuations there is one Reply, with their scores; each is tokenized by itself."""
         tokens = self.tokenizer.chat(request.messages) if request.ids is None else request.ids
+        given = {words: self.tokenizer.encode(words) for words in request.continuations}
         room = min(self.model.config.positions, self.slots.max_tokens) - len(tokens)
-        self._validate(request, tokens, room)
+        self._validate(request, tokens, room, given)
         if not self.pending:
             self._look_at_weights()
         adapter, s = request.adapter or lora.active(self.model), request.sampling
+        if given:
+            self.scores[self.tickets] = dict.fromkeys(given)
+        self.waiting.extend(Row(self.tickets, 0, tokens + ids[:-1], len(tokens), len(ids), s, adapter, 0,
+                                words=words, given=ids) for words, ids in given.items())
         salt = zlib.crc32(array("q", tokens).tobytes())
         thinking = s.stop_at_box and self.tokenizer.decode(tokens[-8:], False).rstrip().endswith("<think>")
         self.waiting.extend(
             Row(self.tickets, i, list(tokens), len(tokens), min(s.max_tokens, room), s, adapter,
-                ((s.seed + i) << 32 ^ salt) % 2 ** 63, thinking) for i in range(request.n))
+                ((s.seed + i) << 32 ^ salt) % 2 ** 63, thinking) for i in range(0 if given else request.n))
         self.tickets += 1
         return self.tickets - 1
 
-    def _validate(self, request: Request, tokens: list[int], room: int) -> None:
-        """BadInput if a request can't be sampled. room: tokens that its replies may have."""
+    def _validate(self, request: Request, tokens: list[int], room: int, given: dict[str, list[int]]) -> None:
+        """BadInput if a request can't be sampled. room: tokens that its replies may have. given: the ids of
+        its continuations."""
         s, vocab, names = request.sampling, self.model.config.vocab, lora.names(self.model)
         holder = "model" if self.model.config.positions <= self.slots.max_tokens else "KV cache"
         for wrong, what, expected in (
                 (not tokens, "an empty prompt", "a token at least"),
-                (room < 1, f"a prompt of {len(tokens)} tokens",
+                (not all(given.values()), "an empty continuation", "a token at least"),
+                (room < max(map(len, given.values()), default=1), f"a prompt of {len(tokens)} tokens",
                  f"fewer than {room + len(tokens)}, what the {holder} holds with the reply"),
                 (tokens and not 0 <= min(tokens) <= max(tokens) < vocab, "a token outside the vocabulary",
                  f"ids from 0 to {vocab - 1}"),
@@ -139,7 +152,7 @@ class Sampler:
             self._halve_after_oom(e)
         self.steps += 1
         done, self.finished = self.finished, []
-        return [(row.ticket, row.sample, self._reply(row)) for row in done]
+        return self._ready(done)
 
     def close(self) -> None:
         """Forget every request and give the cache's memory back."""
@@ -179,8 +192,8 @@ class Sampler:
                 bar.set_postfix_str(f"{rate:,.0f} tok/s, {self.slots.running} running, "
                                     f"{len(self.waiting)} waiting", refresh=False)
         except KeyboardInterrupt:
-            for row in self.finished:
-                replies[place[row.ticket]][row.sample] = self._reply(row)
+            for ticket, sample, reply in self._ready(self.finished):
+                replies[place[ticket]][sample] = reply
                 bar.update()
             self.close()
             print(f"\nstopped: {bar.n} of {bar.total} replies are finished")
@@ -198,8 +211,8 @@ class Sampler:
             room = self.prefill_tokens
             while self.waiting and self.slots.running < self.slots.max_rows and room > 0:
                 row = self.waiting[0]
-                same = pack and (pack[-1].tokens, pack[-1].adapter) == (row.tokens, row.adapter)
-                twin = pack[-1] if same else None
+                same = pack and [(x.tokens, x.adapter, x.fresh) for x in (pack[-1], row)]
+                twin = pack[-1] if same and same[0] == same[1] else None
                 source, shared = None, 0
                 if twin is None:
                     source, shared = self.slots.kept_like(row)
@@ -218,7 +231,8 @@ class Sampler:
             self._prefill(pack, twins)
 
     def _prefill(self, pack: list[Row], twins: list[tuple[Row, Row]]) -> None:
-        """Compute the prompts of the pack, copy them to its twins, and draw the first new token of each."""
+        """Compute the prompts of the pack, copy them to its twins, and draw the first new token of each, or
+        score its continuation."""
         last, todo, place = {}, pack, self.slots.rows.index
         while todo:
             segments, room = [], self.prefill_tokens
@@ -235,20 +249,42 @@ class Sampler:
             end = 0
             for row, _, n in segments:
                 row.cached, end = row.cached + n, end + n
-                last[row] = hidden[end - 1]
+                last[row] = torch.cat([last.get(row, hidden[:0]), hidden[end - n:end]])[-row.fresh:]
             todo = [row for row in todo if row.cached < len(row.tokens)]
         for row in pack:
             copies = [place(twin) for twin, original in twins if original is row]
             self.cache.copy(place(row), copies, len(row.tokens))
         rows, originals = pack + [twin for twin, _ in twins], pack + [original for _, original in twins]
-        hidden = torch.stack([last[row] for row in originals])
-        controls = Controls([state for row in rows for state in row.states()], self.device)
-        chosen = self.network.choose([(row.adapter, 1) for row in rows])
-        ids, logprobs = controls.draw(self.network.logits(hidden, chosen))
+        states = {row: last[original] for row, original in zip(rows, originals)}  # (fresh, D) of each
         for row in pack if self.drafts else []:
             self.drafts.learn(row.tokens, 0)
-        self._accept(rows, ids[:, None].tolist(), logprobs[:, None].tolist())
+        self._score([row for row in rows if row.given], states)
+        rows = [row for row in rows if not row.given]
+        if rows:
+            hidden = torch.cat([states[row] for row in rows])
+            controls = Controls([state for row in rows for state in row.states()], self.device)
+            chosen = self.network.choose([(row.adapter, 1) for row in rows])
+            ids, logprobs = controls.draw(self.network.logits(hidden, chosen))
+            self._accept(rows, ids[:, None].tolist(), logprobs[:, None].tolist())
         self._leave()
+
+    def _score(self, rows: list[Row], states: dict[Row, torch.Tensor]) -> None:
+        """Note the log-prob of each row's continuation. These rows are done."""
+        if not rows:
+            return
+        hidden = torch.cat([states[row] for row in rows])
+        spans = [(row.adapter, 1) for row in rows for _ in row.given]
+        targets = torch.tensor([token for row in rows for token in row.given], device=self.device)
+        logprobs: list[float] = []
+        for start in range(0, len(spans), SCORED):
+            part = slice(start, start + SCORED)
+            logits = self.network.logits(hidden[part], self.network.choose(spans[part])).float()
+            logprobs += logits.log_softmax(-1).gather(1, targets[part, None]).squeeze(1).tolist()
+        for row in rows:
+            row.logprobs, logprobs = logprobs[:row.fresh], logprobs[row.fresh:]
+            row.finish, row.filled = "score", True
+            self._refuse_nan(row, row.logprobs)
+            self.scores[row.ticket][row.words] = sum(row.logprobs)
 
     # ---- running rows go on --------------------------------------------------------------------------------
 
@@ -331,16 +367,19 @@ class Sampler:
         for row, new, probs in zip(rows, ids, logprobs):
             start, row.filled = len(row.tokens), True
             count, row.finish = self.endings.find(row, new)
-            if math.isnan(sum(probs[:count])):
-                place = len(row.logprobs) + list(map(math.isnan, probs)).index(True)
-                raise FloatingPointError(
-                    f"request {row.ticket}, sample {row.sample}: the logits are NaN at token {place} of its "
-                    f"reply (step {self.steps} of the sampler)")
+            self._refuse_nan(row, probs[:count])
             row.tokens += new[:count]
             row.logprobs += probs[:count]
             self.tokens += count
             if self.drafts:
                 self.drafts.learn(row.tokens, start)
+
+    def _refuse_nan(self, row: Row, probs: list[float]) -> None:
+        if math.isnan(sum(probs)):
+            place = (0 if row.given else len(row.logprobs)) + list(map(math.isnan, probs)).index(True)
+            raise FloatingPointError(
+                f"request {row.ticket}, sample {row.sample}: the logits are NaN at token {place} of its "
+                f"reply (step {self.steps} of the sampler)")
 
     def _leave(self) -> None:
         self.finished += self.slots.leave(self.steps)
@@ -350,9 +389,18 @@ class Sampler:
         row.filled, row.cached = False, 0
         self.waiting.appendleft(row)
 
+    def _ready(self, rows: list[Row]) -> list[tuple[int, int, Reply]]:
+        """The replies of rows that left: one each, but one for all the scores of a request, at its end."""
+        ready = [(row.ticket, row.sample, self._reply(row)) for row in rows if not row.given]
+        for row in rows:
+            if row.given and None not in self.scores.get(row.ticket, {0: None}).values():
+                prompt, scores = row.tokens[:row.prompt], self.scores.pop(row.ticket)
+                ready.append((row.ticket, 0, Reply("", finish="score", prompt_ids=prompt, scores=scores)))
+        return ready
+
     def _reply(self, row: Row) -> Reply:
         ids = row.tokens[row.prompt:]
-        text = self.endings.text(ids, row.finish, row.sampling.stop)
+        text = self.endings.text(ids, row.finish, row.sampling)
         return Reply(text, ids, row.logprobs, row.finish, row.tokens[:row.prompt], None, row.prompt, len(ids))
 
     def _halve_after_oom(self, error: Exception) -> None:

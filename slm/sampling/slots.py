@@ -33,6 +33,13 @@ class Row:
     finish: str | None = None
     filled: bool = False # whether all its tokens but the last have keys and values in its slot
     used: int = 0        # step at which it left
+    words: str = ""      # a continuation to be scored ...
+    given: list[int] = field(default_factory=list)  # ... and its ids; all but the last are in `tokens`
+
+    @property
+    def fresh(self) -> int:
+        """How many of its last tokens must be computed: their hidden states tell what is drawn or given."""
+        return max(1, len(self.given))
 
     def states(self, draft: list[int] = ()) -> list[tuple]:
         """What draw.py needs to draw after the last token and after each token of a draft: token, position,
@@ -69,10 +76,10 @@ class Slots:
 
     def shared(self, row: Row, rows: list[Row]) -> tuple[Row | None, int]:
         """The one of `rows` with the longest common prefix, and its length (None, 0: not worth a copy). The
-        last token is never part of it: the first new token is drawn from its hidden state."""
+        last tokens are never part of it: what comes next is predicted from their hidden states."""
         best, longest = None, SHARED_TOKENS - 1
         for other in rows:
-            most = min(len(row.tokens), len(other.tokens)) - 1
+            most = min(len(row.tokens) - row.fresh, len(other.tokens) - 1)
             if (most > longest and other.tokens[longest] == row.tokens[longest]
                     and other.adapter == row.adapter):
                 length = common(row.tokens, other.tokens, most)

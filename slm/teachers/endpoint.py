@@ -12,7 +12,11 @@ each kind is told on stderr, in the server's words. What stays broken comes back
 "error"; the tokens of all its tries are counted. A server that cannot answer at all (bad key, unknown model,
 wrong address) raises BadInput. One that refuses a field gets its requests without it: see QUIRKS.
 
-Not covered: streaming, images, function calling, log-probs. Imports no torch.
+A request with continuations asks for one token and its likeliest rivals: the first one's log-probs are the
+scores, so each continuation must be a single token. (vLLM's prompt_logprobs would score longer ones, but not
+with an adapter: vllm#29955, #51594.)
+
+Not covered: streaming, images, function calling, log-probs of what was written. Imports no torch.
 """
 
 import contextlib
@@ -40,6 +44,7 @@ from slm.episode import Reply, Request
 from slm.grading import answered
 from slm.runs.files import as_lines
 
+RIVALS = 20          # first tokens whose log-probs are asked for: the most that servers give
 LARGEST = 8 * 2**20  # bytes of one response body; more is refused unread
 AGAIN = {408, 409, 425, 429}
 DEAD = {401: ", the server refused the key", 402: ", the server wants to be paid",
@@ -218,6 +223,10 @@ class Endpoint:
                 reply = self._answer(session, self.body(request, sample))
                 if reply and request.sampling.stop_at_box:
                     reply = cut_after_box(reply)
+                if reply and request.sampling.keep_stop and reply.text.endswith(request.sampling.stop):
+                    reply = replace(reply, finish="stop_string")  # servers call it a stop
+                if reply and request.continuations:
+                    reply = self._scored(reply, request.continuations)
                 if reply or not self._dead:
                     self._done.put((ticket, sample, reply))
 
@@ -255,6 +264,23 @@ class Endpoint:
         for paid in spent if reply else ():
             reply = replace(reply, tokens_in=reply.tokens_in + paid[0], tokens_out=reply.tokens_out + paid[1])
         return reply
+
+    def _scored(self, reply: Reply, continuations: tuple[str, ...]) -> Reply | None:
+        """The reply with the scores of the continuations. One that is not among the likeliest first tokens
+        gets the score of the last of these: it has no more. A server without log-probs counts as dead."""
+        known = reply.scores
+        if not known and (not reply.error or "logprobs" in reply.error):
+            with self._lock:
+                self._dead = (f"{self.url}, model {self.model!r}: no log-probs in its answers "
+                              f"{reply.error or ''}; expected a server with top_logprobs, such as vLLM")
+            return None
+        if reply.error:
+            return reply
+        if known.keys().isdisjoint(continuations):
+            lacks = f"none of {', '.join(continuations)} is among the {RIVALS} likeliest first tokens"
+            return replace(reply, text="", finish="error", error=lacks, scores={})
+        scores = {words: known.get(words, min(known.values())) for words in continuations}
+        return replace(reply, text="", finish="score", scores=scores)
 
     def _tell(self, error: str, pause: float = 0.0) -> None:
         """Print a note: of each kind of failure the first, of long pauses each."""
@@ -357,6 +383,9 @@ class Endpoint:
                 "temperature": s.temperature, "seed": s.seed + sample}
         others = {"top_p": (s.top_p, 1.0), "top_k": (s.top_k, 0), "stop": (list(s.stop), [])}
         body |= {name: value for name, (value, neutral) in others.items() if value != neutral}
+        body |= {"include_stop_str_in_output": True} if s.keep_stop else {}  # vLLM's name
+        if request.continuations:
+            body |= {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": RIVALS}
         if messages and messages[-1]["role"] == "assistant":  # go on with it (vLLM's names)
             body |= {"continue_final_message": True, "add_generation_prompt": False}
         return body
@@ -397,7 +426,16 @@ def read(data) -> Reply:
         raise _Failed(f"the answer broke off, finish_reason {reason} {error_in(choice)[1]}", tokens=tokens)
     if finish == "stop" and not text.strip():
         raise _Failed("an empty answer", tokens=tokens)
-    return Reply(text, finish=finish, thinking=thinking or None, tokens_in=tokens[0], tokens_out=tokens[1])
+    return Reply(text, finish=finish, thinking=thinking or None, tokens_in=tokens[0], tokens_out=tokens[1],
+                 scores=first_tokens(choice))
+
+
+def first_tokens(choice: dict) -> dict[str, float]:
+    """The likeliest first tokens and their log-probs, if a server gives them."""
+    with contextlib.suppress(KeyError, TypeError, IndexError, ValueError):
+        rivals = choice["logprobs"]["content"][0]["top_logprobs"]
+        return {str(rival["token"]): float(rival["logprob"]) for rival in rivals}
+    return {}
 
 
 def _written(content) -> tuple[str, str]:

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# The whole pipeline on a real model that a laptop can train: Qwen2.5-Coder-0.5B-Instruct on GSM8K, without an
+# API. One core needs some 20 hours, a GPU an hour or two. If it was stopped, start it again: a stage that is
+# done is left out, a stage that was stopped goes on.
+#
+#   bash recipes/half_billion.sh                  everything, in runs/half_billion
+#   bash recipes/half_billion.sh --dry-run        steps, tokens, hours and memory here, after some minutes
+#   bash recipes/half_billion.sh sft-self grpo    only these stages, in this order
+#   MODEL=path/to/model RUNS=runs/mine DEVICE=cuda bash recipes/half_billion.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source recipes/stage.sh
+MODEL=${MODEL:-Qwen/Qwen2.5-Coder-0.5B-Instruct}
+RUNS=${RUNS:-runs/half_billion}
+DEVICE=(--device "${DEVICE:-auto}")
+
+DATA=(--teacher self --data gsm8k --limit 400 --samples 4 --max-tokens 400 "${DEVICE[@]}")
+SFT=(--lora --targets all --batch 16 --epochs 2 --lr 2e-4 --dropout 0 --validate 0 "${DEVICE[@]}")
+GRPO=(--data gsm8k --batch 8 --samples 8 --resample 1 --steps 40 --lr 1e-4 --kl 0 --temperature 1
+      --max-tokens 400 --evaluate 0 "${DEVICE[@]}")
+GREEDY=(--data gsm8k --limit 500 --max-tokens 400 --batch 192 "${DEVICE[@]}")
+SAMPLED=(--data gsm8k --limit 200 --max-tokens 400 --batch 192 --samples 4 --temperature 1 "${DEVICE[@]}")
+ROWS="base sft-self sft-human grpo grpo-placebo grpo-base grpo-seed1"
+WORKFLOWS="majority_vote python_tools solver_checker_with_tools solver_checker_stateless solver_verifier"
+
+answerer() { if [ "$1" = base ]; then echo "$MODEL"; else echo "$RUNS/$1/adapter"; fi; }
+
+take() {
+  local row
+  case $1 in
+    # 1. Data: the model's own solutions, the right ones kept. (This script goes on without --resume.)
+    data) "$PYTHON" make_data.py --model "$MODEL" "${DATA[@]}" --out "$RUNS/data" ;;
+    # 2. SFT on them, and on as many of GSM8K's own solutions.
+    sft-self) stage "$1" train_sft.py --model "$MODEL" --data "$RUNS/data/records.jsonl" "${SFT[@]}" ;;
+    sft-human) stage "$1" train_sft.py --model "$MODEL" --data gsm8k --limit 250 "${SFT[@]}" ;;
+    # 3. GRPO from the SFT adapter, with another seed, with a coin's toss as the reward, and from base.
+    grpo) stage "$1" train_grpo.py --model "$MODEL" --adapter "$RUNS/sft-self/adapter" "${GRPO[@]}" ;;
+    grpo-seed1) stage "$1" train_grpo.py --model "$MODEL" --adapter "$RUNS/sft-self/adapter" "${GRPO[@]}" --seed 1 ;;
+    grpo-placebo) stage "$1" train_grpo.py --model "$MODEL" --adapter "$RUNS/sft-self/adapter" "${GRPO[@]}" \
+      --reward random ;;
+    grpo-base) stage "$1" train_grpo.py --model "$MODEL" "${GRPO[@]}" ;;
+    # 4. Agents: eval-ROW:WORKFLOW.  5. Evaluation: the same problems and decoding for all rows.
+    eval-*:*) row=${1#eval-}; stage "${1/:/-}" eval.py --model "$(answerer "${row%:*}")" --workflow "${row#*:}" "${GREEDY[@]}" ;;
+    eval-*) stage "$1" eval.py --model "$(answerer "${1#eval-}")" "${GREEDY[@]}" ;;
+    sampled-*) stage "$1" eval.py --model "$(answerer "${1#sampled-}")" "${SAMPLED[@]}" ;;
+    *) echo "error: stage $1: expected data, a row ($ROWS), eval-ROW, sampled-ROW or eval-ROW:WORKFLOW"; exit 2 ;;
+  esac
+}
+
+if [ "${1:-}" = --dry-run ]; then
+  for script in "train_sft.py --data gsm8k --limit 250 ${SFT[*]}" "train_grpo.py ${GRPO[*]}"; do
+    printf '\n==== %s\n' "$script"
+    "$PYTHON" $script --model "$MODEL" --dry-run
+  done
+  exit
+fi
+
+if [ $# -gt 0 ]; then
+  for one in "$@"; do take "$one"; done
+  exit
+fi
+for one in data ${ROWS#base}; do take "$one"; done
+for row in $ROWS; do take "eval-$row"; take "sampled-$row"; done
+for row in base grpo; do
+  for workflow in $WORKFLOWS; do take "eval-$row:$workflow"; done
+done
+greedy=(); for row in $ROWS; do greedy+=("$RUNS/eval-$row"); done
+"$PYTHON" eval.py --compare "${greedy[@]}"
+"$PYTHON" eval.py --compare "${greedy[@]/eval-/sampled-}"

@@ -1,0 +1,142 @@
+"""The committed results: collecting them, the tables that they give, the bands of the demo."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+import eval as evaluation
+from bench import demo, half_billion, objectives
+from bench.shared import rows
+from slm.runs import cli
+from slm.runs.stats import wilson
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "RESULTS.md").read_text()
+
+
+def score(out, *more):
+    words = ["--limit", "3", "--max-tokens", "12", "--out", str(out), *more]
+    args = evaluation.options().parse_args(words)
+    evaluation.main(cli.resolve(args, evaluation.PAPER, evaluation.TINY))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """runs/half_billion of some folder: three evaluations by the built-in model, two GRPO runs."""
+    folder = tmp_path_factory.mktemp("somebody") / "runs/half_billion"
+    for name, more in (("eval-base", ()), ("eval-grpo-python_tools", ("--workflow", "python_tools")),
+                       ("eval-grpo", ()), ("sampled-base", ("--samples", "2", "--temperature", "1"))):
+        score(folder / name, *more)
+    for name in ("grpo", "grpo-placebo", "grpo-base"):
+        (folder / name).mkdir()
+        settings = {"out": str(folder / name), "model": "/home/somebody/models/small", "batch": 8}
+        about = {"settings": settings, "command": f"train_grpo.py --out {folder / name}"}
+        (folder / name / "settings.json").write_text(json.dumps(about))
+        steps = ({"step": i, "reward": i / 3, "solved": 0.1234567 * i} for i in range(1, 6))
+        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+        if name != "grpo-base":  # which is not finished
+            (folder / name / "adapter").mkdir()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(runs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    half_billion.collect(runs, folder, "an abacus")
+    return folder
+
+
+def test_collected_runs_are_small_and_name_no_folder_of_the_machine(runs, results):
+    assert {path.name for path in results.iterdir()} == {path.name for path in runs.iterdir()} - {"grpo-base"}
+    everything = "".join(path.read_text() for path in results.rglob("*.json*"))
+    assert "prompt_ids" not in everything and '"ids"' not in everything and '"question"' not in everything
+    assert "/home/" not in everything and str(runs.parents[1]) not in everything
+    about = json.loads((results / "grpo/settings.json").read_text())
+    assert about["settings"] == {"out": "runs/half_billion/grpo", "model": "small", "batch": 8}
+    assert (about["command"], about["device"]) == ("train_grpo.py --out runs/half_billion/grpo", "an abacus")
+    assert rows(results / "grpo/metrics.jsonl")[1]["solved"] == 0.2469
+
+
+def test_the_tables_of_the_small_files_are_those_of_the_runs(runs, results):
+    text = half_billion.tables(results)
+    for kind, names in (("eval", ["base", "grpo", "grpo-python_tools"]), ("sampled", ["base"])):
+        whole = [evaluation.saved(runs / f"{kind}-{name}")[0] for name in names]
+        for line in evaluation.table(whole, markdown=True).splitlines():
+            assert line.replace("grpo-python_tools", "grpo:python_tools") in text.splitlines()
+    assert "\n| grpo-python_tools | grpo | " in text and "Device: an abacus." in text
+    assert "sft-self" not in text  # rows that are absent are left out
+
+
+def test_small_files_can_be_graded_again(results, tmp_path, capsys):
+    copy = tmp_path / "eval-grpo-python_tools"
+    copy.mkdir()
+    for path in (results / copy.name).iterdir():
+        (copy / path.name).write_text(path.read_text())
+    before = rows(copy / "answers.jsonl")
+    evaluation.regrade(evaluation.saved(copy)[0])
+    assert "0 of 3 answers graded differently" in capsys.readouterr().out
+    assert rows(copy / "answers.jsonl") == before
+
+
+def test_the_figure_has_the_curves_that_there_are(results, tmp_path):
+    assert half_billion.draw(results, tmp_path / "figure.svg")
+    assert (tmp_path / "figure.svg").read_text().count('id="axes_') == 2  # reward, solved
+    assert not half_billion.draw(tmp_path, tmp_path / "none.svg")
+
+
+def test_the_committed_files_give_the_tables_of_results_md():
+    for line in objectives.table(objectives.read()):
+        assert line in TEXT
+    if half_billion.RESULTS.is_dir():
+        for line in half_billion.tables(half_billion.RESULTS).splitlines():
+            assert line in TEXT
+        files = [path for path in half_billion.RESULTS.rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in files) < half_billion.LIMIT
+
+
+# The demo
+
+def write_demo(folder, accuracy, solved):
+    for name in ("eval-base", "grpo"):
+        (folder / name).mkdir(parents=True)
+    summary = {"data": {"tiny": {"accuracy": accuracy, "problems": 500}}}
+    (folder / "eval-base/summary.json").write_text(json.dumps(summary))
+    (folder / "grpo/settings.json").write_text(json.dumps({"settings": {"batch": 8}}))
+    steps = ({"step": i, "solved": share} for i, share in enumerate(solved, 1))
+    (folder / "grpo/metrics.jsonl").write_text(
+        json.dumps({"step": 0, "evaluated": 0.5}) + "\n" + "".join(json.dumps(row) + "\n" for row in steps))
+    return folder
+
+
+def test_the_bands_of_a_demo_are_lowest_and_highest_seed_and_chance(tmp_path):
+    seeds = [demo.figures(write_demo(tmp_path / f"{a}", a, [a, a, a])) for a in (0.2, 0.3, 0.25)]
+    bands = demo.bands(seeds)
+    for name, n in (("eval-base on tiny", 500), ("GRPO step 1", 8), ("GRPO step 3", 24)):
+        low, mean, high = bands[name]
+        assert (low, high) == pytest.approx((wilson(0.2 * n, n)[0], wilson(0.3 * n, n)[1]), abs=1e-4)
+        assert mean == 0.25
+    assert len(bands) == 4
+
+
+def test_a_demo_of_the_same_kind_lies_inside_and_what_does_not_is_named(tmp_path, capsys, monkeypatch):
+    rng, paths = random.Random(0), []
+    for seed in range(4):
+        accuracy = sum(rng.random() < 0.6 for _ in range(500)) / 500
+        solved = [sum(rng.random() < 0.4 for _ in range(64)) / 64 for _ in range(6)]
+        paths.append(str(write_demo(tmp_path / f"{seed}", accuracy, solved)))
+    other, file = str(write_demo(tmp_path / "other", 0.4, [0.4] * 5)), str(tmp_path / "bands.json")
+
+    def said(*words):
+        monkeypatch.setattr("sys.argv", ["demo.py", "--bands", file, *words])
+        demo.main()
+        return capsys.readouterr().out
+
+    assert said(paths[3]) == ""  # no bands yet
+    assert "7 of 7 figures lie inside" in said("--make", *paths[:3])
+    assert said(paths[3]) == "7 of 7 figures lie inside the bands of other seeds\n"
+    told = said(other).splitlines()
+    assert told[0] == "5 of 7 figures lie inside the bands of other seeds; outside are"
+    assert told[1].startswith("  eval-base on tiny: 40.0 %, expected 5")
+    assert told[2] == "  GRPO step 6: not there"
