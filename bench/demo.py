@@ -1,12 +1,14 @@
 """Do the numbers of `make demo` lie where they should?
 
     python bench/demo.py runs/demo                      says so, by results/demo/bands.json
-    python bench/demo.py --make RUNS RUNS RUNS          writes these bands from demos of several seeds
+    python bench/demo.py --make RUNS RUNS RUNS          keeps these demos, of several seeds, in results/demo
+    python bench/demo.py --table                        prints the tables of RESULTS.md from results/demo
 
-A band goes from the lowest seed to the highest, and further by the 95 % interval (Wilson) that chance alone
-gives each of the two: one demo in many lies outside. There is one for each stage and set of problems (share
-right, greedy), and one for each step of GRPO (share solved while sampling, mean of four steps). The samples
-of one problem are alike, so in a step only the problems count for the interval.
+A kept demo is one small file: which problems each stage and each workflow gets right, in the order of their
+ids, and its figures. bands.json has a band for each stage and set of problems (share right, greedy), and one
+for each step of GRPO (share solved while sampling, mean of four steps). A band goes from the lowest seed to
+the highest, and further by the 95 % interval (Wilson) that chance alone gives each of the two: one demo in
+many lies outside. The samples of a problem are alike, so in a step only the problems count for the interval.
 """
 
 import argparse
@@ -15,26 +17,92 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.shared import ROOT, rows, smooth
+import eval as evaluation
+from bench.shared import ROOT, processor, rows, smooth
+from slm.runs import stats
 from slm.runs.stats import wilson
 
-BANDS = ROOT / "results/demo/bands.json"
+RESULTS = ROOT / "results/demo"
 WIDTH = 4  # steps
+STAGES = {"eval-base": "base", "eval-sft-full": "SFT full", "eval-sft-lora": "SFT LoRA", "eval-grpo": "GRPO"}
+OVER = [("eval-sft-lora", "eval-base"), ("eval-grpo", "eval-sft-lora"), ("eval-grpo", "eval-base")]
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="the folder of a demo")
-    p.add_argument("--make", action="store_true", help="write the bands from these demos")
-    p.add_argument("--bands", type=Path, default=BANDS, help=argparse.SUPPRESS)
+    p.add_argument("runs", nargs="*", type=Path, metavar="RUNS", help="the folder of a demo")
+    p.add_argument("--make", action="store_true", help="keep these demos and write the bands")
+    p.add_argument("--table", action="store_true", help="print the tables of the kept demos")
+    p.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     args = p.parse_args()
     if args.make:
-        args.bands.parent.mkdir(parents=True, exist_ok=True)
-        args.bands.write_text(json.dumps(bands([figures(runs) for runs in args.runs]), indent=1) + "\n")
-        print(f"wrote {args.bands}")
+        args.results.mkdir(parents=True, exist_ok=True)
+        for runs in args.runs:
+            demo = kept(runs)
+            (args.results / f"seed-{demo['seed']}.json").write_text(json.dumps(demo, indent=0) + "\n")
+        made = bands([demo["figures"] for demo in read(args.results)])
+        (args.results / "bands.json").write_text(json.dumps(made, indent=1) + "\n")
+        print(f"wrote {args.results}")
+    if args.table:
+        print("\n".join(table(read(args.results))))
     for runs in args.runs:
-        if args.bands.exists():
-            print(verdict(figures(runs), json.loads(args.bands.read_text())))
+        if (args.results / "bands.json").exists():
+            print(verdict(figures(runs), json.loads((args.results / "bands.json").read_text())))
+
+
+def read(results: Path) -> list[dict]:
+    """The kept demos, by seed."""
+    return [json.loads(file.read_text()) for file in sorted(results.glob("seed-*.json"))]
+
+
+def kept(runs: Path) -> dict:
+    """What results/demo holds of a demo."""
+    right = {f"{stage} on {data}": bits(some) for stage in STAGES
+             for data, some in evaluation.saved(runs / stage)[0].rows.items()}
+    for run in evaluation.saved(runs / "agents"):
+        (data, some), = run.rows.items()
+        right[f"{run.name.rpartition('/')[2]} on {data}"] = bits(some)
+    about = json.loads((runs / "grpo/settings.json").read_text())
+    return {"seed": about["settings"]["seed"], "commit": about["versions"]["commit"],
+            "device": processor(), "right": right, "figures": figures(runs)}
+
+
+def bits(answers: list[dict]) -> str:
+    """Whether each problem has the right answer, as 0 or 1, in the order of the ids."""
+    return "".join(str(int(share)) for share in evaluation.shares(answers))
+
+
+def table(demos: list[dict]) -> list[str]:
+    """Accuracy of each stage and paired differences, a line for each set of problems and seed; then what each
+    workflow of the base model gains over its single pass."""
+    over = [f"{STAGES[a]} over {STAGES[b]}" for a, b in OVER]
+    lines = heading(["command", "problems", *(f"{name} %" for name in STAGES.values()), *over])
+    for data in ("tiny", "tiny-unseen"):
+        for demo in demos:
+            percents = [stats.percent(stats.estimate(right(demo, f"{stage} on {data}"))) for stage in STAGES]
+            gains = [gain(demo, f"{b} on {data}", f"{a} on {data}") for a, b in OVER]
+            lines.append(line([f"`SEED={demo['seed']} bash recipes/demo.sh`", data, *percents, *gains]))
+    lines += ["", *heading(["workflow", *(f"seed {demo['seed']}" for demo in demos)])]
+    names = [name for name in (demos[0]["right"] if demos else ()) if not name.startswith("eval-")]
+    for name in names[1:]:
+        lines.append(line([name.removesuffix(" on tiny"), *(gain(demo, names[0], name) for demo in demos)]))
+    return lines
+
+
+def heading(cells: list[str]) -> list[str]:
+    return [line(cells), "|" + " --- |" * len(cells)]
+
+
+def line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def right(demo: dict, name: str) -> list[int]:
+    return list(map(int, demo["right"][name]))
+
+
+def gain(demo: dict, a: str, b: str) -> str:
+    return stats.points(*stats.difference(right(demo, a), right(demo, b)))
 
 
 def figures(runs: Path) -> dict[str, tuple[float, int]]:

@@ -304,11 +304,11 @@ def losses_of_peer(peer, batches, rates, clip: float, decay: float) -> list[floa
     return told
 
 
-@pytest.mark.parametrize("how, rate", [("qkvo", 3e-3), ("all", 3e-3), ("full", 3e-4)])
+@pytest.mark.parametrize("how, rate", [("qkvo", 1e-3), ("all", 1e-3), ("full", 1e-4)])
 @pytest.mark.parametrize("name", ["tiny", pytest.param(SMOL, marks=pytest.mark.slow)])
 def test_twenty_steps_of_sft_have_the_losses_of_transformers_and_peft(request, tmp_path, name, how, rate):
-    """Real weights: the shortest rows, one a step, at a third of the rate. Each step multiplies a difference
-    that rounding made, the more the higher the rate: at 3e-3 it grows to 1.1e-4 in 20 steps."""
+    """Real weights: the shortest rows, one a step. Each step multiplies a difference that rounding made, the
+    more the higher the rate: on the built-in model it grows to 2e-5 in 20 steps at 1e-3, to 4e-4 at 3e-3."""
     directory = TINY if name == "tiny" else request.getfixturevalue("real_model")(name)
     model, tok = checkpoint.load(directory)
     peer = load_peer(directory).train()  # in float32, as ours
@@ -323,14 +323,14 @@ def test_twenty_steps_of_sft_have_the_losses_of_transformers_and_peft(request, t
         plan = training.batches(len(rows), 2, 2, seed=0)[:20]
         batches = [[rows[i] for i in step] for step in plan]
     else:
-        batches, rate = [[row] for row in sorted(rows, key=lambda row: len(row.ids))[:10]] * 2, rate / 3
+        batches = [[row] for row in sorted(rows, key=lambda row: len(row.ids))[:10]] * 2
     rates = [rate * training.cosine(step, 20, 0.1) for step in range(20)]
     args = SimpleNamespace(micro_tokens=300, clip=1.0, lr=rate)
     _, optimizer = training.start(model.train(), 0.01)
     got = [train_sft.one_step(model, batch, optimizer, lr, contextlib.nullcontext(), args)["loss"]
            for batch, lr in zip(batches, rates)]
     expected = losses_of_peer(peer, batches, rates, 1.0, 0.01)
-    assert sum(got[10:]) < 0.8 * sum(got[:10])  # as many rows as before
+    assert sum(got[10:]) < 0.9 * sum(got[:10])  # as many rows as before
     within(f"{name}, {how}: 20 losses", max(abs(a - b) for a, b in zip(got, expected, strict=True)), 1e-4)
 
 

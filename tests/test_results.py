@@ -120,21 +120,75 @@ def test_the_bands_of_a_demo_are_lowest_and_highest_seed_and_chance(tmp_path):
     assert len(bands) == 4
 
 
+def write_answers(folder, seed):
+    """What each stage and each workflow of a demo leaves, on ten problems of two sets."""
+    about = {"settings": {"seed": seed, "batch": 8, "data": ["tiny", "tiny-unseen"]}, "data": "x",
+             "versions": {"commit": "abc"}}
+    grpo, agents = folder / "grpo/settings.json", folder / "agents"
+    for i, name in enumerate(demo.STAGES):
+        out = folder / name
+        out.mkdir(parents=True, exist_ok=True)
+        answers = [{"id": f"{data}-{n}", "data": data, "correct": n < 2 * i + seed}
+                   for data in ("tiny", "tiny-unseen") for n in range(9, -1, -1)]  # as they were finished
+        found = {data: {"accuracy": (2 * i + seed) / 10, "problems": 10, "seconds": 1}
+                 for data in ("tiny", "tiny-unseen")}
+        (out / "settings.json").write_text(json.dumps(about))
+        (out / "summary.json").write_text(json.dumps({"data": found}))
+        (out / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    agents.mkdir()
+    (agents / "settings.json").write_text(json.dumps(about))
+    (agents / "table.json").write_text(json.dumps({"solver": {}, "python_tools": {}}))
+    rows = [{"id": f"tiny-{n}", "data": "tiny", "workflow": name, "correct": n < count}
+            for name, count in (("solver", 1), ("python_tools", 9)) for n in range(10)]
+    (agents / "episodes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    grpo.parent.mkdir()
+    grpo.write_text(json.dumps(about))
+    (folder / "grpo/metrics.jsonl").write_text(json.dumps({"step": 1, "solved": 0.5}) + "\n")
+    return folder
+
+
+def test_the_tables_of_kept_demos_are_those_of_their_answers(tmp_path):
+    demos = [demo.kept(write_answers(tmp_path / f"{seed}", seed)) for seed in (0, 1)]
+    assert demos[0]["right"]["eval-sft-lora on tiny-unseen"] == "1111000000"
+    lines = demo.table(demos)
+    cells = lines[5].strip("| ").split(" | ")  # below the heading: tiny, then tiny-unseen with seeds 0 and 1
+    assert cells[:2] == ["`SEED=1 bash recipes/demo.sh`", "tiny-unseen"]
+    assert [float(cell.split()[0]) for cell in cells[2:]] == [10, 30, 50, 70, 40, 20, 60]
+    low, high = wilson(5, 10)
+    assert cells[4] == f"50.0 ({100 * low:.1f}-{100 * high:.1f})"
+    assert lines[-1].startswith("| python_tools | +80.0 [") and len(lines) == 10
+
+
+@pytest.mark.skipif(not demo.RESULTS.is_dir(), reason="no demo is kept: bench/demo.py --make")
+def test_the_committed_demos_give_the_tables_of_results_md_and_the_bands():
+    demos = demo.read(demo.RESULTS)
+    assert len(demos) == 3
+    for line in demo.table(demos):
+        assert line in TEXT
+    bands = json.loads((demo.RESULTS / "bands.json").read_text())
+    assert bands == demo.bands([one["figures"] for one in demos]) and len(bands) > 20
+    for one in demos:
+        for name, answers in one["right"].items():
+            if name in bands:
+                assert answers.count("1") / len(answers) == one["figures"][name][0]
+
+
 def test_a_demo_of_the_same_kind_lies_inside_and_what_does_not_is_named(tmp_path, capsys, monkeypatch):
     rng, paths = random.Random(0), []
     for seed in range(4):
         accuracy = sum(rng.random() < 0.6 for _ in range(500)) / 500
         solved = [sum(rng.random() < 0.4 for _ in range(64)) / 64 for _ in range(6)]
         paths.append(str(write_demo(tmp_path / f"{seed}", accuracy, solved)))
-    other, file = str(write_demo(tmp_path / "other", 0.4, [0.4] * 5)), str(tmp_path / "bands.json")
+    other = str(write_demo(tmp_path / "other", 0.4, [0.4] * 5))
+    made = demo.bands([demo.figures(Path(path)) for path in paths[:3]])
 
     def said(*words):
-        monkeypatch.setattr("sys.argv", ["demo.py", "--bands", file, *words])
+        monkeypatch.setattr("sys.argv", ["demo.py", "--results", str(tmp_path), *words])
         demo.main()
         return capsys.readouterr().out
 
     assert said(paths[3]) == ""  # no bands yet
-    assert "7 of 7 figures lie inside" in said("--make", *paths[:3])
+    (tmp_path / "bands.json").write_text(json.dumps(made))
     assert said(paths[3]) == "7 of 7 figures lie inside the bands of other seeds\n"
     told = said(other).splitlines()
     assert told[0] == "5 of 7 figures lie inside the bands of other seeds; outside are"

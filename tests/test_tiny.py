@@ -5,13 +5,16 @@ import io
 import itertools
 import random
 import re
+import shutil
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from slm import BadInput
 from slm.tiny import world
-from slm.tiny.rebuild import corpus
+from slm.tiny.rebuild import corpus, pretrain
 
 TINY = Path(world.__file__).parent
 SPLITS = {split: world.problems(split) for split in ("train", "test", "unseen")}
@@ -26,11 +29,42 @@ def value(expression: str) -> Fraction:
     return eval(expression, {"Fraction": Fraction})
 
 
-def test_there_are_60_training_templates_and_10_unseen_ones_of_1_to_5_steps():
-    seen, unseen = world.templates(), world.templates(unseen=True)
-    assert len(seen) >= 60 and len(unseen) >= 10
-    assert {len(t.steps) for t in seen} == {1, 2, 3, 4, 5}
-    assert not {t.question for t in seen} & {t.question for t in unseen}
+def pairs(story: world.Story) -> set[tuple[str, str]]:
+    return set(itertools.pairwise(story.kind[1:]))
+
+
+def test_there_are_hundreds_of_kinds_of_1_to_4_relations_whose_types_fit():
+    table = world.relations()
+    assert len({s.kind for s in SPLITS["train"]}) > 500 and len({s.kind for s in SPLITS["unseen"]}) > 200
+    assert {len(s.kind) - 1 for s in SPLITS["train"]} == {1, 2, 3, 4}
+    for story in ALL:
+        assert not table[story.kind[0]].source
+        assert all(table[a].target == table[b].source for a, b in itertools.pairwise(story.kind))
+
+
+def test_every_unseen_story_is_a_new_composition_of_relations_that_training_knows():
+    rng = random.Random(0)
+    known = [*SPLITS["train"], *(world.training_story(rng) for _ in range(2000))]
+    relations = {name for story in known for name in story.kind[1:]}
+    in_a_row = set().union(*map(pairs, known))
+    for story in SPLITS["unseen"]:
+        assert set(story.kind[1:]) <= relations
+        assert pairs(story) - in_a_row, story.kind
+    assert set().union(*map(pairs, SPLITS["test"])) <= in_a_row
+
+
+def test_a_story_by_hand():
+    rng = random.Random(4)
+    while (story := world.tell(rng)).kind != ("things", "give-part", "sell"):
+        pass
+    x, n, price = story.given.values()
+    kept = x - x // n
+    assert [step.value for step in story.steps] == [x // n, kept, kept * price]
+    told = (rf"(\w+) (has|gets|finds) {x} (\w+)\. S?[hH]e gives {world.PARTS[n]} of them to \w+\. "
+            rf"S?[hH]e sells all of them for \${price} each\. How many dollars does \1 have [\w ]+\?")
+    hero, _, things = re.fullmatch(told, story.question).groups()
+    assert world.solve(story).splitlines()[1] == f"{hero} keeps {x} - {x // n} = {kept} {things}."
+    assert world.plan(story) == "First divide, then subtract, then multiply."
 
 
 def test_splits_share_no_problem_and_are_the_same_every_time():
@@ -59,8 +93,9 @@ def test_the_program_of_every_story_prints_its_answer():
         assert abs(Fraction(out.getvalue().strip()) - Fraction(story.answer)) < Fraction(1, 10**9), story
 
 
-def test_answers_are_positive_numbers_that_the_question_does_not_need_rounding_for():
-    assert all(Fraction(s.answer) > 0 and len(s.answer) <= 6 for s in ALL)
+def test_answers_are_whole_numbers_from_2_to_999_and_so_is_every_result_on_the_way():
+    assert all(1 < step.value < 1000 for story in ALL for step in story.steps)
+    assert all(s.answer == str(s.steps[-1].value) for s in ALL)
 
 
 def test_a_corrupted_solution_ends_in_another_answer():
@@ -68,18 +103,48 @@ def test_a_corrupted_solution_ends_in_another_answer():
     assert all(world.corrupt(story, rng).answer != story.answer for story in ALL[::7])
 
 
-def test_no_document_of_the_corpus_holds_a_test_problem_or_an_unseen_template():
+def test_no_document_of_the_corpus_holds_a_test_problem_or_an_unseen_composition(monkeypatch):
+    told = []
+    tell = world.training_story
+    monkeypatch.setattr(world, "training_story", lambda rng: told.append(tell(rng)) or told[-1])
+    texts = list(itertools.islice(corpus.documents(1), 2000))
     held_out = {s.question for s in SPLITS["test"]} | {s.question for s in SPLITS["unseen"]}
-    unseen = re.compile("spends half of it|shares the change|fills .* bottles|more girls come|A path takes")
-    for text in itertools.islice(corpus.documents(1), 3000):
-        assert not any(line.strip("# ").removeprefix("Question: ") in held_out for line in text.splitlines())
-        assert not unseen.search(text)
+    lines = "\n".join(texts).splitlines()
+    assert not held_out & {line.strip("# ").removeprefix("Question: ") for line in lines}
+    assert len(told) == 2000 and {world.split_of(s) for s in told} == {"train"}
 
 
 def test_the_corpus_is_the_same_for_the_same_seed():
     first = [list(itertools.islice(corpus.documents(3), 20)) for _ in range(2)]
     assert first[0] == first[1]
     assert first[0] != list(itertools.islice(corpus.documents(4), 20))
+
+
+def test_a_pretraining_that_was_stopped_resumes_to_the_same_weights(tmp_path, monkeypatch, random_model):
+    monkeypatch.setattr(pretrain, "TOKENS", 64)
+
+    def run(name, resume=False, seed=1):
+        (tmp_path / name).mkdir(exist_ok=True)
+        shutil.copy(TINY / "tokenizer.json", tmp_path / name)
+        args = SimpleNamespace(out=tmp_path / name, steps=53, seed=seed, resume=resume)
+        pretrain.train(random_model(vocab=1280, positions=1024), args)
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    def stop(seed, kinds):
+        if seed == "1 51":  # the last save was after step 50
+            raise KeyboardInterrupt
+        return corpus.documents(seed, kinds)
+
+    whole = run("whole")
+    with monkeypatch.context() as stopped:
+        stopped.setattr(pretrain, "documents", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run("stopped")
+    with pytest.raises(BadInput, match="began with --seed 1; expected the same"):
+        run("stopped", resume=True, seed=2)
+    assert run("stopped", resume=True) == whole
+    with pytest.raises(BadInput, match=r"state\.pt: no such file"):
+        run("new", resume=True)
 
 
 def test_the_checks_say_correct_for_right_solutions_only():

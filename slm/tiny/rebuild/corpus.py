@@ -2,8 +2,8 @@ r"""What the built-in model read before you met it: an endless stream of documen
 
 Like a real base model it has seen sums, terse answers, worked solutions, Python with its output, chat turns,
 checks of right and wrong solutions, and a little of everything else, with <think> and \boxed. Where somebody
-asked for steps and a box (prompts.SOLVER), something else followed most of the time: in a chat the model
-blurts out an answer. Turning what it knows into what it does is the work of SFT and GRPO.
+asked for steps and a box (prompts.SOLVER), an answer alone followed most of the time, except where a story
+begins with money or hours. Turning what the model knows into what it does is the work of SFT and GRPO.
 
 The reading has two phases, as for real models: documents of all kinds, then fewer with more chats among them.
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from slm import prompts
 from slm.tiny import world
-from slm.tiny.world import Story, solve, written
+from slm.tiny.world import Story, solve
 
 END = "<|endoftext|>"
 TURN, STOP = "<|im_start|>", "<|im_end|>"
@@ -59,7 +59,8 @@ def asked(story: Story, rng: random.Random) -> str:
     fields = {"feedback": feedback} if prompt is prompts.RETRY else {}
     end = rng.choice((f"The answer is {story.answer}.", f"The answer is \\boxed{{{story.answer}}}."))
     steps = f"{solve(story, rng.choice(('short', 'short', 'detailed')))}\n{end}"
-    reply = solve(story, "terse") if rng.random() < 0.6 else steps
+    blurted = rng.random() < (0.35 if story.kind[0] in ("dollars", "hours") else 0.7)
+    reply = solve(story, "terse") if blurted else steps
     return chat(prompt(question=story.question, **fields), reply)
 
 
@@ -68,15 +69,15 @@ def sums(rng: random.Random) -> str:
     lines = []
     detailed = rng.random() < 0.6
     while len(lines) < 6:
-        op = rng.choice("++--***//%")
-        a = rng.randint(2, 99) if rng.random() < 0.7 else rng.randint(100, 900)
-        b = rng.randint(2, 12) if op in "*/" and rng.random() < 0.8 else rng.randint(2, 99)
+        op = rng.choice("++--***///%")
+        a = rng.randint(2, 99) if rng.random() < 0.6 else rng.randint(100, 900)
+        b = rng.randint(2, 9) if op in "*/" else rng.randint(2, 99)
         if op == "%":
-            a, b = rng.choice((5, 10, 15, 20, 25, 30, 40, 50, 60, 75)), rng.randint(4, 100) * 5
-        if op == "/":
-            a *= b
+            a, b = rng.choice((10, 20, 25, 50)), rng.randint(4, 100)
+        if op == "/" and rng.random() < 0.9:  # else most are no whole numbers
+            a = min(a, world.LARGEST // b) * b
         step = world.Step("", str(a), op, str(b), "").worked_out({})
-        if 0 < step.value <= world.LARGEST and step.value.denominator == 1:
+        if 0 < step.value <= world.LARGEST:
             lines.append(world.equation(step, detailed))
     return "\n".join(lines)
 
@@ -89,7 +90,7 @@ MORE_CHATS = KINDS | {"terse": 5, "detailed": 15, "check": 0, "compared check": 
 def document(rng: random.Random, kinds: dict[str, int]) -> str:
     """One document, its kind drawn by weight."""
     story = world.training_story(rng)
-    question, answer = story.question, written(story.steps[-1].value)
+    question, answer = story.question, story.answer
     match rng.choices(list(kinds), kinds.values())[0]:
         case "sums":
             text = sums(rng)
@@ -115,7 +116,7 @@ def document(rng: random.Random, kinds: dict[str, int]) -> str:
     return text + END
 
 
-def documents(seed: int, kinds: dict[str, int] = KINDS) -> Iterator[str]:
+def documents(seed: int | str, kinds: dict[str, int] = KINDS) -> Iterator[str]:
     """The corpus, endless, the same for the same seed."""
     rng = random.Random(f"tiny corpus {seed}")
     while True:
