@@ -5,6 +5,7 @@
     python make_data.py --data gsm8k --cascade recipes/local.toml   a vLLM or llama.cpp server of yours
     python make_data.py --data gsm8k --teacher self --model Qwen/Qwen2.5-Math-1.5B-Instruct
     python make_data.py verifier --model runs/sft-tiny-lora/adapter check-this-solution records
+    python make_data.py steps --model runs/sft-tiny-lora/adapter    is-this-step-right records
 
 Teachers of round 1 answer every problem, those of round 2 what round 1 left unsolved, each until its first
 right answer or its last attempt. A TOML file names them (recipes/ has three). Problems that overlap a test
@@ -17,12 +18,13 @@ error are made up for at the next start.
 
 from slm.runs import cli
 
-PAPER, TINY = {"max_tokens": 2048}, {"max_tokens": 256}
+PAPER = {"max_tokens": 2048, "step_rule": "paragraph"}
+TINY = {"max_tokens": 256, "step_rule": "line"}
 
 def options():
     p = cli.parser(__doc__)
     both = cli.defaults(PAPER, TINY)
-    p.add_argument("what", nargs="?", choices=("solutions", "verifier"), default="solutions")
+    p.add_argument("what", nargs="?", choices=("solutions", "verifier", "steps"), default="solutions")
     g = p.add_argument_group("problems")
     g.add_argument("--data", nargs="+", action=cli.Names, default=["tiny"], metavar="A,B",
                    help="tiny, gsm8k, math, ... or JSON lines files (default tiny; the report: gsm8k,math)")
@@ -31,12 +33,17 @@ def options():
     g.add_argument("--cascade", metavar="TOML", help="who is asked (default recipes/tiny.toml, a stand-in)")
     g.add_argument("--teacher", choices=("self",), help="ask --model, on this machine")
     g.add_argument("--budget", type=float, metavar="DOLLARS", help="stop before more than this is spent")
-    g = p.add_argument_group("our own model (--teacher self, verifier)")
+    g = p.add_argument_group("our own model (--teacher self, verifier, steps)")
     g.add_argument("--model", default="tiny", help="tiny, a directory or a hub id (default tiny)")
     g.add_argument("--samples", type=cli.positive, default=4,
-                   help="self: attempts at a problem; verifier: solutions of each (default 4)")
+                   help="self: attempts at a problem; else solutions of each (default 4)")
+    g.add_argument("--completions", type=cli.positive, default=8,
+                   help="steps: how often a solution is written on from each of its steps (default 8)")
+    g.add_argument("--bisect", action="store_true",
+                   help="steps: look only for the first wrong step of each wrong solution, by halving")
+    cli.step_option(g, both)
     g.add_argument("--max-tokens", type=cli.positive, help=f"of an answer ({both('max_tokens')})")
-    cli.run_options(p, "runs/data-<names>, verifier: runs/verifier-<names>", resume=False)
+    cli.run_options(p, "runs/data-<names>, runs/verifier-<names> or runs/steps-<names>", resume=False)
     return p
 
 
@@ -44,20 +51,24 @@ if __name__ == "__main__":
     args = options().parse_args()  # before the heavy imports, so that --help answers at once
 
 import contextlib
+import functools
 import random
 import shlex
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 from slm import BadInput, prompts, workflows
 from slm.backends import own_model
-from slm.episode import Job, Sampling, run_episodes, seed_of, user
-from slm.grading import grade
+from slm.episode import Job, Reply, Run, Sampling, run_episodes, seed_of, user
+from slm.grading import blocks_of, grade
 from slm.problems import fingerprint, load, load_all, origin
 from slm.report import write as write_report
 from slm.runs.files import as_lines, write_json, write_whole
 from slm.runs.rundir import RunDir
 from slm.sandbox import Sandbox
+from slm.search import chains
+from slm.steps import WORDS, Node, first_error, step_check
 from slm.teachers import Endpoint, cascade, records
 from slm.tiny import StandIn
 
@@ -69,10 +80,7 @@ HERE = Path(__file__).parent
 
 def main(args) -> None:
     cli.resolve(args, PAPER, TINY)
-    if args.what == "verifier":
-        make_verifier(args)
-    else:
-        make_solutions(args)
+    {"solutions": make_solutions, "verifier": make_verifier, "steps": make_steps}[args.what](args)
 
 
 def make_solutions(args) -> None:
@@ -205,7 +213,27 @@ def print_table(rows: dict[str, dict], title: str) -> None:
         print(first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:])), sep="  ")
 
 
-# ---- verifier data ---------------------------------------------------------------------------------------
+# ---- what our own model writes ---------------------------------------------------------------------------
+
+def policy(args, stack):
+    """run(jobs, bar, ...): our own model works on jobs, samples at temperature 1, closed with the stack."""
+    backend = stack.enter_context(contextlib.closing(own_model(args.model, args.device, args.dtype)))
+    sandbox = stack.enter_context(contextlib.closing(Sandbox()))
+    sampling = Sampling(args.max_tokens, temperature=1.0, step_rule=args.step_rule)
+
+    def run(jobs: list[Job], bar: str, on_done=None) -> None:
+        for at in range(0, len(jobs), 1024):
+            run_episodes(jobs[at:at + 1024], backend, sandbox, sampling=sampling, seed=args.seed, bar=bar,
+                         on_done=on_done)
+    return run
+
+
+def identity(args, *more: str) -> dict:
+    """What shapes such a run; it goes on only with the same."""
+    return {name: getattr(args, name) for name in ("data", "seed", "model", "samples", "max_tokens", *more)}
+
+
+# ---- records for a verifier of solutions -----------------------------------------------------------------
 
 def with_python(question: str):
     """A sampled solution in code, with what the code printed."""
@@ -218,21 +246,14 @@ def make_verifier(args) -> None:
     in which right and wrong are balanced; a tenth of the problems is held out."""
     problems, asked, *_ = choose(args)
     known = {p.id: p for p in asked}
-    identity = {"data": args.data, "seed": args.seed, "model": args.model, "samples": args.samples}
     with contextlib.ExitStack() as stack:
-        run = open_run(args, "verifier", identity, problems, stack)
+        run = open_run(args, "verifier", identity(args), problems, stack)
         journal = run.journal("samples")
         done = {(row["id"], row["sample"]) for row in journal}
         jobs = [Job(p.id, p.question, with_python if k % 2 else workflows.solver, sample=k)
                 for p in known.values() for k in range(args.samples) if (p.id, k) not in done]
-        if jobs:
-            backend = stack.enter_context(contextlib.closing(own_model(args.model, args.device, args.dtype)))
-            sandbox = stack.enter_context(contextlib.closing(Sandbox()))
-        sampling = Sampling(args.max_tokens, temperature=1.0)
-        for at in range(0, len(jobs), 1024):
-            run_episodes(
-                jobs[at:at + 1024], backend, sandbox, sampling=sampling, seed=args.seed, bar="solutions",
-                on_done=lambda e: journal.append(sample_row(known[e.problem_id], e, args.model)))
+        policy(args, stack)(jobs, "solutions", lambda e: journal.append(
+            sample_row(known[e.problem_id], e, args.model)))
         journal.sort(by_problem(problems, "sample"))
         balance(run.path, journal, known, args.seed)
         print(f"page: {write_report(run.path)}")
@@ -277,6 +298,115 @@ def verifier_record(row: dict) -> dict:
     messages = [user(prompts.CHECKER(question=row["question"], solution=shown)),
                 {"role": "assistant", "content": verdict}]
     return row | {"label": verdict, "messages": messages, "prompt": prompts.CHECKER.id}
+
+
+# ---- records for a verifier of steps ---------------------------------------------------------------------
+
+def make_steps(args):
+    """Sample --samples solutions of each problem, step by step, and label the steps by what becomes of them:
+    from each one, --completions are written to the end and graded (Math-Shepherd, arXiv 2312.08935). With
+    --bisect only the first wrong step of a wrong solution is looked for (OmegaPRM, arXiv 2406.06592)."""
+    problems, asked, *_ = choose(args)
+    known = {p.id: p for p in asked}
+    with contextlib.ExitStack() as stack:
+        run = open_run(args, "steps", identity(args, "completions", "bisect", "step_rule"), problems, stack)
+        solutions, ends = run.journal("solutions"), run.journal("completions")
+        write, done = policy(args, stack), {(row["id"], row["sample"]) for row in solutions}
+        write([Job(p.id, p.question, solution_to(solutions, p.id, k), sample=k)
+               for p in asked for k in range(args.samples) if (p.id, k) not in done], "solutions")
+        solutions.sort(by_problem(problems, "sample"))
+        found = labelled(solutions, ends, known)
+        while jobs := [Job(f"{row['id']}/{row['sample']}", row["question"],
+                           completions_to(ends, row, step, args.completions), sample=step) for row in found
+                       for step in records.due(len(row["steps"]), row["right"], row["found"], args.bisect)]:
+            write(jobs, "steps")
+            found = labelled(solutions, ends, known)
+        ends.sort(by_problem(problems, "sample", "step"))
+        write_steps(run.path, found, known, args)
+        print(f"page: {write_report(run.path)}")
+
+
+def solution_to(journal, id: str, sample: int):
+    """A workflow that samples a solution and files it. ids: those of the prompt and of all steps; ends: how
+    many of them there are after each step."""
+    def solution(question: str):
+        path = [step for node in (yield from chains(question, [Node()])) for step in node.path()]
+        ids = [step.reply.prompt_ids + step.reply.ids for step in path]
+        journal.append({"id": id, "sample": sample, "question": question,
+                        "answer": path[-1].answer if path else None,
+                        "steps": [step.text[len(step.parent.text):] for step in path],
+                        "ends": list(map(len, ids)), "ids": ids[-1] if path else []})
+        return path[-1].answer if path else None
+    return solution
+
+
+def completions_to(journal, row: dict, step: int, count: int):
+    """A workflow that writes a solution on from the end of a step, `count` times, and files the answers."""
+    def completion(question: str):
+        text = "".join(row["steps"][:step])
+        node = Node(text=text, reply=Reply(text, row["ids"][:row["ends"][step - 1]]), depth=step)
+        if blocks := blocks_of(node):
+            node.outcome, node.blocks = (yield Run(blocks)), len(blocks)
+        found = yield from chains(question, [node] * count)
+        journal.append({"id": row["id"], "sample": row["sample"], "step": step,
+                        "answers": [node.answer for node in found]})
+        return found[-1].answer if found else None
+    return completion
+
+
+def labelled(solutions, ends, known: dict) -> list[dict]:
+    """The solutions that have an answer, each text once, and whether it is `right`. found: step -> how many
+    of its completions are."""
+    rows = {}
+    for row in solutions:
+        if row["answer"] and row["id"] in known:
+            right = is_right(row["answer"], known[row["id"]].gold)
+            rows.setdefault((row["id"], *row["steps"]), row | {"right": right, "found": {}})
+    found = {(row["id"], row["sample"]): row["found"] for row in rows.values()}
+    for row in ends:
+        if (row["id"], row["sample"]) in found:
+            gold = known[row["id"]].gold
+            found[row["id"], row["sample"]][row["step"]] = sum(is_right(a, gold) for a in row["answers"])
+    return list(rows.values())
+
+
+@functools.cache
+def is_right(answer: str, gold: str) -> bool:
+    return grade(f"\\boxed{{{answer}}}", gold).correct
+
+
+def labels_of(row: dict, problem, args) -> dict[str, dict[int, float]]:
+    """{"hard", "soft" and in the tiny world "exact": {step: its chance to be right}}. Hard: whether any of
+    the completions is right; soft: the share of them. Exact labels, and hard ones with --bisect, end with the
+    first wrong step."""
+    count, wrong = len(row["steps"]), {}
+    found = row["found"] | {count: args.completions * row["right"]}
+    labels = {"hard": {step: float(n > 0) for step, n in found.items()},
+              "soft": {step: n / args.completions for step, n in found.items()}}
+    if args.bisect:
+        wrong["hard"] = min((step for step, n in found.items() if not n), default=0)
+    if problem.data in ("tiny", "tiny-unseen"):
+        wrong["exact"] = first_error(row["steps"], problem.question, problem.solution, row["right"])
+    return labels | {kind: {step: float(step != at) for step in range(1, (at or count) + 1)}
+                     for kind, at in wrong.items()}
+
+
+def write_steps(out: Path, rows: list[dict], known: dict, args) -> None:
+    """A file of records for each kind of labels. With the weights of a soft label, the losses of its Yes and
+    its No add up to the cross-entropy with that label."""
+    files = defaultdict(list)
+    for row in rows:
+        for kind, labels in labels_of(row, known[row["id"]], args).items():
+            for step, share in sorted(labels.items()):
+                for word, weight in zip(WORDS, (share, 1 - share)):
+                    said = {"role": "assistant", "content": word, "weight": weight}
+                    messages = [*step_check(row["question"], "".join(row["steps"][:step])), said]
+                    files[kind] += [{"id": row["id"], "sample": row["sample"], "step": step, "label": word,
+                                     "messages": messages, "prompt": prompts.STEP_CHECK.id}] if weight else []
+    for kind, found in files.items():
+        write_whole(out / f"{kind}.jsonl", as_lines(found))
+        print(f"{out}/{kind}.jsonl: {cli.count(len(found), 'record')}")
+    print(f"next: python train_sft.py --data {shlex.quote(f'{out}/soft.jsonl')}, or hard.jsonl")
 
 
 if __name__ == "__main__":
