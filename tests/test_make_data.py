@@ -788,7 +788,7 @@ def test_completions_go_on_from_the_ids_that_were_sampled_and_share_them(tiny, t
     first = [turn.reply for turn in episode.turns[:6]]
     assert all(reply.prompt_ids == ids for reply in first)
     assert len({tuple(reply.ids) for reply in first}) > 1  # drawn apart
-    assert len(ids) <= computed[0] < len(ids) + 6 and sum(computed) < 2 * len(ids)
+    assert computed[0] == len(ids) and max(computed[1:]) < len(ids)  # six of them, computed once
 
 
 def slips():
