@@ -51,17 +51,17 @@ if __name__ == "__main__":
     args = options().parse_args()  # before the heavy imports, so that --help answers at once
 
 import contextlib
-import functools
 import random
 import shlex
 import sys
 from collections import defaultdict
+from operator import itemgetter
 from pathlib import Path
 
 from slm import BadInput, prompts, workflows
 from slm.backends import own_model
 from slm.episode import Job, Reply, Run, Sampling, run_episodes, seed_of, user
-from slm.grading import blocks_of, grade
+from slm.grading import blocks_of, equal, grade
 from slm.problems import fingerprint, load, load_all, origin
 from slm.report import write as write_report
 from slm.runs.files import as_lines, write_json, write_whole
@@ -303,79 +303,66 @@ def verifier_record(row: dict) -> dict:
 # ---- records for a verifier of steps ---------------------------------------------------------------------
 
 def make_steps(args):
-    """Sample --samples solutions of each problem, step by step, and label the steps by what becomes of them:
-    from each one, --completions are written to the end and graded (Math-Shepherd, arXiv 2312.08935). With
-    --bisect only the first wrong step of a wrong solution is looked for (OmegaPRM, arXiv 2406.06592)."""
+    """Sample --samples solutions of each problem and label their steps by what becomes of them: from each
+    one --completions are written to the end (Math-Shepherd, arXiv 2312.08935). With --bisect only the first
+    wrong step of a wrong solution is looked for (OmegaPRM, arXiv 2406.06592)."""
     problems, asked, *_ = choose(args)
-    known = {p.id: p for p in asked}
     with contextlib.ExitStack() as stack:
         run = open_run(args, "steps", identity(args, "completions", "bisect", "step_rule"), problems, stack)
-        solutions, ends = run.journal("solutions"), run.journal("completions")
-        write, done = policy(args, stack), {(row["id"], row["sample"]) for row in solutions}
-        write([Job(p.id, p.question, solution_to(solutions, p.id, k), sample=k)
-               for p in asked for k in range(args.samples) if (p.id, k) not in done], "solutions")
-        solutions.sort(by_problem(problems, "sample"))
-        found = labelled(solutions, ends, known)
-        while jobs := [Job(f"{row['id']}/{row['sample']}", row["question"],
-                           completions_to(ends, row, step, args.completions), sample=step) for row in found
-                       for step in records.due(len(row["steps"]), row["right"], row["found"], args.bisect)]:
-            write(jobs, "steps")
-            found = labelled(solutions, ends, known)
-        ends.sort(by_problem(problems, "sample", "step"))
-        write_steps(run.path, found, known, args)
+        journal, write = run.journal("completions"), policy(args, stack)
+        while jobs := [
+                Job(f"{p.id}/{row['sample']}", p.question, rest_of(journal, row, step, args), sample=step)
+                for p, row in so_far(journal, asked, args.samples)
+                for step in records.due(len(row["steps"]), row["right"], row["found"], args.bisect)]:
+            write(jobs, "completions")
+        journal.sort(by_problem(problems, "sample", "step"))
+        write_steps(run.path, so_far(journal, asked, args.samples), args)
         print(f"page: {write_report(run.path)}")
 
 
-def solution_to(journal, id: str, sample: int):
-    """A workflow that samples a solution and files it. ids: those of the prompt and of all steps; ends: how
-    many of them there are after each step."""
-    def solution(question: str):
-        path = [step for node in (yield from chains(question, [Node()])) for step in node.path()]
-        ids = [step.reply.prompt_ids + step.reply.ids for step in path]
-        journal.append({"id": id, "sample": sample, "question": question,
-                        "answer": path[-1].answer if path else None,
-                        "steps": [step.text[len(step.parent.text):] for step in path],
-                        "ends": list(map(len, ids)), "ids": ids[-1] if path else []})
-        return path[-1].answer if path else None
-    return solution
-
-
-def completions_to(journal, row: dict, step: int, count: int):
-    """A workflow that writes a solution on from the end of a step, `count` times, and files the answers."""
+def rest_of(journal, row: dict, step: int, args):
+    """A workflow that writes a solution on from the end of a step (0: one from the start) and files the
+    answers. A new solution is filed with the ids of the prompt and of all `steps`, and how many of them there
+    are at the end of each."""
     def completion(question: str):
         text = "".join(row["steps"][:step])
-        node = Node(text=text, reply=Reply(text, row["ids"][:row["ends"][step - 1]]), depth=step)
+        reply = Reply(text, row["ids"][:row["ends"][step - 1]]) if step else None
+        node = Node(text=text, reply=reply, depth=step)
         if blocks := blocks_of(node):
             node.outcome, node.blocks = (yield Run(blocks)), len(blocks)
-        found = yield from chains(question, [node] * count)
-        journal.append({"id": row["id"], "sample": row["sample"], "step": step,
-                        "answers": [node.answer for node in found]})
-        return found[-1].answer if found else None
+        found = yield from chains(question, [node] * (args.completions if step else 1))
+        filed = {"id": row["id"], "sample": row["sample"], "step": step, "answers": [n.answer for n in found]}
+        if not step:
+            path = found[0].path() if found else []
+            ids = [node.reply.prompt_ids + node.reply.ids for node in path]
+            filed |= {"steps": [node.text[len(node.parent.text):] for node in path],
+                      "ends": list(map(len, ids)), "ids": ids[-1] if ids else []}
+        journal.append(filed)
     return completion
 
 
-def labelled(solutions, ends, known: dict) -> list[dict]:
-    """The solutions that have an answer, each text once, and whether it is `right`. found: step -> how many
-    of its completions are."""
-    rows = {}
-    for row in solutions:
-        if row["answer"] and row["id"] in known:
-            right = is_right(row["answer"], known[row["id"]].gold)
-            rows.setdefault((row["id"], *row["steps"]), row | {"right": right, "found": {}})
-    found = {(row["id"], row["sample"]): row["found"] for row in rows.values()}
-    for row in ends:
-        if (row["id"], row["sample"]) in found:
-            gold = known[row["id"]].gold
-            found[row["id"], row["sample"]][row["step"]] = sum(is_right(a, gold) for a in row["answers"])
-    return list(rows.values())
+def so_far(journal, asked: list, samples: int) -> list[tuple]:
+    """(problem, row) of every solution that is wanted. found: step -> how many completions from it are
+    right; None before it is written. One without an answer, or like an earlier one, has no steps."""
+    known = {p.id: p for p in asked}
+    rows = {(p.id, k): {"id": p.id, "sample": k, "steps": [], "right": False, "found": None}
+            for p in asked for k in range(samples)}
+    texts = set()
+    for row in sorted(journal, key=itemgetter("step", "sample")):
+        key = row["id"], row["sample"]
+        if key in rows:
+            right = sum(equal(answer, known[row["id"]].gold) for answer in row["answers"])
+            if row["step"]:
+                rows[key]["found"][row["step"]] = right
+            else:
+                text = row["id"], *row["steps"]
+                steps = [] if text in texts else row["steps"]
+                rows[key] = row | {"steps": steps, "right": bool(right), "found": {}}
+                texts.add(text)
+    return [(known[id], row) for (id, _), row in rows.items()]
 
 
-@functools.cache
-def is_right(answer: str, gold: str) -> bool:
-    return grade(f"\\boxed{{{answer}}}", gold).correct
-
-
-def labels_of(row: dict, problem, args) -> dict[str, dict[int, float]]:
+def labels_of(problem, row: dict, args) -> dict[str, dict[int, float]]:
     """{"hard", "soft" and in the tiny world "exact": {step: its chance to be right}}. Hard: whether any of
     the completions is right; soft: the share of them. Exact labels, and hard ones with --bisect, end with the
     first wrong step."""
@@ -391,21 +378,22 @@ def labels_of(row: dict, problem, args) -> dict[str, dict[int, float]]:
                      for kind, at in wrong.items()}
 
 
-def write_steps(out: Path, rows: list[dict], known: dict, args) -> None:
+def write_steps(out: Path, solutions: list[tuple], args) -> None:
     """A file of records for each kind of labels. With the weights of a soft label, the losses of its Yes and
     its No add up to the cross-entropy with that label."""
     files = defaultdict(list)
-    for row in rows:
-        for kind, labels in labels_of(row, known[row["id"]], args).items():
+    for problem, row in solutions:
+        for kind, labels in labels_of(problem, row, args).items() if row["steps"] else ():
             for step, share in sorted(labels.items()):
-                for word, weight in zip(WORDS, (share, 1 - share)):
-                    said = {"role": "assistant", "content": word, "weight": weight}
-                    messages = [*step_check(row["question"], "".join(row["steps"][:step])), said]
-                    files[kind] += [{"id": row["id"], "sample": row["sample"], "step": step, "label": word,
-                                     "messages": messages, "prompt": prompts.STEP_CHECK.id}] if weight else []
-    for kind, found in files.items():
-        write_whole(out / f"{kind}.jsonl", as_lines(found))
-        print(f"{out}/{kind}.jsonl: {cli.count(len(found), 'record')}")
+                asked = step_check(problem.question, "".join(row["steps"][:step]))
+                about = {"id": row["id"], "sample": row["sample"], "step": step,
+                         "prompt": prompts.STEP_CHECK.id}
+                files[kind] += [about | {"messages": [*asked, {"role": "assistant", "content": word,
+                                                               "weight": weight}]}
+                                for word, weight in zip(WORDS, (share, 1 - share)) if weight]
+    for kind, rows in files.items():
+        write_whole(out / f"{kind}.jsonl", as_lines(rows))
+        print(f"{out}/{kind}.jsonl: {cli.count(len(rows), 'record')}")
     print(f"next: python train_sft.py --data {shlex.quote(f'{out}/soft.jsonl')}, or hard.jsonl")
 
 

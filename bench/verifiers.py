@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.shared import ROOT, processor, rows
 from slm.backends import own_model
 from slm.episode import Job, run_episodes, seed_of
+from slm.problems import load
 from slm.runs import stats
 from slm.steps import Node, judge
 
@@ -71,7 +72,7 @@ def measure(args) -> None:
              args.completions, "--out", made)
     if not (made / "exact.jsonl").exists():
         script(args.out, *label)
-    solutions = held_out(made)
+    solutions = held_out(args)
     save(args, "completions", 0, [label], [s | {"scores": s["share"]} for s in solutions])
     save(args, "untrained", 0, [], scored(solutions, None))
     for seed in range(args.seeds):
@@ -102,23 +103,25 @@ def is_held_out(id: str) -> bool:
     return seed_of("verifiers", id) % 5 == 0
 
 
-def held_out(made: Path) -> list[dict]:
+def held_out(args) -> list[dict]:
     """The labelled solutions of held-out problems: {"id", "sample", "question", "steps", "error" (the first
     wrong step from 1 on, or 0), "share" (of right completions, by step)}."""
-    errors, shares = {}, defaultdict(dict)
+    errors, shares, made = {}, defaultdict(dict), args.out / "steps"
     for row in rows(made / "exact.jsonl"):
         key = row["id"], row["sample"]
-        errors[key] = row["step"] if row["label"] == "No" else errors.get(key, 0)
+        errors[key] = row["step"] if row["messages"][-1]["content"] == "No" else errors.get(key, 0)
     for row in rows(made / "soft.jsonl"):
-        yes = row["messages"][-1]["weight"] if row["label"] == "Yes" else 0.0
-        share = shares[row["id"], row["sample"]]
+        said, share = row["messages"][-1], shares[row["id"], row["sample"]]
+        yes = said["weight"] if said["content"] == "Yes" else 0.0
         share[row["step"]] = max(yes, share.get(row["step"], 0.0))
+    questions = {p.id: p.question for p in load("tiny", "train", args.limit)}
     found = []
-    for row in rows(made / "solutions.jsonl"):
+    for row in rows(made / "completions.jsonl"):
         key = row["id"], row["sample"]
-        if key in errors and is_held_out(row["id"]):
-            found.append({name: row[name] for name in ("id", "sample", "question", "steps")} | {
-                "error": errors[key], "share": [share for _, share in sorted(shares[key].items())]})
+        if row["step"] == 0 and key in errors and is_held_out(row["id"]):
+            share = [share for _, share in sorted(shares[key].items())]
+            found.append({"id": row["id"], "sample": row["sample"], "question": questions[row["id"]],
+                          "steps": row["steps"], "error": errors[key], "share": share})
     return found
 
 

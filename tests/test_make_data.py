@@ -671,15 +671,18 @@ def by_step(path):
     """(problem, sample, step) -> the weight of Yes."""
     shares = Counter()
     for row in rows(path):
-        message = row["messages"][-1]
-        assert message["content"] == row["label"]
-        shares[row["id"], row["sample"], row["step"]] += message["weight"] * (row["label"] == "Yes")
+        said = row["messages"][-1]
+        shares[row["id"], row["sample"], row["step"]] += said["weight"] * (said["content"] == "Yes")
     return dict(shares)
+
+
+def solutions_of(run):
+    return {(row["id"], row["sample"]): row for row in rows(f"{run}/completions.jsonl") if row["step"] == 0}
 
 
 def test_a_step_is_as_right_as_the_completions_from_it(label):
     label("--completions", "16")
-    solutions = {(row["id"], row["sample"]): row for row in rows("all/solutions.jsonl")}
+    solutions = solutions_of("all")
     hard, soft = by_step("all/hard.jsonl"), by_step("all/soft.jsonl")
     assert hard.keys() == soft.keys() and len(hard) % 5 == 0 and len(hard) > 70
     means = {step: [] for step in range(1, 6)}
@@ -691,14 +694,15 @@ def test_a_step_is_as_right_as_the_completions_from_it(label):
         means[step] += [] if spoilt else [share]
     for step, shares in means.items():  # the rest must be added without a 1, too
         assert sum(shares) / len(shares) == pytest.approx(0.75 ** max(0, 4 - step), abs=0.12)
-    weights = {(row["label"], row["messages"][-1]["weight"]) for row in rows("all/soft.jsonl")}
+    said = [row["messages"][-1] for row in rows("all/soft.jsonl")]
+    weights = {(message["content"], message["weight"]) for message in said}
     assert {("No", 1 - w) for label, w in weights if label == "Yes" and w < 1} == {
         (label, w) for label, w in weights if label == "No" and w < 1} != set()
 
 
 def test_the_same_solution_of_a_problem_is_labelled_once(label):
     label("--completions", "1", "--samples", "6")
-    texts = {(row["id"], *row["steps"]) for row in rows("all/solutions.jsonl")}
+    texts = {(row["id"], *row["steps"]) for row in solutions_of("all").values()}
     assert len(texts) < 60 and len({key[:2] for key in by_step("all/hard.jsonl")}) == len(texts)
 
 
@@ -706,11 +710,10 @@ def test_halving_finds_what_labels_of_all_steps_say(label):
     label("--completions", "8")
     label("--out", "halves", "--bisect")
     everything, halves = rows("all/completions.jsonl"), rows("halves/completions.jsonl")
-    assert rows("all/solutions.jsonl") == rows("halves/solutions.jsonl")
+    assert solutions_of("all") == solutions_of("halves")
     assert all(row in everything for row in halves) and len(halves) < len(everything) / 2
     hard, found, monotone = by_step("all/hard.jsonl"), by_step("halves/hard.jsonl"), 0
-    for row in rows("all/solutions.jsonl"):
-        key = row["id"], row["sample"]
+    for key in solutions_of("all"):
         full = [hard[*key, step] for step in range(1, 6) if (*key, step) in hard]
         if full == sorted(full, reverse=True):  # else chance decides which step is called the first wrong one
             wrong = (full + [0]).index(0)
@@ -745,7 +748,7 @@ def test_labels_of_a_run_that_was_killed_again_and_again_are_those_of_an_unbroke
             deaths += 1
             with Path("all/completions.jsonl").open("a") as f:
                 f.write('{"id": "p3", "sam')
-    for name in ("solutions", "completions", "hard", "soft"):
+    for name in ("completions", "hard", "soft"):
         assert Path(f"all/{name}.jsonl").read_bytes() == Path(f"whole/{name}.jsonl").read_bytes()
     assert deaths > 1
     assert not label(*options).requests
@@ -754,14 +757,14 @@ def test_labels_of_a_run_that_was_killed_again_and_again_are_those_of_an_unbroke
 def test_a_verifier_is_trained_on_what_a_search_will_ask_it(label):
     label("--completions", "2")
     asked = {(row["id"], row["sample"], row["step"]): row["messages"] for row in rows("all/hard.jsonl")}
-    row = rows("all/solutions.jsonl")[0]
+    row = solutions_of("all")["p0", 0]
     nodes = [Node(text="".join(row["steps"][:step])) for step in range(1, 6)]
 
     def verify(question):
         yield from judge(question, nodes)
 
     backend = Backend(None)
-    run_episodes([Job("p", row["question"], verify)], backend)
+    run_episodes([Job("p", "Which number is 0?", verify)], backend)
     for step, request in enumerate(backend.requests, 1):
         *messages, said = asked[row["id"], row["sample"], step]
         assert request.messages == messages and said["content"] in request.continuations
@@ -773,22 +776,19 @@ def test_completions_go_on_from_the_ids_that_were_sampled_and_share_them(tiny, t
     hidden = sampler.network.hidden
     monkeypatch.setattr(sampler.network, "hidden",
                         lambda ids, *rest: computed.append(len(ids)) or hidden(ids, *rest))
-    filed, answers = Journal(tmp_path / "solutions.jsonl"), Journal(tmp_path / "completions.jsonl")
-    story, sampling = world.problems("train", 1)[0], Sampling(60)
-    run_episodes([Job("p", story.question, make_data.solution_to(filed, "p", 0))], sampler, sampling=sampling)
-    row, = filed
-    text = "First things first.\nWell,"
-    prompt = tokenizer.chat([make_data.user(make_data.prompts.SOLVER(question=story.question))])
+    journal, args = Journal(tmp_path / "completions.jsonl"), make_data.options().parse_args(["steps"])
+    question, text = "What is 2 + 3?", "First things first.\nWell,"
+    prompt = tokenizer.chat([make_data.user(make_data.prompts.SOLVER(question=question))])
     ids = prompt + tokenizer.encode(text)
-    row |= {"steps": [text], "ends": [len(ids)], "ids": ids}
-    sampler.close()
-    computed.clear()
-    episode, = run_episodes([Job("p", story.question, make_data.completions_to(answers, row, 1, 6))], sampler,
+    row = {"id": "p", "sample": 0, "steps": [text, "more"], "ends": [len(ids)], "ids": [*ids, 5, 6]}
+    args.completions = 6
+    episode, = run_episodes([Job("p", question, make_data.rest_of(journal, row, 1, args))], sampler,
                             sampling=Sampling(8, 3.0), fixed=True)
     first = [turn.reply for turn in episode.turns[:6]]
     assert all(reply.prompt_ids == ids for reply in first)
     assert len({tuple(reply.ids) for reply in first}) > 1  # drawn apart
     assert computed[0] == len(ids) and max(computed[1:]) < len(ids)  # six of them, computed once
+    assert [row["step"] for row in journal] == [1]
 
 
 def slips():
@@ -823,9 +823,9 @@ def test_exact_labels_end_with_the_first_error():
     problem = Problem("p", "3 and 4, twice?", "14", "tiny", "3 + 4 = 7\n7 * 2 = 14", data="tiny")
     row = {"steps": ["3 + 4 = 7\n", "7 * 2 = 15\n", "\\boxed{15}"], "right": False, "found": {1: 2, 2: 0}}
     args = make_data.options().parse_args(["steps", "--completions", "4"])
-    assert make_data.labels_of(row, problem, args) == {
+    assert make_data.labels_of(problem, row, args) == {
         "hard": {1: 1, 2: 0, 3: 0}, "soft": {1: 0.5, 2: 0, 3: 0}, "exact": {1: 1, 2: 0}}
     args.bisect = True
-    assert make_data.labels_of(row, problem, args)["hard"] == {1: 1, 2: 0}
+    assert make_data.labels_of(problem, row, args)["hard"] == {1: 1, 2: 0}
     row |= {"right": True, "found": {}}
-    assert make_data.labels_of(row, problem, args)["hard"] == {1: 1, 2: 1, 3: 1}
+    assert make_data.labels_of(problem, row, args)["hard"] == {1: 1, 2: 1, 3: 1}

@@ -71,14 +71,16 @@ def _form(reply, text: str, solution: str, max_tokens: int, needs_think: bool) -
 
 # ---- labels of steps -------------------------------------------------------------------------------------
 
-def due(count: int, right: bool, found: dict[int, int], bisect: bool) -> list[int]:
-    """The steps of a solution, of 1 to `count`, from which completions are to be written next. found: step ->
-    how many were right. After the last step nothing follows: the answer is its label. bisect: only the first
-    wrong step of a wrong solution is looked for.
+def due(count: int, right: bool, found: dict[int, int] | None, bisect: bool) -> list[int]:
+    """The steps, from 1 to `count`, from which completions of a solution are to be written next; 0 for the
+    solution itself. found: step -> how many were right. After the last step nothing follows: the answer is
+    its label. bisect: only the first wrong step of a wrong solution is looked for.
 
     >>> due(4, False, {2: 5}, bisect=False), due(4, False, {2: 5}, bisect=True), due(4, True, {}, bisect=True)
     ([1, 3], [3], [])
     """
+    if found is None:
+        return [0]
     if not bisect:
         return [step for step in range(1, count) if step not in found]
     low, high = 0, count
