@@ -54,7 +54,6 @@ import contextlib
 import random
 import shlex
 import sys
-from collections import defaultdict
 from operator import itemgetter
 from pathlib import Path
 
@@ -68,7 +67,7 @@ from slm.runs.files import as_lines, write_json, write_whole
 from slm.runs.rundir import RunDir
 from slm.sandbox import Sandbox
 from slm.search import chains
-from slm.steps import WORDS, Node, first_error, step_check
+from slm.steps import WORDS, Node, step_check
 from slm.teachers import Endpoint, cascade, records
 from slm.tiny import StandIn
 
@@ -273,21 +272,20 @@ def sample_row(problem, episode, model: str) -> dict:
 
 def balance(out: Path, samples, known: dict, seed: int) -> None:
     """train.jsonl and test.jsonl, each with as many right as wrong solutions and without common problems."""
-    sides = {"train": {True: [], False: []}, "test": {True: [], False: []}}
-    seen = set()
+    sides = {"train": {True: {}, False: {}}, "test": {True: {}, False: {}}}
     for row in samples:
-        if row["right"] is not None and row["id"] in known and (row["id"], row["solution"]) not in seen:
-            seen.add((row["id"], row["solution"]))
-            sides["test" if seed_of("held out", row["id"]) % 10 == 0 else "train"][row["right"]].append(row)
+        if row["right"] is not None and row["id"] in known:
+            side = "test" if seed_of("held out", row["id"]) % 10 == 0 else "train"
+            sides[side][row["right"]].setdefault((row["id"], row["solution"]), row)
     rng = random.Random(seed)
     for side, classes in sides.items():
         count = min(map(len, classes.values()))
-        rows = [verifier_record(row) for found in classes.values() for row in rng.sample(found, count)]
+        rows = [verifier_record(row) for found in classes.values()
+                for row in rng.sample(list(found.values()), count)]
         rng.shuffle(rows)
         write_whole(out / f"{side}.jsonl", as_lines(rows))
-        print(f"{side}: {len(classes[True]):,} right and {len(classes[False]):,} wrong solutions -> "
-              f"{count:,} of each from {len({r['id'] for r in rows}):,} problems, "
-              f"{sum(r['run'] is not None for r in rows):,} with a Python run: {out}/{side}.jsonl")
+        print(f"{out}/{side}.jsonl: {count:,} of {len(classes[True]):,} right and "
+              f"{len(classes[False]):,} wrong solutions")
     print(f"next: python train_sft.py --data {shlex.quote(f'{out}/train.jsonl')}")
 
 
@@ -338,59 +336,51 @@ def rest_of(journal, row: dict, step: int, args):
             filed |= {"steps": [node.text[len(node.parent.text):] for node in path],
                       "ends": list(map(len, ids)), "ids": ids[-1] if ids else []}
         journal.append(filed)
+        return [None, *filed["answers"]][-1]
     return completion
 
 
 def so_far(journal, asked: list, samples: int) -> list[tuple]:
-    """(problem, row) of every solution that is wanted. found: step -> how many completions from it are
-    right; None before it is written. One without an answer, or like an earlier one, has no steps."""
+    """(problem, row) of every solution that is wanted. found: step -> how many of the completions are right,
+    or None if there is no solution yet. A solution without an answer has no steps."""
     known = {p.id: p for p in asked}
     rows = {(p.id, k): {"id": p.id, "sample": k, "steps": [], "right": False, "found": None}
             for p in asked for k in range(samples)}
-    texts = set()
-    for row in sorted(journal, key=itemgetter("step", "sample")):
+    for row in sorted(journal, key=itemgetter("step")):
         key = row["id"], row["sample"]
         if key in rows:
             right = sum(equal(answer, known[row["id"]].gold) for answer in row["answers"])
             if row["step"]:
                 rows[key]["found"][row["step"]] = right
             else:
-                text = row["id"], *row["steps"]
-                steps = [] if text in texts else row["steps"]
-                rows[key] = row | {"steps": steps, "right": bool(right), "found": {}}
-                texts.add(text)
+                rows[key] = row | {"right": bool(right), "found": {}}
     return [(known[id], row) for (id, _), row in rows.items()]
 
 
-def labels_of(problem, row: dict, args) -> dict[str, dict[int, float]]:
-    """{"hard", "soft" and in the tiny world "exact": {step: its chance to be right}}. Hard: whether any of
-    the completions is right; soft: the share of them. Exact labels, and hard ones with --bisect, end with the
-    first wrong step."""
-    count, wrong = len(row["steps"]), {}
-    found = row["found"] | {count: args.completions * row["right"]}
-    labels = {"hard": {step: float(n > 0) for step, n in found.items()},
-              "soft": {step: n / args.completions for step, n in found.items()}}
+def labels_of(row: dict, args) -> dict[str, dict[int, float]]:
+    """{"hard", "soft": {step: its chance to be right}}: whether any of the completions is right, and which
+    share of them. With --bisect the hard labels end with the first wrong step; all before it are right."""
+    soft = {step: right / args.completions for step, right in row["found"].items()}
+    soft[len(row["steps"])] = float(row["right"])
+    hard = {step: float(share > 0) for step, share in soft.items()}
     if args.bisect:
-        wrong["hard"] = min((step for step, n in found.items() if not n), default=0)
-    if problem.data in ("tiny", "tiny-unseen"):
-        wrong["exact"] = first_error(row["steps"], problem.question, problem.solution, row["right"])
-    return labels | {kind: {step: float(step != at) for step in range(1, (at or count) + 1)}
-                     for kind, at in wrong.items()}
+        last = min((step for step, share in soft.items() if not share), default=len(row["steps"]))
+        hard = {step: hard.get(step, 1.0) for step in range(1, last + 1)}
+    return {"hard": hard, "soft": soft}
 
 
 def write_steps(out: Path, solutions: list[tuple], args) -> None:
-    """A file of records for each kind of labels. With the weights of a soft label, the losses of its Yes and
-    its No add up to the cross-entropy with that label."""
-    files = defaultdict(list)
+    """hard.jsonl and soft.jsonl: is this step right? With the share of right completions as the weight of
+    Yes, and the rest as that of No, both losses add up to the cross-entropy with a soft label."""
+    files = {"hard": [], "soft": []}
     for problem, row in solutions:
-        for kind, labels in labels_of(problem, row, args).items() if row["steps"] else ():
+        for kind, labels in labels_of(row, args).items() if row["steps"] else ():
             for step, share in sorted(labels.items()):
                 asked = step_check(problem.question, "".join(row["steps"][:step]))
-                about = {"id": row["id"], "sample": row["sample"], "step": step,
-                         "prompt": prompts.STEP_CHECK.id}
-                files[kind] += [about | {"messages": [*asked, {"role": "assistant", "content": word,
-                                                               "weight": weight}]}
-                                for word, weight in zip(WORDS, (share, 1 - share)) if weight]
+                said = [{"role": "assistant", "content": word, "weight": weight}
+                        for word, weight in zip(WORDS, (share, 1 - share)) if weight]
+                files[kind] += [{"id": problem.id, "sample": row["sample"], "step": step,
+                                 "prompt": prompts.STEP_CHECK.id, "messages": [*asked, m]} for m in said]
     for kind, rows in files.items():
         write_whole(out / f"{kind}.jsonl", as_lines(rows))
         print(f"{out}/{kind}.jsonl: {cli.count(len(rows), 'record')}")

@@ -21,6 +21,7 @@ all seeds; differences with the same draws.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -34,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench.shared import ROOT, processor, rows
 from slm.backends import own_model
 from slm.episode import Job, run_episodes, seed_of
+from slm.grading import equal, equations
 from slm.problems import load
 from slm.runs import stats
 from slm.steps import Node, judge
@@ -70,21 +72,21 @@ def measure(args) -> None:
     made = args.out / "steps"
     label = ("make_data.py", "steps", "--model", policy, "--limit", args.limit, "--completions",
              args.completions, "--out", made)
-    if not (made / "exact.jsonl").exists():
+    if not (made / "soft.jsonl").exists():
         script(args.out, *label)
-    solutions = held_out(args)
-    save(args, "completions", 0, [label], [s | {"scores": s["share"]} for s in solutions])
-    save(args, "untrained", 0, [], scored(solutions, None))
+    solutions = solutions_of(args)
+    held_out = [s for s in solutions if is_held_out(s["id"])]
+    save(args, "completions", 0, [label], [s | {"scores": s["share"]} for s in held_out])
+    save(args, "untrained", 0, [], scored(held_out, None))
     for seed in range(args.seeds):
         for kind in KINDS:
             if not (args.results / f"{kind}-{seed}.json").exists():
                 run, data = args.out / f"{kind}-{seed}", args.out / f"train-{kind}.jsonl"
-                kept = [json.dumps(row) for row in rows(made / f"{kind}.jsonl") if not is_held_out(row["id"])]
-                data.write_text("\n".join(kept) + "\n")
+                data.write_text("".join(f"{json.dumps(row)}\n" for row in records(made, kind, solutions)))
                 train = ("train_sft.py", "--data", data, "--validate", 0, "--seed", seed, "--out", run)
                 if not (run / "adapter").is_dir():
                     script(args.out, *train, *goes_on(run))
-                save(args, kind, seed, [label, train], scored(solutions, run / "adapter"))
+                save(args, kind, seed, [label, train], scored(held_out, run / "adapter"))
 
 
 def script(log: Path, *words) -> None:
@@ -103,26 +105,59 @@ def is_held_out(id: str) -> bool:
     return seed_of("verifiers", id) % 5 == 0
 
 
-def held_out(args) -> list[dict]:
-    """The labelled solutions of held-out problems: {"id", "sample", "question", "steps", "error" (the first
-    wrong step from 1 on, or 0), "share" (of right completions, by step)}."""
-    errors, shares, made = {}, defaultdict(dict), args.out / "steps"
-    for row in rows(made / "exact.jsonl"):
-        key = row["id"], row["sample"]
-        errors[key] = row["step"] if row["messages"][-1]["content"] == "No" else errors.get(key, 0)
+def solutions_of(args) -> list[dict]:
+    """The labelled solutions: {"id", "sample", "question", "steps", "error" (the first wrong step from 1 on,
+    or 0), "share" (of right completions, by step)}."""
+    shares, made = defaultdict(dict), args.out / "steps"
     for row in rows(made / "soft.jsonl"):
         said, share = row["messages"][-1], shares[row["id"], row["sample"]]
         yes = said["weight"] if said["content"] == "Yes" else 0.0
         share[row["step"]] = max(yes, share.get(row["step"], 0.0))
-    questions = {p.id: p.question for p in load("tiny", "train", args.limit)}
+    problems = {p.id: p for p in load("tiny", "train", args.limit)}
     found = []
     for row in rows(made / "completions.jsonl"):
         key = row["id"], row["sample"]
-        if row["step"] == 0 and key in errors and is_held_out(row["id"]):
-            share = [share for _, share in sorted(shares[key].items())]
-            found.append({"id": row["id"], "sample": row["sample"], "question": questions[row["id"]],
-                          "steps": row["steps"], "error": errors[key], "share": share})
+        if row["step"] == 0 and key in shares:
+            share, p = [share for _, share in sorted(shares[key].items())], problems[row["id"]]
+            error = first_error(row["steps"], p.question, p.solution, right=share[-1] > 0)
+            found.append({"id": p.id, "sample": row["sample"], "question": p.question, "steps": row["steps"],
+                          "error": error, "share": share})
     return found
+
+
+def records(made: Path, kind: str, solutions: list[dict]) -> list[dict]:
+    """What a verifier is trained on: of problems that are not held out. Exact labels end with the first
+    error."""
+    file = "hard" if kind == "exact" else kind
+    kept = [row for row in rows(made / f"{file}.jsonl") if not is_held_out(row["id"])]
+    if kind != "exact":
+        return kept
+    errors, exact = {(s["id"], s["sample"]): s["error"] for s in solutions}, []
+    for row in kept:
+        error = errors[row["id"], row["sample"]]
+        word = "No" if row["step"] == error else "Yes"
+        if not error or row["step"] <= error:
+            exact.append(row | {"messages": [row["messages"][0], row["messages"][1] | {"content": word}]})
+    return exact
+
+
+def first_error(steps: list[str], question: str, worked: str, right: bool) -> int:
+    """The first wrong step of a solution, counted from 1, or 0; exact where every right way has the results
+    of the worked solution, as in the tiny world. A step is wrong if one of its equations is, or has another
+    result; without an equation, if it has a number that is neither given nor a result. If the answer is wrong
+    (not `right`) and no such step is found, it is the last one. Wrong words and names don't count.
+
+    >>> first_error(["3 + 4 = 7\\n", "7 * 2 = 15"], "3 and 4, twice?", "3 + 4 = 7, 7 * 2 = 14", False)
+    2
+    """
+    results = {result for _, result in equations(worked)}
+    given, *numbers = (set(re.findall(r"\d+(?:\.\d+)?", text)) for text in (question, *steps))
+    for n, step in enumerate(steps, 1):
+        found = equations(step)
+        good = [equal(a, b) and any(equal(b, result) for result in results) for a, b in found]
+        if not all(good) or not (found or numbers[n - 1] <= given | results):
+            return n
+    return 0 if right else len(steps)
 
 
 def scored(solutions: list[dict], adapter: Path | None) -> list[dict]:

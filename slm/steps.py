@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from slm import prompts
 from slm.episode import STEPS, Ask, Reply, Run, user
-from slm.grading import answered, blocks_of, equal, equations, extract, printed
+from slm.grading import answered, blocks_of, extract, printed
 from slm.sandbox import Outcome
 
 DEPTH = 16      # steps of a solution (rStar-Math); a longer one is given up
@@ -71,25 +71,6 @@ def cut(text: str, rule: str) -> list[str]:
 def step_check(question: str, text: str) -> list[dict]:
     """The conversation in which a verifier says Yes or No to the last step of a partial solution."""
     return [user(prompts.STEP_CHECK(question=question, solution=text.strip()))]
-
-
-def first_error(steps: list[str], question: str, worked: str, right: bool) -> int:
-    """The first wrong step of a solution, counted from 1, or 0; exact where every right way has the results
-    of the worked solution, as in the tiny world. A step is wrong if one of its equations is, or has another
-    result; without an equation, if it has a number that is neither given nor a result. If the answer is wrong
-    (not `right`) and no such step is found, it is the last one. Wrong words and names don't count.
-
-    >>> first_error(["3 + 4 = 7\\n", "7 * 2 = 15"], "3 and 4, twice?", "3 + 4 = 7, 7 * 2 = 14", False)
-    2
-    """
-    results = {result for _, result in equations(worked)}
-    given, *numbers = (set(re.findall(r"\d+(?:\.\d+)?", text)) for text in (question, *steps))
-    for n, step in enumerate(steps, 1):
-        found = equations(step)
-        good = [equal(a, b) and any(equal(b, result) for result in results) for a, b in found]
-        if not all(good) or not (found or numbers[n - 1] <= given | results):
-            return n
-    return 0 if right else len(steps)
 
 
 # ---- a partial solution ----------------------------------------------------------------------------------

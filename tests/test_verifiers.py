@@ -2,12 +2,17 @@
 
 import doctest
 import itertools
+import json
 import random
+import re
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from bench import verifiers
+from slm.steps import cut
+from slm.tiny import world
 
 
 def solution(id, error, *scores, sample=0):
@@ -67,3 +72,47 @@ def test_the_table_compares_on_the_same_draws():
     assert hard[1] == "2" and hard[2:5] == ["100.0", "100.0", "100.0 (100.0-100.0)"] and hard[6] == " |"
     assert soft[6] == "+0.0 [+0.0, +0.0] |" and exact[6].startswith("-100.0")
     assert "60 solutions of 30 held-out problems, 30 with an error" in lines[-1]
+
+
+def slips():
+    """Solutions of the tiny world with one mistake: (story, lines, number of the wrong line)."""
+    rng = random.Random(0)
+    for story in world.problems("train", 150):
+        wrong = world.corrupt(story, rng)
+        pairs = list(zip(wrong.steps, story.steps))
+        at = next(i for i, (a, b) in enumerate(pairs) if a.value != b.value)
+        given = set(re.findall(r"\d+", story.question))
+        by_chance = {str(a.value) for a, _ in pairs[at:]} & ({str(s.value) for s in story.steps} | given)
+        if not by_chance and all("/" not in str(s.value) for s in (*wrong.steps, *story.steps)):
+            yield story, wrong, at + 1
+
+
+@pytest.mark.parametrize("style", ["short", "detailed", "restated"])
+def test_a_planted_first_error_is_found(style):
+    seen = Counter()
+    for story, wrong, at in slips():
+        worked = world.solve(story, "detailed")
+        for told, error in ((story, 0), (wrong, at)):
+            text = ("\n".join(s.sentence.replace("{=}", str(s.value)) for s in told.steps)
+                    if style == "restated" else world.solve(told, style))
+            steps = cut(f"{text}\nThe answer is \\boxed{{{told.answer}}}.", "line")
+            assert len(steps) == len(story.steps) + 1
+            assert verifiers.first_error(steps, story.question, worked, told is story) == error
+            seen[error] += 1
+    assert seen[0] > 50 and seen[1] > 20 and seen[2] > 20
+
+
+def test_exact_labels_end_with_the_first_error(tmp_path):
+    asked = {"role": "user", "content": "Is it?"}
+    made = [{"id": id, "sample": 0, "step": step,
+             "messages": [asked, {"role": "assistant", "content": "Yes", "weight": 1.0}]}
+            for id in ("tiny-train-1", "tiny-train-2", "tiny-train-6") for step in (1, 2, 3)]
+    (tmp_path / "hard.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in made))
+    kept = {row["id"] for row in made if not verifiers.is_held_out(row["id"])}
+    solutions = [solution(id, error) for id, error in zip(sorted({row["id"] for row in made}), (2, 0, 1))]
+    found = verifiers.records(tmp_path, "exact", solutions)
+    said = {(row["id"], row["step"]): row["messages"][1]["content"] for row in found}
+    whole = {("tiny-train-1", 1): "Yes", ("tiny-train-1", 2): "No", ("tiny-train-6", 1): "No",
+             **{("tiny-train-2", step): "Yes" for step in (1, 2, 3)}}
+    assert said == {key: word for key, word in whole.items() if key[0] in kept} and len(said) > 2
+    assert len(verifiers.records(tmp_path, "hard", solutions)) == 3 * len(kept)

@@ -72,9 +72,9 @@ def _form(reply, text: str, solution: str, max_tokens: int, needs_think: bool) -
 # ---- labels of steps -------------------------------------------------------------------------------------
 
 def due(count: int, right: bool, found: dict[int, int] | None, bisect: bool) -> list[int]:
-    """The steps, from 1 to `count`, from which completions of a solution are to be written next; 0 for the
-    solution itself. found: step -> how many were right. After the last step nothing follows: the answer is
-    its label. bisect: only the first wrong step of a wrong solution is looked for.
+    """From which steps of a solution, 1 to `count`, completions are to be written next; 0: the solution
+    itself. found: step -> how many were right. The label of the last step is whether the answer is `right`.
+    bisect: only the first wrong step of a wrong solution is looked for, by halving.
 
     >>> due(4, False, {2: 5}, bisect=False), due(4, False, {2: 5}, bisect=True), due(4, True, {}, bisect=True)
     ([1, 3], [3], [])
