@@ -10,8 +10,8 @@ from threading import Thread
 import pytest
 
 from slm import BadInput, problems
+from slm.formats.sources import Source
 from slm.grading import grade
-from slm.problems import Source
 
 DATA = Path(os.environ.get("SLM_DATA", Path(__file__).parents[2] / "shared" / "data"))
 real = pytest.mark.skipif(not (DATA / "gsm8k").is_dir(), reason="no data folder")

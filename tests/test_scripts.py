@@ -210,10 +210,10 @@ def test_a_bad_data_file_is_named_with_its_line(call, tmp_path, script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_data_that_is_not_there_says_what_to_put_where(call, monkeypatch, script):
     refused(call(script, *WITH_MODEL[script], "--data", "no/such/file.jsonl"), "no/such/file.jsonl")
-    from slm import problems
+    from slm.formats.sources import SOURCES, Source
     url = "http://127.0.0.1:9/x"
-    nowhere = {split: problems.Source(f"svamp/{split}.jsonl", url, 1) for split in ("train", "test")}
-    monkeypatch.setitem(problems.SOURCES, "svamp", nowhere)
+    nowhere = {split: Source(f"svamp/{split}.jsonl", url, 1) for split in ("train", "test")}
+    monkeypatch.setitem(SOURCES, "svamp", nowhere)
     refused(call(script, *WITH_MODEL[script], "--data", "svamp"), "save http.* as data/svamp/t", "SLM_DATA")
 
 

@@ -2,6 +2,7 @@
 
     tensors      safetensors, read one tensor at a time; folders that appear whole or not at all
     lora_files   adapters in PEFT's format, and which base they belong to
+    sources      where the published problem sets come from; their download
     rows         the shapes in which people keep questions, answers and conversations
 """
 
