@@ -325,9 +325,9 @@ def rest_of(journal, row: dict, step: int, args):
     def completion(question: str):
         text = "".join(row["steps"][:step])
         reply = Reply(text, row["ids"][:row["ends"][step - 1]]) if step else None
-        node = Node(text=text, reply=reply, depth=step)
-        if blocks := blocks_of(node):
-            node.outcome, node.blocks = (yield Run(blocks)), len(blocks)
+        blocks = blocks_of(reply) if reply else []
+        outcome = (yield Run(blocks)) if blocks else None
+        node = Node(text=text, reply=reply, outcome=outcome, blocks=len(blocks), depth=step)
         found = yield from chains(question, [node] * (args.completions if step else 1))
         filed = {"id": row["id"], "sample": row["sample"], "step": step, "answers": [n.answer for n in found]}
         if not step:

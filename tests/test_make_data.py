@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from faulty_server import Faults, serve, solution
-from scripted import Backend
+from scripted import Backend, Sandbox
 from test_report import data as page_data
 
 import make_data
@@ -760,6 +760,24 @@ def test_a_verifier_is_trained_on_what_a_search_will_ask_it(label):
     for step, request in enumerate(backend.requests, 1):
         *messages, said = asked[row["id"], row["sample"], step]
         assert request.messages == messages and said["content"] in request.continuations
+
+
+def test_code_before_the_step_is_run_again_for_what_follows(tmp_path):
+    first = "```python\nx = 6\nprint(x)\n```\n"
+    steps = [first + "```output\n6\n```\n", "```python\nprint(x * 7)\n```\n"]
+    texts = iter(["```python\nprint(x * 7)\n```\n", "So \\boxed{42}."])
+
+    def write(last, seed, sampling):
+        text = next(texts)
+        return Reply(text, [ord(c) for c in text], finish="stop_string" if "```" in text else "stop")
+
+    row = {"id": "p", "sample": 0, "steps": steps, "ends": [len(steps[0])], "ids": list(map(ord, steps[0]))}
+    args, journal = make_data.options().parse_args(["steps"]), Journal(tmp_path / "completions.jsonl")
+    args.completions, sandbox, backend = 1, Sandbox(), Backend(write)
+    run_episodes([Job("p", "Q?", make_data.rest_of(journal, row, 1, args))], backend, sandbox)
+    assert [row["answers"] for row in journal] == [["42"]]
+    assert backend.requests[1].messages[1]["content"] == steps[0] + steps[1] + "```output\n42\n```\n"
+    assert backend.requests[0].messages[1]["content"] == steps[0] and len(sandbox.codes) == 2
 
 
 def test_completions_go_on_from_the_ids_that_were_sampled_and_share_them(tiny, tmp_path, monkeypatch):
