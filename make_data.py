@@ -5,6 +5,7 @@
     python make_data.py --data gsm8k --cascade recipes/local.toml   a vLLM or llama.cpp server of yours
     python make_data.py --data gsm8k --teacher self --model Qwen/Qwen2.5-Math-1.5B-Instruct
     python make_data.py verifier --model runs/sft-tiny-lora/adapter check-this-solution records
+    python make_data.py steps --model runs/sft-tiny-lora/adapter    is-this-step-right records
 
 Teachers of round 1 answer every problem, those of round 2 what round 1 left unsolved, each until its first
 right answer or its last attempt. A TOML file names them (recipes/ has three). Problems that overlap a test
@@ -17,12 +18,13 @@ error are made up for at the next start.
 
 from slm.runs import cli
 
-PAPER, TINY = {"max_tokens": 2048}, {"max_tokens": 256}
+PAPER = {"max_tokens": 2048, "step_rule": "paragraph"}
+TINY = {"max_tokens": 256, "step_rule": "line"}
 
 def options():
     p = cli.parser(__doc__)
     both = cli.defaults(PAPER, TINY)
-    p.add_argument("what", nargs="?", choices=("solutions", "verifier"), default="solutions")
+    p.add_argument("what", nargs="?", choices=("solutions", "verifier", "steps"), default="solutions")
     g = p.add_argument_group("problems")
     g.add_argument("--data", nargs="+", action=cli.Names, default=["tiny"], metavar="A,B",
                    help="tiny, gsm8k, math, ... or JSON lines files (default tiny; the report: gsm8k,math)")
@@ -31,12 +33,17 @@ def options():
     g.add_argument("--cascade", metavar="TOML", help="who is asked (default recipes/tiny.toml, a stand-in)")
     g.add_argument("--teacher", choices=("self",), help="ask --model, on this machine")
     g.add_argument("--budget", type=float, metavar="DOLLARS", help="stop before more than this is spent")
-    g = p.add_argument_group("our own model (--teacher self, verifier)")
+    g = p.add_argument_group("our own model (--teacher self, verifier, steps)")
     g.add_argument("--model", default="tiny", help="tiny, a directory or a hub id (default tiny)")
     g.add_argument("--samples", type=cli.positive, default=4,
-                   help="self: attempts at a problem; verifier: solutions of each (default 4)")
+                   help="self: attempts at a problem; else solutions of each (default 4)")
+    g.add_argument("--completions", type=cli.positive, default=8,
+                   help="steps: how often a solution is written on from each of its steps (default 8)")
+    g.add_argument("--bisect", action="store_true",
+                   help="steps: look only for the first wrong step of each wrong solution, by halving")
+    cli.step_option(g, both)
     g.add_argument("--max-tokens", type=cli.positive, help=f"of an answer ({both('max_tokens')})")
-    cli.run_options(p, "runs/data-<names>, verifier: runs/verifier-<names>", resume=False)
+    cli.run_options(p, "runs/data-<names>, runs/verifier-<names> or runs/steps-<names>", resume=False)
     return p
 
 
@@ -47,17 +54,20 @@ import contextlib
 import random
 import shlex
 import sys
+from operator import itemgetter
 from pathlib import Path
 
 from slm import BadInput, prompts, workflows
 from slm.backends import own_model
-from slm.episode import Job, Sampling, run_episodes, seed_of, user
-from slm.grading import grade
+from slm.episode import Job, Reply, Run, Sampling, run_episodes, seed_of, user
+from slm.grading import blocks_of, equal, grade
 from slm.problems import fingerprint, load, load_all, origin
 from slm.report import write as write_report
 from slm.runs.files import as_lines, write_json, write_whole
 from slm.runs.rundir import RunDir
 from slm.sandbox import Sandbox
+from slm.search import chains
+from slm.steps import WORDS, Node, step_check
 from slm.teachers import Endpoint, cascade, records
 from slm.tiny import StandIn
 
@@ -69,10 +79,7 @@ HERE = Path(__file__).parent
 
 def main(args) -> None:
     cli.resolve(args, PAPER, TINY)
-    if args.what == "verifier":
-        make_verifier(args)
-    else:
-        make_solutions(args)
+    {"solutions": make_solutions, "verifier": make_verifier, "steps": make_steps}[args.what](args)
 
 
 def make_solutions(args) -> None:
@@ -205,7 +212,27 @@ def print_table(rows: dict[str, dict], title: str) -> None:
         print(first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(rest, widths[1:])), sep="  ")
 
 
-# ---- verifier data ---------------------------------------------------------------------------------------
+# ---- what our own model writes ---------------------------------------------------------------------------
+
+def policy(args, stack):
+    """run(jobs, bar, ...): our own model works on jobs, samples at temperature 1, closed with the stack."""
+    backend = stack.enter_context(contextlib.closing(own_model(args.model, args.device, args.dtype)))
+    sandbox = stack.enter_context(contextlib.closing(Sandbox()))
+    sampling = Sampling(args.max_tokens, temperature=1.0, step_rule=args.step_rule)
+
+    def run(jobs: list[Job], bar: str, on_done=None) -> None:
+        for at in range(0, len(jobs), 1024):
+            run_episodes(jobs[at:at + 1024], backend, sandbox, sampling=sampling, seed=args.seed, bar=bar,
+                         on_done=on_done)
+    return run
+
+
+def identity(args, *more: str) -> dict:
+    """What shapes such a run; it goes on only with the same."""
+    return {name: getattr(args, name) for name in ("data", "seed", "model", "samples", "max_tokens", *more)}
+
+
+# ---- records for a verifier of solutions -----------------------------------------------------------------
 
 def with_python(question: str):
     """A sampled solution in code, with what the code printed."""
@@ -218,21 +245,14 @@ def make_verifier(args) -> None:
     in which right and wrong are balanced; a tenth of the problems is held out."""
     problems, asked, *_ = choose(args)
     known = {p.id: p for p in asked}
-    identity = {"data": args.data, "seed": args.seed, "model": args.model, "samples": args.samples}
     with contextlib.ExitStack() as stack:
-        run = open_run(args, "verifier", identity, problems, stack)
+        run = open_run(args, "verifier", identity(args), problems, stack)
         journal = run.journal("samples")
         done = {(row["id"], row["sample"]) for row in journal}
         jobs = [Job(p.id, p.question, with_python if k % 2 else workflows.solver, sample=k)
                 for p in known.values() for k in range(args.samples) if (p.id, k) not in done]
-        if jobs:
-            backend = stack.enter_context(contextlib.closing(own_model(args.model, args.device, args.dtype)))
-            sandbox = stack.enter_context(contextlib.closing(Sandbox()))
-        sampling = Sampling(args.max_tokens, temperature=1.0)
-        for at in range(0, len(jobs), 1024):
-            run_episodes(
-                jobs[at:at + 1024], backend, sandbox, sampling=sampling, seed=args.seed, bar="solutions",
-                on_done=lambda e: journal.append(sample_row(known[e.problem_id], e, args.model)))
+        policy(args, stack)(jobs, "solutions", lambda e: journal.append(
+            sample_row(known[e.problem_id], e, args.model)))
         journal.sort(by_problem(problems, "sample"))
         balance(run.path, journal, known, args.seed)
         print(f"page: {write_report(run.path)}")
@@ -252,21 +272,20 @@ def sample_row(problem, episode, model: str) -> dict:
 
 def balance(out: Path, samples, known: dict, seed: int) -> None:
     """train.jsonl and test.jsonl, each with as many right as wrong solutions and without common problems."""
-    sides = {"train": {True: [], False: []}, "test": {True: [], False: []}}
-    seen = set()
+    sides = {"train": {True: {}, False: {}}, "test": {True: {}, False: {}}}
     for row in samples:
-        if row["right"] is not None and row["id"] in known and (row["id"], row["solution"]) not in seen:
-            seen.add((row["id"], row["solution"]))
-            sides["test" if seed_of("held out", row["id"]) % 10 == 0 else "train"][row["right"]].append(row)
+        if row["right"] is not None and row["id"] in known:
+            side = "test" if seed_of("held out", row["id"]) % 10 == 0 else "train"
+            sides[side][row["right"]].setdefault((row["id"], row["solution"]), row)
     rng = random.Random(seed)
     for side, classes in sides.items():
         count = min(map(len, classes.values()))
-        rows = [verifier_record(row) for found in classes.values() for row in rng.sample(found, count)]
+        rows = [verifier_record(row) for found in classes.values()
+                for row in rng.sample(list(found.values()), count)]
         rng.shuffle(rows)
         write_whole(out / f"{side}.jsonl", as_lines(rows))
-        print(f"{side}: {len(classes[True]):,} right and {len(classes[False]):,} wrong solutions -> "
-              f"{count:,} of each from {len({r['id'] for r in rows}):,} problems, "
-              f"{sum(r['run'] is not None for r in rows):,} with a Python run: {out}/{side}.jsonl")
+        print(f"{out}/{side}.jsonl: {count:,} of {len(classes[True]):,} right and "
+              f"{len(classes[False]):,} wrong solutions")
     print(f"next: python train_sft.py --data {shlex.quote(f'{out}/train.jsonl')}")
 
 
@@ -277,6 +296,95 @@ def verifier_record(row: dict) -> dict:
     messages = [user(prompts.CHECKER(question=row["question"], solution=shown)),
                 {"role": "assistant", "content": verdict}]
     return row | {"label": verdict, "messages": messages, "prompt": prompts.CHECKER.id}
+
+
+# ---- records for a verifier of steps ---------------------------------------------------------------------
+
+def make_steps(args):
+    """Sample --samples solutions of each problem and label their steps by what becomes of them: from each
+    one --completions are written to the end (Math-Shepherd, arXiv 2312.08935). With --bisect only the first
+    wrong step of a wrong solution is looked for (OmegaPRM, arXiv 2406.06592)."""
+    problems, asked, *_ = choose(args)
+    with contextlib.ExitStack() as stack:
+        run = open_run(args, "steps", identity(args, "completions", "bisect", "step_rule"), problems, stack)
+        journal, write = run.journal("completions"), policy(args, stack)
+        while jobs := [
+                Job(f"{p.id}/{row['sample']}", p.question, rest_of(journal, row, step, args), sample=step)
+                for p, row in so_far(journal, asked, args.samples)
+                for step in records.due(len(row["steps"]), row["right"], row["found"], args.bisect)]:
+            write(jobs, "completions")
+        journal.sort(by_problem(problems, "sample", "step"))
+        write_steps(run.path, so_far(journal, asked, args.samples), args)
+        print(f"page: {write_report(run.path)}")
+
+
+def rest_of(journal, row: dict, step: int, args):
+    """A workflow that writes a solution on from the end of a step (0: one from the start) and files the
+    answers. A new solution is filed with the ids of the prompt and of all `steps`, and how many of them there
+    are at the end of each."""
+    def completion(question: str):
+        text = "".join(row["steps"][:step])
+        reply = Reply(text, row["ids"][:row["ends"][step - 1]]) if step else None
+        blocks = blocks_of(reply) if reply else []
+        outcome = (yield Run(blocks)) if blocks else None
+        node = Node(text=text, reply=reply, outcome=outcome, blocks=len(blocks), depth=step)
+        found = yield from chains(question, [node] * (args.completions if step else 1))
+        filed = {"id": row["id"], "sample": row["sample"], "step": step, "answers": [n.answer for n in found]}
+        if not step:
+            path = found[0].path() if found else []
+            ids = [node.reply.prompt_ids + node.reply.ids for node in path]
+            filed |= {"steps": [node.text[len(node.parent.text):] for node in path],
+                      "ends": list(map(len, ids)), "ids": ids[-1] if ids else []}
+        journal.append(filed)
+        return [None, *filed["answers"]][-1]
+    return completion
+
+
+def so_far(journal, asked: list, samples: int) -> list[tuple]:
+    """(problem, row) of every solution that is wanted. found: step -> how many of the completions are right,
+    or None if there is no solution yet. A solution without an answer has no steps."""
+    known = {p.id: p for p in asked}
+    rows = {(p.id, k): {"id": p.id, "sample": k, "steps": [], "right": False, "found": None}
+            for p in asked for k in range(samples)}
+    for row in sorted(journal, key=itemgetter("step")):
+        key = row["id"], row["sample"]
+        if key in rows:
+            right = sum(equal(answer, known[row["id"]].gold) for answer in row["answers"])
+            if row["step"]:
+                rows[key]["found"][row["step"]] = right
+            else:
+                rows[key] = row | {"right": bool(right), "found": {}}
+    return [(known[id], row) for (id, _), row in rows.items()]
+
+
+def labels_of(row: dict, args) -> dict[str, dict[int, float]]:
+    """{"hard", "soft": {step: its chance to be right}}: whether any of the completions is right, and which
+    share of them. With --bisect the hard labels end with the first wrong step; all before it are right."""
+    soft = {step: right / args.completions for step, right in row["found"].items()}
+    soft[len(row["steps"])] = float(row["right"])
+    hard = {step: float(share > 0) for step, share in soft.items()}
+    if args.bisect:
+        last = min((step for step, share in soft.items() if not share), default=len(row["steps"]))
+        hard = {step: hard.get(step, 1.0) for step in range(1, last + 1)}
+    return {"hard": hard, "soft": soft}
+
+
+def write_steps(out: Path, solutions: list[tuple], args) -> None:
+    """hard.jsonl and soft.jsonl: is this step right? With the share of right completions as the weight of
+    Yes, and the rest as that of No, both losses add up to the cross-entropy with a soft label."""
+    files = {"hard": [], "soft": []}
+    for problem, row in solutions:
+        for kind, labels in labels_of(row, args).items() if row["steps"] else ():
+            for step, share in sorted(labels.items()):
+                asked = step_check(problem.question, "".join(row["steps"][:step]))
+                said = [{"role": "assistant", "content": word, "weight": weight}
+                        for word, weight in zip(WORDS, (share, 1 - share)) if weight]
+                files[kind] += [{"id": problem.id, "sample": row["sample"], "step": step,
+                                 "prompt": prompts.STEP_CHECK.id, "messages": [*asked, m]} for m in said]
+    for kind, rows in files.items():
+        write_whole(out / f"{kind}.jsonl", as_lines(rows))
+        print(f"{out}/{kind}.jsonl: {cli.count(len(rows), 'record')}")
+    print(f"next: python train_sft.py --data {shlex.quote(f'{out}/soft.jsonl')}, or hard.jsonl")
 
 
 if __name__ == "__main__":

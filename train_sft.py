@@ -6,11 +6,12 @@
 
 Data: JSON lines. A row has `question` and `response`, as make_data.py writes them (the standard prompt is put
 around the question), or it is taken as it is: `messages`, `prompt` and `completion`, Alpaca, ShareGPT (see
-slm/formats/rows.py). Every response or assistant message is trained, if its `weight` is not 0, with the
-token that ends it. Rows over --max-length are left out, counted.
+slm/formats/rows.py). Every response or assistant message is trained with the token that ends it, as much as
+its `weight` says (0 to 1; without one 1). Rows over --max-length are left out, counted.
 
 A step trains on --batch rows, packed without padding into micro-batches of --micro-tokens. The loss of each
-is a sum, divided by the number of trained tokens in the batch: micro-batches don't change the gradient.
+is a sum, divided by the sum of the trained tokens' weights in the batch: micro-batches don't change the
+gradient.
 
 --validate problems are held out. Before the first step and ten times on the way their loss is measured, and
 how many greedy replies have the answer of the row. best/ is the adapter or model of the lowest held-out loss.
@@ -144,7 +145,7 @@ def one_step(model, batch: list[TokenRecord], optimizer, lr: float, autocast, ar
     for rows in training.micro_batches(model, batch[ranks.rank()::ranks.world()], args.micro_tokens):
         with autocast:
             logp, _ = losses.score(model, [row.ids for row in rows], [row.mask for row in rows])
-        loss_sum, _ = losses.sft_loss(logp)
+        loss_sum, _ = losses.sft_loss(logp * weights(rows).to(logp))
         (loss_sum * (1 / count)).backward()
         loss += loss_sum.item() * (1 / count)
     norm = training.update(optimizer, lr, args.clip)
@@ -154,6 +155,11 @@ def one_step(model, batch: list[TokenRecord], optimizer, lr: float, autocast, ar
     tokens, seconds = size(batch), time.perf_counter() - began
     return {"loss": loss, "grad_norm": norm, "tokens": tokens, "trained_tokens": count, "lr": lr,
             "tokens_per_s": round(tokens / seconds)}
+
+
+def weights(rows: list[TokenRecord]) -> torch.Tensor:
+    """Of the trained tokens (N,), in order."""
+    return torch.tensor([weight for row in rows for weight in row.mask if weight], dtype=torch.float32)
 
 
 # ---- the held-out rows -----------------------------------------------------------------------------------
@@ -167,19 +173,21 @@ def look(model, sampler, held_out: list[TokenRecord], autocast) -> dict:
     model.eval()
     with ranks.whole(model):
         with torch.no_grad(), autocast:
-            scores = [losses.score(model, [row.ids], [row.mask])[0] for row, _ in own]
+            scores = [losses.score(model, [row.ids], [row.mask])[0].cpu() * weights([row]) for row, _ in own]
         replies = sampler.generate([Request(ids=row.ids[:-tail], sampling=how) for row, tail in own], False)
         sampler.close()  # gives the cache's memory back
     model.train()
     if not all(replies):  # a second Ctrl-C, after which the sampler gives what it has
         raise KeyboardInterrupt
-    n = {"loss": -sum(float(x.sum()) for x in scores), "tokens": sum(map(len, scores)), "right": 0}
+    n = {"loss": -sum(float(x.sum()) for x in scores), "tokens": sum(sum(row.mask) for row, _ in own),
+         "right": 0, "rows": sum(row.mask[-1] for row, _ in own)}
     for (row, tail), [reply] in zip(own, replies):
         said = sampler.tokenizer.decode(row.ids[-tail:])
         answer = extract(said)
-        n["right"] += grade(reply.text, answer).correct if answer else reply.text.strip() == said.strip()
+        same = grade(reply.text, answer).correct if answer else reply.text.strip() == said.strip()
+        n["right"] += same * row.mask[-1]
     n = ranks.summed(n)
-    return {"held_out_loss": n["loss"] / n["tokens"], "held_out_right": n["right"] / len(held_out)}
+    return {"held_out_loss": n["loss"] / n["tokens"], "held_out_right": n["right"] / n["rows"]}
 
 
 def keep_best(model, save, loss: float, out: Path) -> bool:
@@ -238,31 +246,35 @@ def messages_of(row: dict, where: str) -> tuple[str, list[dict]]:
         there = [str(key) if str(value or "").strip() else f"{key} (empty)" for key, value in row.items()]
         raise BadInput(f"{where}: expected question and response, or messages; found {', '.join(there)}")
     good = [isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            and m.get("weight") in (None, 0, 1) and not m.get("tool_calls")
+            and isinstance(m.get("weight"), int | float | None) and 0 <= (m.get("weight") or 0) <= 1
+            and not m.get("tool_calls")
             and (m["content"].strip() or not trained(m)) for m in messages]
     if not all(good) or not any(map(trained, messages)):
-        raise BadInput(f"{where}: messages must be a list of role and content (and weight, 0 or 1), no "
-                       "tool_calls, at least one of the assistant and not of weight 0, no such one empty")
+        raise BadInput(f"{where}: messages must be a list of role and content (and weight, from 0 to 1), "
+                       "no tool_calls, at least one of the assistant and not of weight 0, no such one empty")
     return found.question or next((m["content"] for m in messages if m["role"] == "user"), ""), messages
 
 
-def trained(message: dict) -> bool:
-    """Whether a message is in the loss: the assistant's, but not of weight 0 (as in OpenAI's files)."""
-    return message["role"] == "assistant" and message.get("weight") != 0
+def trained(message: dict) -> float:
+    """How much a message counts in the loss: the assistant's its weight (as in OpenAI's files), or else 1."""
+    weight = message.get("weight")
+    return 0 if message["role"] != "assistant" else 1 if weight is None else weight
 
 
 def encode(tokenizer, messages: list[dict], train_on: str = "response") -> TokenRecord:
-    """A conversation as tokens. The mask is 1 on assistant messages and their end tokens; with `all` it is 1
-    on everything but the first token, which nothing predicts. Weight 0 gives mask 0."""
+    """A conversation as tokens, to the end of its last trained message. The mask is the weight of assistant
+    messages and their end tokens; with `all` it is 1 on all else but the first token, which nothing
+    predicts."""
     ids, mask = [], []
-    for i, message in enumerate(messages):
+    last = max(i for i, message in enumerate(messages) if trained(message))
+    for i, message in enumerate(messages[:last + 1]):
         if message["role"] != "assistant":
             continue
         prompt = tokenizer.chat(messages[:i], generation=True)
         if prompt[:len(ids)] != ids:
             raise BadInput("the chat template rewrites earlier turns: several of them can't be one sequence")
         reply = [*tokenizer.encode(tokenizer.after_prompt(message["content"])), tokenizer.end_of_turn]
-        mask += [int(train_on == "all")] * (len(prompt) - len(ids)) + [int(trained(message))] * len(reply)
+        mask += [int(train_on == "all")] * (len(prompt) - len(ids)) + [trained(message)] * len(reply)
         ids = prompt + reply
     return TokenRecord(ids, [0] + mask[1:])
 

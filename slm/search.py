@@ -61,9 +61,9 @@ def vote(nodes: list[Node], weights: list[float] | None = None) -> str | None:
     return votes[0][0] if votes else None
 
 
-def chains(question: str, count: int):
-    """`count` solutions, each written on its own, step by step; those that come to an answer."""
-    nodes, found = [Node()] * count, []
+def chains(question: str, nodes: list[Node]):
+    """From each of the nodes on a solution, written on its own, step by step; those that have an answer."""
+    found: list[Node] = []
     while nodes:
         nodes = yield from grow(question, nodes)
         found += [node for node in nodes if node.answer]
@@ -73,7 +73,7 @@ def chains(question: str, count: int):
 
 def judged_chains(question: str, count: int):
     """The same, and the verifier has judged every step of them."""
-    found = yield from chains(question, count)
+    found = yield from chains(question, [Node()] * count)
     yield from judge(question, [step for node in found for step in node.path()])
     return found
 
@@ -81,31 +81,31 @@ def judged_chains(question: str, count: int):
 def self_consistency(question: str, budget: int = 16):
     """The control: `budget` solutions, and the answer that most of them give (Wang et al. 2022, arXiv
     2203.11171). No verifier. A search has to beat this at the same number of tokens."""
-    return vote((yield from chains(question, budget)))
+    return vote((yield from chains(question, [Node()] * budget)))
 
 
 def best_of_n(question: str, budget: int = 16):
     """`budget` solutions, and the one whose last step the verifier likes best (Cobbe et al. 2021, arXiv
     2110.14168; "last" is how search-and-learn reads a verifier of steps)."""
-    found = yield from chains(question, budget)
+    found = yield from chains(question, [Node()] * budget)
     yield from judge(question, found)
     return best(found)
 
 
 def best_of_n_min(question: str, budget: int = 16):
     """As best_of_n, but a solution is as good as its worst step (Lightman et al. 2023, arXiv 2305.20050)."""
-    return best((yield from judged_chains(question, budget)), min)
+    return best((yield from judged_chains(question, [Node()] * budget)), min)
 
 
 def best_of_n_product(question: str, budget: int = 16):
     """As best_of_n, but a solution's value is the chance that all its steps are right (the same paper)."""
-    return best((yield from judged_chains(question, budget)), math.prod)
+    return best((yield from judged_chains(question, [Node()] * budget)), math.prod)
 
 
 def weighted_vote(question: str, budget: int = 16):
     """`budget` solutions vote, each with the verifier's score of its last step (Li et al. 2022, arXiv
     2206.02336)."""
-    found = yield from chains(question, budget)
+    found = yield from chains(question, [Node()] * budget)
     yield from judge(question, found)
     return vote(found, [node.score for node in found])
 

@@ -68,6 +68,11 @@ def cut(text: str, rule: str) -> list[str]:
     return [*steps, text[start:]]
 
 
+def step_check(question: str, text: str) -> list[dict]:
+    """The conversation in which a verifier says Yes or No to the last step of a partial solution."""
+    return [user(prompts.STEP_CHECK(question=question, solution=text.strip()))]
+
+
 # ---- a partial solution ----------------------------------------------------------------------------------
 
 @dataclass(eq=False)
@@ -188,8 +193,7 @@ def grow(question: str, nodes: list[Node]):
 def judge(question: str, nodes: list[Node]):
     """Give each node the verifier's P(yes) for its last step, Yes against No; 0 if it was given up."""
     asked = [node for node in nodes if node.answer or not node.closed]
-    texts = [prompts.STEP_CHECK(question=question, solution=node.text.strip()) for node in asked]
-    replies = yield [Ask("verifier", [user(text)], continuations=WORDS) for text in texts]
+    replies = yield [Ask("verifier", step_check(question, node.text), continuations=WORDS) for node in asked]
     for node in nodes:
         node.score = 0.0
     for node, reply in zip(asked, replies):

@@ -16,14 +16,16 @@ from pathlib import Path
 
 import pytest
 from faulty_server import Faults, serve, solution
-from scripted import Backend
+from scripted import Backend, Sandbox
 from test_report import data as page_data
 
 import make_data
 from slm import BadInput
-from slm.episode import Reply
+from slm.episode import Job, Reply, Sampling, run_episodes
 from slm.problems import Problem
 from slm.runs.files import Journal
+from slm.sampling import Sampler
+from slm.steps import Node, judge
 from slm.teachers import records
 from slm.teachers.cascade import Attempt, Progress, Teacher, read_cascade
 
@@ -622,3 +624,188 @@ def test_verifier_records_are_balanced_and_their_problems_apart(tmp_path, monkey
     assert "right and" in capsys.readouterr().out
     make_data.main(args)
     assert len(backend.requests) == asked == 240
+
+
+# ---- labels of steps -------------------------------------------------------------------------------------
+
+class Adder(Backend):
+    """Writes four lines that add 0, or in one of four cases 1, then a box with the sum: once a 1 is added no
+    answer is right. Dies with the answer number `dies`."""
+    answered, dies = 0, 0
+
+    def close(self):
+        self.queue = []
+
+    def answer(self, request, i):
+        self.answered += 1
+        if self.answered == self.dies:
+            raise KeyboardInterrupt
+        question, said = request.messages[0]["content"], "".join(m["content"] for m in request.messages[1:])
+        text = f"add {int(random.Random(request.sampling.seed).random() < 0.25)}\n"
+        if said.count("\n") == 4:
+            text = f"\\boxed{{{int(re.search(r'is ([0-9]+)', question)[1]) + said.count('1')}}}"
+        return Reply(text, [ord(c) for c in text], [-0.5] * len(text), ("stop", "stop_string")["add" in text],
+                     self.prompt_ids(request.messages))
+
+
+@pytest.fixture
+def label(tmp_path, monkeypatch):
+    """label(*options, dies=0) runs make_data.py steps on 10 problems -> its backend."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(make_data, "TESTS", ())
+    data = write_problems(tmp_path / "numbers.jsonl", 10)
+
+    def run(*options, dies=0):
+        backend = Adder(None, "shuffled", batch=200)
+        backend.dies = dies
+        monkeypatch.setattr(make_data, "own_model", lambda *_: backend)
+        words = ["steps", "--data", str(data), "--step-rule", "line", "--samples", "2", "--out", "all"]
+        make_data.main(make_data.options().parse_args([*words, *options]))
+        return backend
+    return run
+
+
+def by_step(path):
+    """(problem, sample, step) -> the weight of Yes."""
+    shares = Counter()
+    for row in rows(path):
+        said = row["messages"][-1]
+        shares[row["id"], row["sample"], row["step"]] += said["weight"] * (said["content"] == "Yes")
+    return dict(shares)
+
+
+def solutions_of(run):
+    return {(row["id"], row["sample"]): row for row in rows(f"{run}/completions.jsonl") if row["step"] == 0}
+
+
+def test_a_step_is_as_right_as_the_completions_from_it(label):
+    label("--completions", "16")
+    solutions = solutions_of("all")
+    hard, soft = by_step("all/hard.jsonl"), by_step("all/soft.jsonl")
+    assert hard.keys() == soft.keys() and len(hard) % 5 == 0 and len(hard) > 70
+    means = {step: [] for step in range(1, 6)}
+    for (id, sample, step), share in soft.items():
+        steps = solutions[id, sample]["steps"]
+        assert hard[id, sample, step] == (share > 0)
+        spoilt = any("1" in text for text in steps[:min(step, 4)])
+        assert share == 0 if spoilt else step < 5 or share == 1
+        means[step] += [] if spoilt else [share]
+    for step, shares in means.items():  # the rest must be added without a 1, too
+        assert sum(shares) / len(shares) == pytest.approx(0.75 ** max(0, 4 - step), abs=0.12)
+    said = [row["messages"][-1] for row in rows("all/soft.jsonl")]
+    weights = {(message["content"], message["weight"]) for message in said}
+    assert {("No", 1 - w) for label, w in weights if label == "Yes" and w < 1} == {
+        (label, w) for label, w in weights if label == "No" and w < 1} != set()
+
+
+def test_halving_finds_what_labels_of_all_steps_say(label):
+    label("--completions", "8")
+    label("--out", "halves", "--bisect")
+    everything, halves = rows("all/completions.jsonl"), rows("halves/completions.jsonl")
+    assert solutions_of("all") == solutions_of("halves")
+    assert all(row in everything for row in halves) and len(halves) < len(everything) / 2
+    hard, found, monotone = by_step("all/hard.jsonl"), by_step("halves/hard.jsonl"), 0
+    for key in solutions_of("all"):
+        full = [hard[*key, step] for step in range(1, 6) if (*key, step) in hard]
+        if full == sorted(full, reverse=True):  # else chance decides which step is called the first wrong one
+            wrong = (full + [0]).index(0)
+            assert [found[*key, step] for step in range(1, 6) if (*key, step) in found] == full[:wrong + 1]
+            monotone += bool(full)
+    assert monotone > 10
+
+
+def test_halving_finds_every_first_error_with_few_labels():
+    for count in range(1, 18):
+        for wrong in range(1, count + 1):
+            found = {}
+            while todo := records.due(count, False, found, bisect=True):
+                step, = todo
+                found[step] = 3 * (step < wrong)
+            assert min([step for step, right in found.items() if not right], default=count) == wrong
+            assert 2 ** (len(found) - 1) < count
+        assert records.due(count, True, {}, bisect=True) == []
+        assert records.due(count, False, {1: 0}, bisect=False) == list(range(2, count))
+
+
+@pytest.mark.parametrize("options", [[], ["--bisect"]], ids=["all", "halves"])
+def test_labels_of_a_run_that_was_killed_again_and_again_are_those_of_an_unbroken_one(label, options):
+    options = [*options, "--completions", "3"]
+    label("--out", "whole", *options)
+    deaths = 0
+    for dies in itertools.count(70, 30):
+        try:
+            label(*options, dies=dies)
+            break
+        except KeyboardInterrupt:
+            deaths += 1
+            with Path("all/completions.jsonl").open("a") as f:
+                f.write('{"id": "p3", "sam')
+    for name in ("completions", "hard", "soft"):
+        assert Path(f"all/{name}.jsonl").read_bytes() == Path(f"whole/{name}.jsonl").read_bytes()
+    assert deaths > 1
+    assert not label(*options).requests
+
+
+def test_a_verifier_is_trained_on_what_a_search_will_ask_it(label):
+    label("--completions", "2")
+    asked = {(row["id"], row["sample"], row["step"]): row["messages"] for row in rows("all/hard.jsonl")}
+    row = solutions_of("all")["p0", 0]
+    nodes = [Node(text="".join(row["steps"][:step])) for step in range(1, 6)]
+
+    def verify(question):
+        yield from judge(question, nodes)
+
+    backend = Backend(None)
+    run_episodes([Job("p", "Which number is 0?", verify)], backend)
+    for step, request in enumerate(backend.requests, 1):
+        *messages, said = asked[row["id"], row["sample"], step]
+        assert request.messages == messages and said["content"] in request.continuations
+
+
+def test_code_before_the_step_is_run_again_for_what_follows(tmp_path):
+    first = "```python\nx = 6\nprint(x)\n```\n"
+    steps = [first + "```output\n6\n```\n", "```python\nprint(x * 7)\n```\n"]
+    texts = iter(["```python\nprint(x * 7)\n```\n", "So \\boxed{42}."])
+
+    def write(last, seed, sampling):
+        text = next(texts)
+        return Reply(text, [ord(c) for c in text], finish="stop_string" if "```" in text else "stop")
+
+    row = {"id": "p", "sample": 0, "steps": steps, "ends": [len(steps[0])], "ids": list(map(ord, steps[0]))}
+    args, journal = make_data.options().parse_args(["steps"]), Journal(tmp_path / "completions.jsonl")
+    args.completions, sandbox, backend = 1, Sandbox(), Backend(write)
+    run_episodes([Job("p", "Q?", make_data.rest_of(journal, row, 1, args))], backend, sandbox)
+    assert [row["answers"] for row in journal] == [["42"]]
+    assert backend.requests[1].messages[1]["content"] == steps[0] + steps[1] + "```output\n42\n```\n"
+    assert backend.requests[0].messages[1]["content"] == steps[0] and len(sandbox.codes) == 2
+
+
+def test_completions_go_on_from_the_ids_that_were_sampled_and_share_them(tiny, tmp_path, monkeypatch):
+    model, tokenizer = tiny
+    sampler, computed = Sampler(model, tokenizer), []
+    hidden = sampler.network.hidden
+    monkeypatch.setattr(sampler.network, "hidden",
+                        lambda ids, *rest: computed.append(len(ids)) or hidden(ids, *rest))
+    journal, args = Journal(tmp_path / "completions.jsonl"), make_data.options().parse_args(["steps"])
+    question, text = "What is 2 + 3?", "First things first.\nWell,"
+    prompt = tokenizer.chat([make_data.user(make_data.prompts.SOLVER(question=question))])
+    ids = prompt + tokenizer.encode(text)
+    row = {"id": "p", "sample": 0, "steps": [text, "more"], "ends": [len(ids)], "ids": [*ids, 5, 6]}
+    args.completions = 6
+    episode, = run_episodes([Job("p", question, make_data.rest_of(journal, row, 1, args))], sampler,
+                            sampling=Sampling(8, 3.0), fixed=True)
+    first = [turn.reply for turn in episode.turns[:6]]
+    assert all(reply.prompt_ids == ids for reply in first)
+    assert len({tuple(reply.ids) for reply in first}) > 1  # drawn apart
+    assert computed[0] == len(ids) and max(computed[1:]) < len(ids)  # six of them, computed once
+    assert [row["step"] for row in journal] == [1]
+
+
+def test_labels_by_hand():
+    row = {"steps": ["3 + 4 = 7\n", "7 * 2 = 15\n", "\\boxed{15}"], "right": False, "found": {1: 2, 2: 0}}
+    args = make_data.options().parse_args(["steps", "--completions", "4"])
+    assert make_data.labels_of(row, args) == {"hard": {1: 1, 2: 0, 3: 0}, "soft": {1: 0.5, 2: 0, 3: 0}}
+    args.bisect = True
+    assert make_data.labels_of(row, args)["hard"] == {1: 1, 2: 0}
+    row |= {"right": True, "found": {}}
+    assert make_data.labels_of(row, args) == {"hard": {1: 1, 2: 1, 3: 1}, "soft": {3: 1}}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,7 +84,8 @@ def test_a_message_of_weight_0_is_not_trained(tmp_path, weight, words):
 
 @pytest.mark.parametrize("line, named", [
     ('{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}', "line 2: .*not of weight 0"),
-    ('{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}', "line 2: .*weight, 0 or 1"),
+    *((f'{{"messages": [{{"role": "assistant", "content": "a", "weight": {weight}}}]}}',
+       "line 2: .*weight, from 0 to 1") for weight in ("-0.5", "1.5", '"1"', "NaN", "[]")),
     ('{"question": "a", "response": ', "line 2: not valid JSON"),
     ('[1]', "line 2: .* expected"),
     ('{"question": "a"}', "line 2: expected question and response, or messages; found question"),
@@ -95,6 +97,37 @@ def test_a_bad_row_is_named(tmp_path, line, named):
     path.write_text('{"question": "a", "response": "b"}\n' + line + "\n")
     with pytest.raises(BadInput, match=named):
         train_sft.read(str(path), None)
+
+
+def test_the_loss_is_the_mean_weighted_by_the_messages(small, tmp_path):
+    """Yes with 3/4 and No with 1/4 are together the cross-entropy with a soft label."""
+    model, tokenizer = checkpoint.load(small)
+    asked = {"role": "user", "content": "Is 7 odd?"}
+    said = [[asked, {"role": "assistant", "content": word, "weight": weight}]
+            for word, weight in (("Yes", 0.75), ("No", 0.25), ("Maybe", 1), ("Never", 0))]
+    lines = [json.dumps({"messages": messages}) for messages in said[:3]]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    rows = [train_sft.encode(tokenizer, row) for _, row in train_sft.read(str(tmp_path / "x.jsonl"), None)]
+    later = train_sft.encode(tokenizer, said[2] + said[3])  # what follows the last trained message goes
+    assert (later.ids, later.mask) == (rows[2].ids, rows[2].mask)
+    total = count = 0
+    for row, (_, message) in zip(rows, said):
+        start = next(i for i, weight in enumerate(row.mask) if weight)
+        assert tokenizer.decode(row.ids[start:]) == message["content"]
+        attend = Packed([len(row.ids)])
+        with torch.no_grad():
+            logits = model.logits(model(torch.tensor(row.ids), attend.positions, attend))
+        total += message["weight"] * F.cross_entropy(
+            logits[start - 1:-1], torch.tensor(row.ids[start:]), reduction="sum").item()
+        count += message["weight"] * (len(row.ids) - start)
+    looked = train_sft.look(model, Sampler(model, tokenizer), rows, contextlib.nullcontext())
+    assert looked["held_out_loss"] == pytest.approx(total / count, rel=1e-5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for micro_tokens in (1, 4096):
+        args = SimpleNamespace(micro_tokens=micro_tokens, clip=1e9, lr=0.0, dtype="float32")
+        found = train_sft.one_step(model, rows, optimizer, 0.0, contextlib.nullcontext(), args)
+        assert found["loss"] == pytest.approx(total / count, rel=1e-5)
+        assert found["trained_tokens"] == count
 
 
 def test_an_empty_file_is_named(tmp_path):
