@@ -45,6 +45,7 @@ ALLOWED = {
     "episode.parts": "the same",
     "episode.solved": "the same",
     "record.*": "fields that TokenRecord keeps for the trainer",
+    "turn.*": "fields that Turn keeps for the trainer",
     "made.prec": "a setting of mpmath",
     "ctx.*": "torch.autograd.Function keeps there what the backward pass needs",
     "p.data": "PyTorch's own place for a parameter's numbers",
