@@ -82,23 +82,15 @@ def spread(record: TokenRecord, episode: Episode, credit: dict[tuple, tuple]) ->
 
 
 def mark_steps(episodes: list[Episode], problems: list, tokenizer, verifier, args) -> None:
-    """Cut every turn into steps. verifier: a Sampler that says its P(yes) of each of them, or None."""
-    jobs, turns = [], []
+    """Cut every turn into steps. verifier: a Sampler that gives each of them its P(yes), or None."""
+    jobs, marked = [], []
     for episode in episodes:
         problem = problems[episode.group]
         for turn in episode.turns:
             turn.steps = token_counts(turn.reply, args.step_rule, tokenizer)
             nodes = [Node(text=text) for text in accumulate(cut(turn.reply.text, args.step_rule))]
-            jobs.append(Job(problem.id, problem.question, opinion_on(nodes)))
-            turns.append((turn, nodes))
-    if verifier:
-        run_episodes(jobs, verifier)
-        for turn, nodes in turns:
-            turn.judged = [node.score for node in nodes]
-
-
-def opinion_on(nodes: list[Node]):
-    """The workflow that asks a verifier about the last step of each of these partial solutions."""
-    def ask(question):
-        yield from judge(question, nodes)
-    return ask
+            jobs.append(Job(problem.id, problem.question, lambda q, own=nodes: judge(q, own)))
+            marked.append((turn, nodes))
+    run_episodes(jobs if verifier else [], verifier)
+    for turn, nodes in marked:
+        turn.judged = [node.score for node in nodes]

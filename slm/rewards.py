@@ -8,7 +8,8 @@ r"""What an episode earns: the weighted sum of named parts, each a short functio
     --reward correct,steps:0.5     with --credit step: each step, and the last one also for the answer
 
 Most parts pay an episode, and so all its turns. `own`, `team` and `bonus` pay each turn; the episode has
-their mean. With --credit step, `steps`, `judge` and `random` pay each step, others a turn's last step.
+their mean. With --credit step, `steps`, `judge` (the P(yes) of the verifier that --judge names) and `random`
+pay each step; other parts pay a turn's last step.
 
 A reward is paid after its episode: no workflow can meet the gold answer. If an episode failed and the policy
 can't have caused it (a server, a machine), it has no reward and counts in no mean. What the policy can cause
@@ -148,15 +149,6 @@ def coin(episode, problem, rules, *place: int) -> float:
     return float(seed_of(rules.seed, "coin", rules.step, problem.id, episode.sample, *place) % 2)
 
 
-def judge(episode, problem, rules) -> float:
-    """The mean P(yes) of the verifier (--judge) over all steps."""
-    return fmean([p for turn in episode.turns for p in turn.judged] or [0.0])
-
-
-def own(episode, problem, rules) -> list[float]:
-    return [turn.worth for turn in episode.turns]
-
-
 def team(episode, problem, rules, gamma: float = 0.3) -> list[float]:
     """MAPoRL's reward (arXiv 2502.18439): (s + sum of gamma^k s_k) / (1 + sum of gamma^k), with s the turn's
     own worth and s_k the mean worth of the turns k rounds later."""
@@ -171,7 +163,7 @@ def team(episode, problem, rules, gamma: float = 0.3) -> list[float]:
 
 
 def bonus(episode, problem, rules) -> list[float]:
-    """MAPoRL's incentives, +-1 each, so the weight is every alpha. Correction: +1 if the role was wrong in its
+    """MAPoRL's incentives, +-1 each: the weight is every alpha. Correction: +1 if the role was wrong in its
     last turn and is right now, -1 the other way round. Influence: +1 if most other roles were wrong before
     the turn and are right after it, -1 the other way round. These signs are what the paper wants; in the
     authors' code those of the influence are the opposite."""
@@ -187,7 +179,9 @@ def bonus(episode, problem, rules) -> list[float]:
 
 
 PARTS = {"correct": correct, "box": box, "format": form, "steps": steps, "code": code, "agrees": agrees,
-         "length": length, "random": coin, "judge": judge, "own": own, "team": team, "bonus": bonus}
+         "length": length, "random": coin, "team": team, "bonus": bonus,
+         "own": lambda episode, problem, rules: [turn.worth for turn in episode.turns],
+         "judge": lambda episode, problem, rules: [fmean(turn.judged or [0.0]) for turn in episode.turns]}
 
 
 def worth(episode: Episode, place: int, problem, rules: Rules) -> float:
@@ -234,11 +228,8 @@ def coins(episode, place, problem, rules) -> list[float]:
     return [coin(episode, problem, rules, place, n) for n in range(len(episode.turns[place].steps))]
 
 
-def judged(episode, place, problem, rules) -> list[float]:
-    return episode.turns[place].judged
-
-
-OF_STEPS = {"steps": true_steps, "random": coins, "judge": judged}
+OF_STEPS = {"steps": true_steps, "random": coins,
+            "judge": lambda episode, place, problem, rules: episode.turns[place].judged}
 
 
 # ---- a function of yours ---------------------------------------------------------------------------------
