@@ -82,11 +82,11 @@ def spread(record: TokenRecord, episode: Episode, credit: dict[tuple, tuple]) ->
 
 
 def mark_steps(episodes: list[Episode], problems: list, tokenizer, verifier, args) -> None:
-    """Cut every turn into steps. verifier: a Sampler that gives each of them its P(yes), or None."""
+    """Cut every trained turn into steps. verifier: a Sampler that gives each step its P(yes), or None."""
     jobs, marked = [], []
     for episode in episodes:
         problem = problems[episode.group]
-        for turn in episode.turns:
+        for turn in (t for t in episode.turns if t.reply.ids and t.role in (args.roles or [t.role])):
             turn.steps = token_counts(turn.reply, args.step_rule, tokenizer)
             nodes = [Node(text=text) for text in accumulate(cut(turn.reply.text, args.step_rule))]
             jobs.append(Job(problem.id, problem.question, lambda q, own=nodes: judge(q, own)))

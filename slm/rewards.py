@@ -186,7 +186,7 @@ PARTS = {"correct": correct, "box": box, "format": form, "steps": steps, "code":
 
 def worth(episode: Episode, place: int, problem, rules: Rules) -> float:
     """What a turn says, judged alone: 1 for the right answer, -1 for a wrong one, --no-box for none. If it
-    was asked for a verdict: 1 if it says what is true, else -1. A summarizer has what its episode has."""
+    was asked for a verdict: 1 if it says what is true, else -1. A summary has what its episode has."""
     turn = episode.turns[place]
     asked = turn.messages[-1]["content"] if turn.messages else ""
     given = VERIFIER.fields(asked) | CHECKER.fields(asked) | CRITIC.fields(asked)
@@ -195,7 +195,7 @@ def worth(episode: Episode, place: int, problem, rules: Rules) -> float:
         return 1.0 if confirmed(outcome, given["answer"]) == equal(given["answer"], problem.gold) else -1.0
     if "solution" in given:
         return 1.0 if verdict(turn.reply.text) == grade(given["solution"], problem.gold).correct else -1.0
-    if turn.role == "summarizer":
+    if turn.role == "summarizer" or turn.reply.finish == "score":
         return correct(episode, problem, rules)
     answer = printed(outcome)
     graded = grade(f"\\boxed{{{answer}}}" if answer else turn.reply.text, problem.gold, strict=True)

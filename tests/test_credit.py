@@ -34,7 +34,7 @@ from slm.episode import (
 from slm.problems import Problem
 from slm.prompts import CHECKER, CRITIC, RETRY, SOLVER, SUMMARY, VERIFIER
 from slm.rewards import Rules, reward_of
-from slm.runs import rundir
+from slm.runs import rundir, steps
 from slm.sandbox import Outcome
 from slm.steps import cut, token_counts
 from train_grpo import ALGORITHMS
@@ -52,9 +52,9 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(train_grpo, "write_report", lambda out: out / "report.html")
 
 
-def turn(role, rewards, prompt, tokens, steps=()):
+def turn(role, rewards, prompt, tokens, counts=()):
     return Turn(role, [], Reply("", [3] * tokens, [-1.0] * tokens, prompt_ids=list(prompt)),
-                rewards=list(map(float, rewards)), steps=list(steps))
+                rewards=list(map(float, rewards)), steps=list(counts))
 
 
 def credited(episodes, how, algorithm="dr_grpo", roles=None, max_tokens=10):
@@ -341,7 +341,7 @@ def marked(tiny, text, part, verifier=None, more=None):
     _, tokenizer = tiny
     e = Episode("p", sample=3, response=text, turns=[
         Turn("solver", [user(SOLVER(**ASKED))], Reply(text, tokenizer.encode(text)))])
-    credit.mark_steps([e], [TWELVE], tokenizer, verifier, SimpleNamespace(step_rule="line"))
+    credit.mark_steps([e], [TWELVE], tokenizer, verifier, SimpleNamespace(step_rule="line", roles=None))
     reward, _ = reward_of(e, TWELVE, Rules({part: 2.0} | (more or {}), seed=1, step=7))
     return e.turns[0], reward
 
@@ -469,10 +469,13 @@ def test_a_team_learns_an_adapter_a_role_and_the_scripts_load_them(small, tmp_pa
         assert reply.logprobs == pytest.approx(logp.tolist(), abs=1e-3)
 
 
-@pytest.mark.parametrize("how", [TEAM, ("--credit", "step", "--reward", "correct,random,steps")],
-                         ids=["team", "steps"])
+STEP = ("--credit", "step", "--reward")
+
+
+@pytest.mark.parametrize("how", [TEAM, (*STEP, "correct,steps"), (*STEP, "judge", "--judge", "tiny")],
+                         ids=["team", "steps", "judge"])
 def test_two_steps_on_the_built_in_model_resume_to_the_same_bits(tmp_path, monkeypatch, how):
-    options = (*how, "--max-tokens", "60", "--batch", "1")
+    options = (*how, "--max-tokens", "24", "--batch", "1", "--samples", "3")
     run("tiny", tmp_path / "whole", *options)
     log = rundir.RunDir.log
 
@@ -493,6 +496,21 @@ def test_two_steps_on_the_built_in_model_resume_to_the_same_bits(tmp_path, monke
         {"solver", "verifier"} if how == TEAM else {"default"})
     episodes = [(tmp_path / n / "episodes.jsonl").read_text() for n in ("whole", "cut")]
     assert episodes[0] == episodes[1]
+
+
+def test_what_a_verifier_scores_is_no_turn_of_the_tables():
+    """A search asks it for log-probs only. Nothing was sampled, and there is one role that says something."""
+    scored = Turn("verifier", [user("Is it?")], Reply("", finish="score", prompt_ids=[1]))
+    t, _ = said("solver", SOLVER(**ASKED), "\\boxed{12}")
+    e = Episode("p", turns=[t, scored], response="\\boxed{12}")
+    e.reward, e.reason = reward_of(e, TWELVE, Rules({"own": 1.0}))
+    row, = steps.lines(1, [e], [[]], {"p": TWELVE}, None)
+    assert not [name for name in steps.summary([row]) if "solver" in name or "verifier" in name]
+    assert e.parts["own"] == 1
+    row["turns"].append(row["turns"][0] | {"role": "checker", "worth": -1.0, "rewards": [-1.0, 0.0]})
+    found = steps.summary([row])
+    assert (found["reward/solver"], found["solved/solver"]) == (1, 1)
+    assert (found["reward/checker"], found["solved/checker"]) == (-0.5, 0) and "reward/verifier" not in found
 
 
 def test_a_role_without_an_adapter_speaks_as_the_reference(small, tmp_path, monkeypatch):

@@ -55,8 +55,9 @@ def summary(rows: list[dict]) -> dict:
     lengths, groups, parts = {True: [], False: []}, defaultdict(set), Counter()
     earned, right = defaultdict(list), defaultdict(list)  # by role
     for turn in chain.from_iterable(row["turns"] for row in paid):
-        earned[turn["role"]] += turn["rewards"]
-        right[turn["role"]].append((turn["worth"] or 0) > 0)
+        if turn["reply"]["finish"] != "score":
+            earned[turn["role"]] += turn["rewards"]
+            right[turn["role"]].append((turn["worth"] or 0) > 0)
     for row in paid:
         lengths[row["correct"]].append(row["tokens"])
         groups[row["problem"]].add(row["reward"])
@@ -71,8 +72,8 @@ def summary(rows: list[dict]) -> dict:
             "zero_spread": mean(len(rewards) == 1 for rewards in groups.values()),
             "with_advantage": mean(bool(row["advantage"]) for row in rows), "failed": len(rows) - len(paid),
             **{f"reward/{name}": total / len(paid) for name, total in parts.items()},
-            **({f"reward/{role}": mean(earned[role]) for role in earned} if len(earned) > 1 else {}),
-            **({f"solved/{role}": mean(right[role]) for role in right} if len(right) > 1 else {})}
+            **{f"{name}/{role}": mean(by_role[role]) for role in right if len(right) > 1
+               for name, by_role in (("reward", earned), ("solved", right))}}
 
 
 def mean(values: Iterable[float]) -> float:
