@@ -22,7 +22,8 @@ class Prompt:
     def fields(self, message: str) -> dict[str, str]:
         """The fields of a message that this prompt made; of any other message none."""
         pattern = re.sub(r"\\\$(\w+)", r"(?P<\1>.*?)", re.escape(self.text))
-        return found.groupdict() if (found := re.fullmatch(pattern, message, re.S)) else {}
+        found = re.fullmatch(pattern, message, re.S)
+        return found.groupdict() if found else {}
 
 
 # ---- the solver ------------------------------------------------------------------------------------------

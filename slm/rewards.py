@@ -173,7 +173,7 @@ def bonus(episode, problem, rules) -> list[float]:
         after = {other.role: other.worth > 0 for other in episode.turns[::-1] if other.round > turn.round}
         now, then = turn.worth > 0, before.pop(turn.role, turn.worth > 0)
         others = before.keys() & after.keys()
-        most = [2 * sum(right[role] for role in others) > len(others) for right in (before, after)]
+        most = [2 * sum(map(right.get, others)) > len(others) for right in (before, after)]
         found.append(float(now - then + most[1] - most[0]))
     return found
 
