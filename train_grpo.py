@@ -3,20 +3,20 @@
     python train_grpo.py                                             the built-in model, minutes
     python train_grpo.py --adapter runs/sft-tiny-lora/adapter        from the fine-tuned adapter
     python train_grpo.py --workflow python_tools --adapter ...       trains what agents.py runs
-    python train_grpo.py --workflow solver_verifier --roles solver,verifier --adapters role \
-        --credit role --reward own                                   trains a team
+    python train_grpo.py --workflow solver_verifier --credit role --reward own     trains a team
     python train_grpo.py --model Qwen/Qwen2.5-Math-1.5B --adapter DIR --data gsm8k
 
 A step is roll_out, give_credit, update_policy. roll_out samples K episodes of each problem and rewards them
-(--reward: 1 for a right box, else -1). give_credit compares each reward with the others of its problem: this
-is the advantage. update_policy makes sampled tokens more likely if their advantage is positive, less likely
-if it is negative, and keeps the policy near the reference by a KL penalty. ALGORITHMS below names the other
-kinds of advantage and loss; slm/losses.py has the formulas.
+(--reward: 1 for a right box, else -1). give_credit compares each reward with the others of its problem, or of
+its role (--credit, slm/credit.py): this is the advantage. update_policy makes sampled tokens more likely if
+their advantage is positive, less likely if it is negative, and keeps the policy near the reference by a KL
+penalty. ALGORITHMS below names the other kinds of advantage and loss; slm/losses.py has the formulas.
 
-The policy is the model with a new LoRA adapter; an SFT adapter is merged first. The reference is the same
-model with the new adapter off. Sampling and loss use one distribution, so the ratio between them is 1 at the
-start of each step; the metric dlogp shows how far rounding moves it. If an episode's sampling fails, it has
-no reward and counts nowhere. Not covered: a value model, asynchronous rollouts, top-p or top-k sampling.
+The policy is the model with a new LoRA adapter, or one for each of --roles; an SFT adapter is merged first.
+The reference is the same model with the new adapter off. Sampling and loss use one distribution, so the ratio
+between them is 1 at the start of each step; the metric dlogp shows how far rounding moves it. If an episode's
+sampling fails, it has no reward and counts nowhere. Not covered: a value model, asynchronous rollouts, top-p
+or top-k sampling.
 
 What to watch: reward and solve rate rise, entropy falls slowly, kl grows slowly. The loss means little: its
 value is near 0 by construction. Before the first step and ten times on the way the policy answers --evaluate
