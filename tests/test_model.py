@@ -88,8 +88,8 @@ SHAPE = Config(97, 32, 64, 2, 2, 1, 16, rope_theta=1e4)
 
 
 def test_llama_3_slows_down_what_turns_slowly():
-    """Head size 16, theta 10,000: the frequencies are 10^0, 10^-0.5, ... 10^-3.5. In 2,000 pi tokens they turn
-    1,000, 316, 100, 31.6, 10, 3.16, 1 and 0.316 times."""
+    """Head size 16, theta 10,000: the frequencies are 10^0, 10^-0.5, ... 10^-3.5. In 2,000 pi tokens they
+    turn 1,000, 316, 100, 31.6, 10, 3.16, 1 and 0.316 times."""
     scaled = replace(SHAPE, rope_scaling=(8.0, 2.0, 10.0, 2000 * math.pi))
     cos, _ = rope(torch.tensor([1]), scaled, torch.float64)
     frequencies = cos[0, 0, :8].acos()
@@ -127,7 +127,8 @@ def test_bfloat16_runs_on_the_cpu(random_model):
 
 
 @pytest.mark.parametrize("change, named", [
-    ({"model_type": "mistral"}, "mistral"), ({"model_type": "llama", "attention_bias": True}, "attention_bias"),
+    ({"model_type": "mistral"}, "mistral"),
+    ({"model_type": "llama", "attention_bias": True}, "attention_bias"),
     ({"mlp_bias": True}, "mlp_bias"), ({"hidden_act": "gelu"}, "gelu"), ({"vocab_size": 0}, "vocab_size"),
     ({"use_sliding_window": True}, "use_sliding_window"), ({"num_key_value_heads": 3}, "num_key_value_heads"),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"), ({"hidden_size": None}, "hidden_size"),

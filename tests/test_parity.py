@@ -64,8 +64,8 @@ def difference(a, b) -> float:
 FAMILIES = {"qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
             "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
             "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM)}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def peer_model(tmp_path, seed=0, family="qwen2", **config):
@@ -99,7 +99,8 @@ def test_logits_of_random_models(tmp_path, config, device):
     within(f"float32 logits, {config}", difference(ours(model, ids), theirs(peer.to(device), ids)), 2e-4)
 
 
-@pytest.mark.parametrize("config", [{"family": "llama", "rope_parameters": LLAMA3}, {"family": "qwen3"}], ids=str)
+@pytest.mark.parametrize("config", [{"family": "llama", "rope_parameters": LLAMA3}, {"family": "qwen3"}],
+                         ids=str)
 def test_other_families_are_sampled_and_saved_as_they_are(tmp_path, config):
     peer, directory = peer_model(tmp_path, **config)
     model, tokenizer = checkpoint.load(directory)
