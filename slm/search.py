@@ -94,12 +94,12 @@ def best_of_n(question: str, budget: int = 16):
 
 def best_of_n_min(question: str, budget: int = 16):
     """As best_of_n, but a solution is as good as its worst step (Lightman et al. 2023, arXiv 2305.20050)."""
-    return best((yield from judged_chains(question, [Node()] * budget)), min)
+    return best((yield from judged_chains(question, budget)), min)
 
 
 def best_of_n_product(question: str, budget: int = 16):
     """As best_of_n, but a solution's value is the chance that all its steps are right (the same paper)."""
-    return best((yield from judged_chains(question, [Node()] * budget)), math.prod)
+    return best((yield from judged_chains(question, budget)), math.prod)
 
 
 def weighted_vote(question: str, budget: int = 16):
