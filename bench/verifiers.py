@@ -79,7 +79,8 @@ def measure(args) -> None:
     solutions = solutions_of(args)
     held_out = [s for s in solutions if is_held_out(s["id"])]
     save(args, "completions", 0, [label], [s | {"scores": s["share"]} for s in held_out])
-    save(args, "untrained", 0, [], scored(held_out, "tiny"))
+    if not (args.results / "untrained-0.json").exists():
+        save(args, "untrained", 0, [], scored(held_out, "tiny"))
     for seed in range(args.seeds):
         for kind in KINDS:
             if not (args.results / f"{kind}-{seed}.json").exists():
