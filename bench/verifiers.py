@@ -5,9 +5,11 @@
     python bench/verifiers.py --table        only the table, from results/verifiers
 
 The policy (by default an SFT adapter, which is trained first) writes solutions, and make_data.py steps labels
-them. One problem in five is held out. On the others one adapter is trained for each kind of label and seed,
-and scores every step of the held-out solutions as a search would ask it to. A run that has its file
-results/verifiers/KIND-SEED.json is not made again, and a stopped one goes on where it was.
+them. One problem in five is held out. On the others one verifier is trained for each kind of label and seed,
+and scores every step of the held-out solutions as a search would ask it to. All of its weights are trained:
+Yes and No are spelled with tokens that the built-in model never read, whose embeddings are nearly the same,
+and LoRA does not train embeddings. A run that has its file results/verifiers/KIND-SEED.json is not made
+again, and a stopped one goes on where it was.
 
 A solution's first error is the first step whose score is below a threshold. F1 is ProcessBench's (Zheng et
 al. 2024, arXiv 2412.06559): the harmonic mean of two accuracies, the share of the solutions with an error
@@ -77,16 +79,18 @@ def measure(args) -> None:
     solutions = solutions_of(args)
     held_out = [s for s in solutions if is_held_out(s["id"])]
     save(args, "completions", 0, [label], [s | {"scores": s["share"]} for s in held_out])
-    save(args, "untrained", 0, [], scored(held_out, None))
+    if not (args.results / "untrained-0.json").exists():
+        save(args, "untrained", 0, [], scored(held_out, "tiny"))
     for seed in range(args.seeds):
         for kind in KINDS:
             if not (args.results / f"{kind}-{seed}.json").exists():
                 run, data = args.out / f"{kind}-{seed}", args.out / f"train-{kind}.jsonl"
                 data.write_text("".join(f"{json.dumps(row)}\n" for row in records(made, kind, solutions)))
-                train = ("train_sft.py", "--data", data, "--validate", 0, "--seed", seed, "--out", run)
-                if not (run / "adapter").is_dir():
+                train = ("train_sft.py", "--full", "--data", data, "--validate", 0, "--seed", seed,
+                         "--out", run)
+                if not (run / "model").is_dir():
                     script(args.out, *train, *goes_on(run))
-                save(args, kind, seed, [label, train], scored(held_out, run / "adapter"))
+                save(args, kind, seed, [label, train], scored(held_out, str(run / "model")))
 
 
 def script(log: Path, *words) -> None:
@@ -160,15 +164,14 @@ def first_error(steps: list[str], question: str, worked: str, right: bool) -> in
     return 0 if right else len(steps)
 
 
-def scored(solutions: list[dict], adapter: Path | None) -> list[dict]:
+def scored(solutions: list[dict], verifier: str) -> list[dict]:
     """Each solution with the P(yes) of its steps, as slm/search.py gets it."""
     jobs, written = [], []
     for s in solutions:
         written.append([Node(text="".join(s["steps"][:n])) for n in range(1, len(s["steps"]) + 1)])
         jobs.append(Job(f"{s['id']}/{s['sample']}", s["question"], verify(written[-1])))
-    folders = [("verifier", str(adapter))] if adapter else []
-    with closing(own_model("tiny", "auto", "float32", folders)) as backend:
-        run_episodes(jobs, backend, adapters={"verifier": "verifier"} if adapter else {}, bar="judged")
+    with closing(own_model(verifier, "auto", "float32")) as backend:
+        run_episodes(jobs, backend, bar="judged")
     return [s | {"scores": [node.score for node in nodes]} for s, nodes in zip(solutions, written)]
 
 
