@@ -3,18 +3,20 @@
     python train_grpo.py                                             the built-in model, minutes
     python train_grpo.py --adapter runs/sft-tiny-lora/adapter        from the fine-tuned adapter
     python train_grpo.py --workflow python_tools --adapter ...       trains what agents.py runs
+    python train_grpo.py --workflow solver_verifier --credit role --reward own     trains a team
     python train_grpo.py --model Qwen/Qwen2.5-Math-1.5B --adapter DIR --data gsm8k
 
 A step is roll_out, give_credit, update_policy. roll_out samples K episodes of each problem and rewards them
-(--reward: 1 for a right box, else -1). give_credit compares each reward with the others of its problem: this
-is the advantage. update_policy makes sampled tokens more likely if their advantage is positive, less likely
-if it is negative, and keeps the policy near the reference by a KL penalty. ALGORITHMS below names the other
-kinds of advantage and loss; slm/losses.py has the formulas.
+(--reward: 1 for a right box, else -1). give_credit compares each reward with the others of its problem, or of
+its role (--credit, slm/credit.py): this is the advantage. update_policy makes sampled tokens more likely if
+their advantage is positive, less likely if it is negative, and keeps the policy near the reference by a KL
+penalty. ALGORITHMS below names the other kinds of advantage and loss; slm/losses.py has the formulas.
 
-The policy is the model with a new LoRA adapter; an SFT adapter is merged first. The reference is the same
-model with the new adapter off. Sampling and loss use one distribution, so the ratio between them is 1 at the
-start of each step; the metric dlogp shows how far rounding moves it. If an episode's sampling fails, it has
-no reward and counts nowhere. Not covered: a value model, asynchronous rollouts, top-p or top-k sampling.
+The policy is the model with a new LoRA adapter, or one for each of --roles; an SFT adapter is merged first.
+The reference is the same model with the new adapter off. Sampling and loss use one distribution, so the ratio
+between them is 1 at the start of each step; the metric dlogp shows how far rounding moves it. If an episode's
+sampling fails, it has no reward and counts nowhere. Not covered: a value model, asynchronous rollouts, top-p
+or top-k sampling.
 
 What to watch: reward and solve rate rise, entropy falls slowly, kl grows slowly. The loss means little: its
 value is near 0 by construction. Before the first step and ten times on the way the policy answers --evaluate
@@ -44,6 +46,8 @@ def options():
                    help=f"problems not trained on, answered ten times on the way ({both('evaluate')})")
     g.add_argument("--workflow", default="solver", help="of agents.py (default solver: one answer)")
     g.add_argument("--roles", nargs="+", action=cli.Names, help="train only these roles (default all)")
+    g.add_argument("--adapters", choices=("shared", "role"), default="shared",
+                   help="one adapter for all roles, or one for each of --roles (default shared)")
     g = p.add_argument_group("sampling")
     g.add_argument("--batch", type=cli.positive, help=f"problems a step ({both('batch')})")
     g.add_argument("--samples", type=cli.positive, help=f"K, episodes a problem ({both('samples')})")
@@ -58,9 +62,12 @@ def options():
     g.add_argument("--truncated", choices=("keep", "zero", "soft"),
                    help="a reply cut at --max-tokens is graded (default), earns 0, or is graded with the "
                         "part length (dapo's default)")
+    g.add_argument("--judge", metavar="DIR", help="the verifier of the part judge: a model or an adapter")
     g = p.add_argument_group("objective")
     g.add_argument("--algorithm", default="grpo",
                    help="of the table ALGORITHMS (default grpo; another word lists them)")
+    g.add_argument("--credit", choices=("episode", "role", "turn", "step"), default="episode",
+                   help="what is rewarded and compared; slm/credit.py explains (default episode)")
     g.add_argument("--resample", type=lambda text: cli.positive(text, 0),
                    help="times that a problem solved always or never makes way (default 0; dapo 3)")
     g.add_argument("--teacher", metavar="DIR",
@@ -95,13 +102,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, compress, pairwise
-from operator import attrgetter
+from operator import attrgetter, sub
 from pathlib import Path
 from statistics import fmean
 
 import torch
 
 from slm import BadInput, checkpoint, lora, losses, problems, rewards, training, workflows
+from slm.credit import give_credit, mark_steps
 from slm.episode import Episode, Reply, Sampling, TokenRecord, Turn, jobs_for, run_episodes, seed_of, user
 from slm.formats import lora_files
 from slm.grading import equal, grade
@@ -172,19 +180,22 @@ def main(args):
         plan = training.batches(len(pool), args.batch, epochs, args.seed)[:args.steps or None]
         trained, optimizer = training.start(policy, weight_decay=0.0)
         sampler = Sampler(policy, tokenizer)
+        if args.adapters == "role":  # a role without an adapter is the reference
+            stack.enter_context(lora.off(policy))
         if ranks.rank() == 0:
             introduce(policy, sampler, base, pool, held_out, plan, words, args)
             print(said)
         sandbox = None if args.workflow == "solver" else stack.enter_context(Sandbox())
+        judge = args.judge and Sampler(*checkpoint.load(args.judge, device, dtype))
         sample = partial(roll_out, policy=policy, workflow=workflow, sampler=sampler, sandbox=sandbox,
-                         args=args)
+                         args=args, judge=judge)
         look = partial(evaluate, held_out, workflow, policy, sampler, sandbox, args) if held_out else None
         ask = algorithm.taught and partial(ask_teacher, teacher_for(policy, tokenizer, device, dtype, args),
                                            policy, tokenizer, args=args)
         taken = plan[:2] if args.dry_run else plan
         train(policy, pool, taken, sample, ask, look, tokenizer, algorithm, rundir, trained, optimizer, args)
         if not args.dry_run:
-            finish(policy, base, rundir.path)
+            finish(policy, base, rundir.path, args.workflow)
         elif ranks.rank() == 0:
             forecast(policy, list(files.readable_rows(rundir.path / "metrics.jsonl")), plan, args)
 
@@ -220,7 +231,7 @@ def train(policy, pool, plan, sample, ask, look, tokenizer, algorithm, rundir, t
 
 # ---- a step: roll out ------------------------------------------------------------------------------------
 
-def roll_out(batch, spare, step, policy, workflow, sampler, sandbox, seconds, args):
+def roll_out(batch, spare, step, policy, workflow, sampler, sandbox, seconds, args, judge=None):
     """Sample K episodes of each problem of `batch` and reward them -> this rank's episodes, those replaced.
 
     Dynamic sampling (DAPO, arXiv 2503.14476, eq. 11): a problem whose episodes are all right or all wrong has
@@ -235,8 +246,10 @@ def roll_out(batch, spare, step, policy, workflow, sampler, sandbox, seconds, ar
             jobs = [j for j in jobs_for(batch, workflow, args.samples) if j.group in wanted]
             with timed(seconds, "generate"):
                 episodes = run_episodes(jobs, sampler, sandbox, sampling=sampling, fixed=True, bar=bar,
-                                        seed=seed_of(args.seed, "grpo", step))
+                                        seed=seed_of(args.seed, "grpo", step), adapters=by_role(policy))
             with timed(seconds, "score"):
+                if args.credit == "step":
+                    mark_steps(episodes, batch, sampler.tokenizer, judge, args)
                 for episode in episodes:
                     episode.reward, episode.reason = reward_of(episode, batch[episode.group], rules)
             for group in wanted:
@@ -264,39 +277,7 @@ def spare_problems(pool, chosen: list[int], step: int, args) -> list:
     return [pool[i] for i in random.Random(f"{args.seed}/{step}/spare").sample(others, count)]
 
 
-# ---- a step: give credit ---------------------------------------------------------------------------------
-
-def give_credit(episodes, algorithm: Algorithm, moving: dict[str, float], args) -> tuple[list, int]:
-    """(token records of each episode with their advantage and weight, none without a reward; the divisor of
-    the loss). What counts are the episodes of all ranks that have a reward.
-
-    `moving` holds the sum of the mean rewards of earlier steps and their number, both fading by `decay` a
-    step; this step's is added. The first step can take only its own mean from the rewards."""
-    records = [[] if e.reward is None else e.records(args.roles) for e in episodes]
-    scores = []
-    for episode, own in zip(episodes, records):
-        if episode.reward is not None:
-            tokens = sum(sum(record.mask) for record in own)
-            scores.append((episode.group, episode.sample, episode.reward, tokens))
-    scores = ranks.gather(scores)
-    if not scores:
-        return records, 1
-    groups, samples, rewards, tokens = zip(*scores)
-    if algorithm.decay:
-        now = sum(rewards) / len(rewards)
-        before = moving["sum"] / moving["steps"] if moving["steps"] else now
-        moving["sum"] = algorithm.decay * moving["sum"] + now
-        moving["steps"] = algorithm.decay * moving["steps"] + 1
-        rewards = [reward - before for reward in rewards]
-    compared = torch.tensor(groups) * (not algorithm.whole_batch)
-    advantages = losses.advantages(torch.tensor(rewards), compared, algorithm.advantage)
-    weights, divisor = losses.token_weights(torch.tensor(tokens), algorithm.normalise, args.max_tokens)
-    credit = dict(zip(zip(groups, samples), zip(advantages.tolist(), weights.tolist())))
-    for episode, own in zip(episodes, records):
-        for record in own:
-            record.advantage, record.weight = credit[episode.group, episode.sample]
-    return records, max(1, divisor)
-
+# ---- a step: give credit (slm/credit.py), or ask a teacher ----------------------------------------------
 
 def teacher_for(policy, tokenizer, device, dtype, args):
     """The model that judges tokens: --teacher, else the policy itself."""
@@ -309,8 +290,8 @@ def teacher_for(policy, tokenizer, device, dtype, args):
 
 
 def ask_teacher(teacher, policy, tokenizer, batch, episodes, records, args) -> None:
-    """Give every record the teacher's log-probs, and as advantage its tokens' mean of teacher - sampler. A
-    policy that teaches itself is shown the worked solution, or the right box (SDFT, arXiv 2601.19897)."""
+    """Give every record the teacher's log-probs, and as advantages teacher - sampler. A policy that teaches
+    itself is shown the worked solution, or the right box (SDFT, arXiv 2601.19897)."""
     seen = []  # (record, ids and mask as the teacher sees them)
     shown = {}  # number of each problem -> the policy's prompt as its own teacher
     for group, problem in enumerate(batch if teacher is policy else ()):
@@ -327,7 +308,7 @@ def ask_teacher(teacher, policy, tokenizer, batch, episodes, records, args) -> N
             logp, _ = losses.score(teacher, ids, masks, args.temperature)
             for record, found in zip(owners, logp.split([sum(mask) for mask in masks])):
                 record.teacher = found.tolist()
-                record.advantage = (sum(record.teacher) - sum(record.logprobs)) / len(record.teacher)
+                record.advantage = list(map(sub, record.teacher, compress(record.logprobs, record.mask)))
 
 
 # ---- a step: update the policy ---------------------------------------------------------------------------
@@ -335,9 +316,9 @@ def ask_teacher(teacher, policy, tokenizer, batch, episodes, records, args) -> N
 def update_policy(policy, records, divisor: int, optimizer, lr: float, algorithm: Algorithm, args) -> dict:
     """--updates optimizer steps on each episode's records; returns what metrics.jsonl tells, over all ranks.
 
-    Without a KL penalty, a record whose advantage is 0 has no gradient. It is left out of the work, but its
+    Without a KL penalty, a record whose advantages are 0 has no gradient. It is left out of the work, but its
     tokens stay in the divisor."""
-    active = [record for own in records for record in own if record.advantage or args.kl > 0]
+    active = [record for own in records for record in own if any(record.advantage) or args.kl > 0]
     if not ranks.summed({"active": len(active)})["active"]:
         return {}
     for _ in range(args.updates):
@@ -363,8 +344,8 @@ def micro_batch_loss(policy, records: list[TokenRecord], algorithm: Algorithm, a
     what the updates did and not how the sampler rounds. That the sampler drew the tokens is corrected alike
     for objectives with and without a ratio: the gradient of each token's log-prob is multiplied by
     losses.trust. The KL penalty is left as it is."""
-    sequences, lengths = ([r.ids for r in records], [r.mask for r in records]), [sum(r.mask) for r in records]
-    logp, entropy = losses.score(policy, *sequences, args.temperature)
+    lengths = [sum(r.mask) for r in records]
+    logp, entropy = score(policy, records, args)
     for record, own in zip(records, logp.detach().split(lengths)):
         record.old = record.old or own.tolist()
 
@@ -372,17 +353,16 @@ def micro_batch_loss(policy, records: list[TokenRecord], algorithm: Algorithm, a
         return torch.tensor(list(chain.from_iterable(rows)), device=logp.device)
 
     sampled, old = flat(compress(r.logprobs, r.mask) for r in records), flat(r.old for r in records)
-    advantage = flat(r.teacher or [r.advantage] * n for r, n in zip(records, lengths))
+    advantage, weight = flat(r.teacher or r.advantage for r in records), flat(r.weight for r in records)
     sequence = torch.arange(len(records)).repeat_interleave(torch.tensor(lengths)).to(logp.device)
-    weight = torch.tensor([r.weight for r in records], device=logp.device)[sequence]
 
     loss = algorithm.objective(logp, old, advantage, sequence) * weight
     slope, = torch.autograd.grad(loss.sum(), logp)  # of the loss in each token's log-prob
     trust = losses.trust(logp.detach(), old, sampled, -slope, args.importance_cap, args.dppo_mask)
     penalty = torch.zeros_like(weight)
     if args.kl > 0:
-        with torch.no_grad(), lora.off(policy):
-            reference, _ = losses.score(policy, *sequences, args.temperature)
+        with torch.no_grad():
+            reference, _ = score(policy, records, args, reference=True)
         penalty = losses.kl(logp, reference, args.kl_kind)
     total = (slope * trust * logp + args.kl * penalty * weight).sum()
     gap, importance = (old - sampled).abs(), losses.ratio(old, sampled)
@@ -393,6 +373,15 @@ def micro_batch_loss(policy, records: list[TokenRecord], algorithm: Algorithm, a
     return total, {name: float(value) for name, value in sums.items()}, top
 
 
+def score(policy, records: list[TokenRecord], args, reference: bool = False):
+    """losses.score of these records, each by its role's adapter, or all by the reference."""
+    names = lora.names(policy)
+    rows = [(r.role if r.role in names else names[0], len(r.ids)) for r in records]
+    rows += [(name, 0) for name in names]  # each takes part, so that all ranks have the same gradients
+    with lora.use(policy, None if reference else rows):
+        return losses.score(policy, [r.ids for r in records], [r.mask for r in records], args.temperature)
+
+
 def drift(policy, episodes, records, args) -> dict:
     """Estimate KL(policy || reference), in nats a token by k3, before the step changes the policy: on the
     first sample of the first eight problems, however many ranks there are."""
@@ -400,9 +389,8 @@ def drift(policy, episodes, records, args) -> dict:
     found = []
     with torch.no_grad(), ranks.whole(policy):
         for record in some:
-            logp, _ = losses.score(policy, [record.ids], [record.mask], args.temperature)
-            with lora.off(policy):
-                reference, _ = losses.score(policy, [record.ids], [record.mask], args.temperature)
+            logp, _ = score(policy, [record], args)
+            reference, _ = score(policy, [record], args, reference=True)
             found += losses.kl(logp, reference).tolist()
     found = ranks.gather(found)
     return {"kl": fmean(found)} if found else {}
@@ -424,7 +412,8 @@ def evaluate(held_out, workflow, policy, sampler, sandbox, args) -> dict:
     own = held_out[ranks.rank()::ranks.world()]
     sampling = Sampling(args.max_tokens, stop_at_box=True, step_rule=args.step_rule)
     with ranks.whole(policy):
-        episodes = run_episodes(jobs_for(own, workflow), sampler, sandbox, sampling=sampling, seed=args.seed)
+        episodes = run_episodes(jobs_for(own, workflow), sampler, sandbox, sampling=sampling, seed=args.seed,
+                                adapters=by_role(policy))
         sampler.close()
     right = ranks.gather([grade(e.response, p.gold).correct for e, p in zip(episodes, own)])
     low, high = stats.wilson(sum(right), len(right))
@@ -435,10 +424,12 @@ def evaluate(held_out, workflow, policy, sampler, sandbox, args) -> dict:
 
 def checked(args):
     """(algorithm, workflow). BadInput for what this script can't train, before a run directory is claimed."""
-    for folder in (args.model, args.adapter, args.teacher):
+    for folder in (args.model, args.adapter, args.teacher, args.judge):
         if folder and not args.resume:
             checkpoint.resolve(folder)
     workflows.refuse_roles("--roles", args.roles or ())
+    if args.adapters == "role" and not args.roles:
+        raise BadInput("--adapters role: no --roles; expected those that get an adapter")
     algorithm = ALGORITHMS.get(args.algorithm)
     if algorithm is None:
         raise BadInput(f"--algorithm {args.algorithm}: no such objective; there are {', '.join(ALGORITHMS)}")
@@ -447,13 +438,17 @@ def checked(args):
         raise BadInput(f"--samples {args.samples}: {'--resample' if args.resample else args.algorithm} "
                        f"compares a problem's samples and needs {least} or more")
     paid = [part for part, weight in rewards.rules_of(args).weights.items() if weight]
+    if ("judge" in paid) != bool(args.judge) or (args.judge and args.credit != "step"):
+        raise BadInput(f"--judge {args.judge}, --credit {args.credit}, --reward {','.join(paid)}: the part "
+                       "judge needs --judge and --credit step, and --judge needs that part")
     if algorithm.two_valued and len(paid) > 1:
         raise BadInput(f"--reward {','.join(paid)}: {args.algorithm} knows only right (more than 0) and "
                        "wrong; expected one part, and the weight 0 for others")
     if args.teacher and not algorithm.taught:
         raise BadInput(f"--teacher {args.teacher}: only distill has one, not --algorithm {args.algorithm}")
-    if algorithm.taught and not args.teacher and args.workflow != "solver":
-        raise BadInput(f"--workflow {args.workflow}: distill without --teacher is for the solver only")
+    if algorithm.taught and not args.teacher and (args.workflow, args.adapters) != ("solver", "shared"):
+        raise BadInput(f"--workflow {args.workflow} --adapters {args.adapters}: distill without --teacher is "
+                       "for the solver with a shared adapter only")
     return algorithm, workflows.workflow(args.workflow)
 
 
@@ -478,8 +473,9 @@ def check_rewards(pool, args) -> str:
     right = paid.pop("right")
     worst = max(paid, key=paid.get)
     told = f"a right answer earns {right:g}, {len(paid)} hacks at most {paid[worst]:g} ({worst})"
-    if any(weight and (part == "random" or ":" in part) for part, weight in rules.weights.items()):
-        told = "a coin or a function of yours decides what a hack earns"
+    if any(weight and (part in ("random", "judge") or ":" in part)
+           for part, weight in rules.weights.items()):
+        told = "a coin, a verifier or a function of yours decides what a hack earns"
     elif paid[worst] >= right:
         raise BadInput(f"--reward {','.join(rules.weights)}: {told}; give the part correct more weight")
     others = sum(equal(p.gold, q.gold) for p, q in pairwise(some))
@@ -513,8 +509,14 @@ def prepare(out, claim, device, dtype, args):
         ranks.barrier()
     policy, tokenizer = checkpoint.load(base, device, dtype)
     policy.recompute = lora.recompute(policy) if args.recompute else None
-    lora.add(policy, args.rank, args.alpha, cli.TARGETS[args.targets])
+    for name in args.roles if args.adapters == "role" else ["default"]:
+        lora.add(policy, args.rank, args.alpha, cli.TARGETS[args.targets], name=name)
     return policy, tokenizer, base, rundir
+
+
+def by_role(policy) -> dict[str, str]:
+    """Role -> adapter, for the roles with one of their own, which has the same name."""
+    return {name: name for name in lora.names(policy)}
 
 
 def fitting(pool, tokenizer, context: int) -> list:
@@ -537,8 +539,9 @@ def introduce(policy, sampler, base: str, pool, held_out, plan, device: str, arg
     cached = args.batch * args.samples * (len(tokenizer.chat(prompt)) + args.max_tokens)
     cli.show(vars(args))
     print(f"device: {device}")
-    print(f"policy: {base} with a new LoRA of rank {args.rank} on {args.targets}, {parameters:,} parameters, "
-          f"{updated:,} trained; reference: the same with the adapter off")
+    each = f" for each of {', '.join(args.roles)}" if args.adapters == "role" else ""
+    print(f"policy: {base} with a new LoRA of rank {args.rank} on {args.targets}{each}, {parameters:,} "
+          f"parameters, {updated:,} trained; reference: the same with the adapter off")
     print(f"work: {cli.count(len(plan), 'step')} of {cli.count(args.batch, 'problem')} x "
           f"{cli.count(args.samples, 'sample')}, at most {args.batch * args.samples * args.max_tokens:,} new "
           f"tokens a step; held out: {cli.count(len(held_out), 'problem')}; "
@@ -559,18 +562,24 @@ def forecast(policy, rows: list[dict], plan: list[list[int]], args) -> None:
                       f" while replies have {length:.0f} tokens, as now")
 
 
-def finish(policy, base: str, out):
-    """Write the adapter under its final name with a report, and print what to do with it."""
+def finish(policy, base: str, out, workflow: str):
+    """Write the adapter, or a folder for each role's, with a report, and print what to do with it."""
     ranks.unshard(policy)
     if ranks.rank() == 0:
-        lora_files.save(policy, out / "adapter", base=base)
+        folders = {name: out / "adapter" / ("" if name == "default" else name) for name in lora.names(policy)}
+        for name, folder in folders.items():
+            lora_files.save(policy, folder, name, base)
         write_report(out)
         if not any(row.get("with_advantage") for row in files.readable_rows(out / "metrics.jsonl")):
             print("nothing was learned: in no step did the samples of a problem differ in reward, or the "
                   "--roles never spoke; episodes.jsonl shows what was said")
+        words = ["--model", str(out / "adapter")]
+        if "default" not in folders:  # one for each role
+            words = ["--model", base, "--workflow", workflow]
+            for role, folder in folders.items():
+                words += ["--adapter", f"{role}={folder}"]
         print(f"peak memory {peak_memory(policy):.1f} GB; the result is {out / 'adapter'}\n"
-              f"curves and samples: {out / 'report.html'}\n"
-              f"next: python eval.py --model {shlex.quote(str(out / 'adapter'))}")
+              f"curves and samples: {out / 'report.html'}\nnext: python eval.py {shlex.join(words)}")
     ranks.barrier()
 
 

@@ -127,10 +127,18 @@ class Reply:
 
 @dataclass
 class Turn:
-    """One Ask and its Reply. `messages` are the prompt, as role and content."""
+    """One Ask and its Reply. `messages` are the prompt, as role and content. Asks of the same `round` were in
+    one list. The trainer fills in the `worth` of what was said (rewards.own), the tokens of its `steps` if
+    they are paid one by one, what a verifier thinks of them (`judged`), and `rewards`: one for each step, or
+    one for the whole turn."""
     role: str
     messages: list[dict]
     reply: Reply
+    round: int = 0
+    worth: float | None = None
+    steps: list[int] = field(default_factory=list)
+    judged: list[float] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -143,17 +151,19 @@ class CodeRun:
 
 @dataclass
 class TokenRecord:
-    """A token sequence to train on. mask[i] is 1 if a trained role sampled ids[i], and 0 for prompts, tool
-    output and other roles. logprobs[i] is the log-probability of ids[i] when it was sampled, else 0.0. The
-    trainer fills in the advantage of its episode, the weight of each of its tokens in the loss, and for the
-    trained tokens the log-probs of the `teacher`, if there is one, and its `old` own before it learns."""
+    """A token sequence to train on. mask[i] is 1 if its role sampled ids[i], and 0 for prompts, tool output
+    and other roles. logprobs[i] is the log-probability of ids[i] when it was sampled, else 0.0. `turns` are
+    the places of its turns in the episode. The trainer fills in, for each trained token, the advantage, the
+    weight in the loss, the log-prob of the `teacher`, if there is one, and its `old` own before it learns."""
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    advantage: float = 0.0
-    weight: float = 0.0
+    advantage: list[float] = field(default_factory=list)
+    weight: list[float] = field(default_factory=list)
     teacher: list[float] = field(default_factory=list)
     old: list[float] = field(default_factory=list)
+    role: str = ""
+    turns: list[int] = field(default_factory=list)
 
     def append(self, ids: list[int], logprobs: list[float] | None = None) -> None:
         self.ids += ids
@@ -205,9 +215,9 @@ class Episode:
         return self.tokens_out + sum(turn.reply.tokens_in for turn in self.turns if turn.reply.scores)
 
     def records(self, roles: Iterable[str] | None = None) -> list[TokenRecord]:
-        """The episode as token sequences; `roles` are the trained ones (None: all). If a turn's prompt starts
-        with all that an earlier record holds, the turn continues that record; else it opens a new one.
-        Records without a trained token are left out.
+        """The turns of these roles (None: of all) as token sequences, each of one role. If a turn's prompt
+        starts with all that an earlier record of its role holds, the turn continues that record; else it
+        opens a new one.
 
         >>> turns = [Turn("solver", [], Reply("", prompt_ids=[1, 2], ids=[3], logprobs=[-.5])),
         ...          Turn("solver", [], Reply("", prompt_ids=[1, 2, 3, 9], ids=[4], logprobs=[-.1]))]
@@ -216,19 +226,19 @@ class Episode:
         ([1, 2, 3, 9, 4], [0, 0, 1, 0, 1], [0.0, 0.0, -0.5, 0.0, -0.1])
         """
         records: list[TokenRecord] = []
-        for turn in self.turns:
-            if not turn.reply.ids:  # scores, or a failure
-                continue
+        for place, turn in enumerate(self.turns):
+            if not turn.reply.ids or (roles is not None and turn.role not in roles):
+                continue  # without ids: scores, or a failure
             prompt = turn.reply.prompt_ids
-            continued = [r for r in records if prompt[:len(r.ids)] == r.ids]
+            continued = [r for r in records if r.role == turn.role and prompt[:len(r.ids)] == r.ids]
             if not continued:
-                continued = [TokenRecord()]
+                continued = [TokenRecord(role=turn.role)]
                 records += continued
             record = max(continued, key=lambda r: len(r.ids))
             record.append(prompt[len(record.ids):])
-            trained = roles is None or turn.role in roles
-            record.append(turn.reply.ids, turn.reply.logprobs if trained else None)
-        return [r for r in records if any(r.mask)]
+            record.append(turn.reply.ids, turn.reply.logprobs)
+            record.turns.append(place)
+        return records
 
     def to_json(self) -> dict:
         return {**asdict(self), "first_answer": self.first_answer}
@@ -391,7 +401,7 @@ class _Live:
 def _drive(workflow: Generator, episode: Episode) -> Generator:
     """Drive one workflow from its first yield to its answer and write down all that happens. Yields a list of
     Asks and Runs and is sent the list of their results, until the workflow ends."""
-    answer = None
+    answer, rounds = None, 0
     try:
         while True:
             if isinstance(answer, Reply) and answer.error:
@@ -405,7 +415,8 @@ def _drive(workflow: Generator, episode: Episode) -> Generator:
             items = wanted if isinstance(wanted, list) else [wanted]
             results = yield items
             for item, result in zip(items, results):
-                _record(episode, item, result)
+                _record(episode, item, result, rounds)
+            rounds += 1
             answer = results if isinstance(wanted, list) else results[0]
     except StopIteration as stop:
         _conclude(episode, stop.value)
@@ -413,13 +424,13 @@ def _drive(workflow: Generator, episode: Episode) -> Generator:
         _conclude(episode, next(filter(None, episode.drafts), None))
 
 
-def _record(episode: Episode, item: Ask | Run, result: Reply | Outcome) -> None:
+def _record(episode: Episode, item: Ask | Run, result: Reply | Outcome, number: int) -> None:
     if isinstance(item, Run):
         episode.runs.append(CodeRun(len(episode.turns) - 1, item.code, result))
         episode.failures += ["sandbox timeout"] if result.timed_out else []
     else:
         messages = [{"role": m["role"], "content": m["content"]} for m in item.messages]
-        episode.turns.append(Turn(item.role, messages, result))
+        episode.turns.append(Turn(item.role, messages, result, number))
         episode.failures += [result.error] if result.error else []
 
 

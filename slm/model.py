@@ -1,4 +1,4 @@
-"""Qwen2 over packed tokens.
+"""Qwen2 over packed tokens, and the two models that are nearly the same: Llama and Qwen3.
 
 The same weights are trained, sampled from and used as their own reference. It reads T tokens in a row: one
 sequence stands behind the other, without padding, and each token has a position inside its own sequence.
@@ -14,15 +14,18 @@ sequence stands behind the other, without padding, and each token has a position
 * grouped-query attention: H / K query heads share a key/value head (Ainslie et al. 2023, arXiv:2305.13245)
 * SwiGLU feed-forward, silu(x) = x sigmoid(x) (Shazeer 2020, arXiv:2002.05202, eq. 6)
 * the whole: biases on q, k and v only; small models use the embedding as their head (Qwen2, arXiv:2407.10671)
+* Llama has no biases (arXiv:2302.13971); 3.1 and later turn slowly where angles turn slowly (`rope`)
+* Qwen3 has no biases, and a norm over each head's query and key before rope (arXiv:2505.09388, section 2)
 
 The model does not decide which tokens see each other. `attend` does: it is an object of attention.py that
 knows where sequences begin and end (slm/sampling has some that read a cache). Parameters have the names of
-Hugging Face checkpoints. Not covered: sliding windows, rope scaling, attention dropout; checkpoint.py refuses
-the first two by name.
+Hugging Face checkpoints. Not covered: sliding windows, other rope scaling, attention dropout; checkpoint.py
+refuses the first two by name.
 
 Shapes: T tokens, D hidden size, H query heads, K key/value heads, E head size, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,8 +38,9 @@ from torch.utils.checkpoint import checkpoint
 @dataclass(frozen=True)
 class Config:
     """The shape of a model. positions: the longest context. tied: the head is the embedding. bias: q, k and v
-    have biases. ids: how many ids the tokenizer has. Qwen's embedding has more rows; nothing trains those
-    behind, so they get no logits and nobody can draw them."""
+    have biases. head_norm: Qwen3's norms of queries and keys. rope_scaling: Llama 3's factor, its low and
+    high bounds, and the old context. ids: how many ids the tokenizer has. Qwen's embedding has more rows;
+    nothing trains those behind, so they get no logits and nobody can draw them."""
     vocab: int
     hidden: int
     intermediate: int
@@ -49,17 +53,25 @@ class Config:
     norm_eps: float = 1e-6
     tied: bool = True
     bias: bool = True
+    head_norm: bool = False
+    rope_scaling: tuple[float, float, float, int] | None = None
     ids: int | None = None
 
 
-def rope(positions: Tensor, theta: float, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope(positions: Tensor, c: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Positions (T,) -> cosines and sines, each (T, 1, E), of the angles position * theta^(-2i/E).
 
     i runs from 0 to E/2 - 1; the E/2 angles stand there twice, and the sines of the first half are negated,
     as `rotate` wants them. The angles are float32 whatever dtype the model has: bfloat16 would round position
-    4,095 to 4,096.
+    4,095 to 4,096. Llama 3.1 divides the frequencies that turn fewer than `low` times in the old context by
+    `factor`, leaves those that turn more than `high` times, and mixes both in between.
     """
-    frequency = 1.0 / theta ** (torch.arange(0, size, 2, device=positions.device).float() / size)
+    frequency = 1.0 / c.rope_theta ** (
+        torch.arange(0, c.head_size, 2, device=positions.device).float() / c.head_size)
+    if c.rope_scaling:
+        factor, low, high, context = c.rope_scaling
+        kept = ((context * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
     angle = positions.float()[:, None, None] * frequency
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
@@ -90,11 +102,15 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden, c.kv_heads * c.head_size, bias=c.bias)
         self.v_proj = nn.Linear(c.hidden, c.kv_heads * c.head_size, bias=c.bias)
         self.o_proj = nn.Linear(c.heads * c.head_size, c.hidden, bias=False)
+        if c.head_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.head_size, c.norm_eps), RMSNorm(c.head_size, c.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend) -> Tensor:
         q = self.q_proj(x).unflatten(-1, (-1, self.head_size))   # (T, H, E)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_size))   # (T, K, E)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_size))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
         out = attend(self.index, rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.o_proj(out.flatten(-2))
 
@@ -147,7 +163,7 @@ class Qwen2(nn.Module):
         tokens at once. `logits` makes them of some.
         """
         x = self.model.embed_tokens(ids)
-        cos, sin = rope(positions, self.config.rope_theta, self.config.head_size, x.dtype)
+        cos, sin = rope(positions, self.config, x.dtype)
         for layer in self.model.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False, context_fn=self.recompute)

@@ -4,6 +4,7 @@ A prompt is a text with $fields: SOLVER(question=q) fills them in. The sentences
 built-in model has 1,024 tokens for everything. When a text changes, its id changes.
 """
 
+import re
 from dataclasses import dataclass
 from string import Template
 
@@ -17,6 +18,12 @@ class Prompt:
 
     def __call__(self, **fields: str) -> str:
         return Template(self.text).substitute(fields)
+
+    def fields(self, message: str) -> dict[str, str]:
+        """The fields of a message that this prompt made; of any other message none."""
+        pattern = re.sub(r"\\\$(\w+)", r"(?P<\1>.*?)", re.escape(self.text))
+        found = re.fullmatch(pattern, message, re.S)
+        return found.groupdict() if found else {}
 
 
 # ---- the solver ------------------------------------------------------------------------------------------

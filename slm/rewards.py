@@ -3,7 +3,13 @@ r"""What an episode earns: the weighted sum of named parts, each a short functio
     --reward correct               the default: 1 for a right box, -1 for a wrong one, --no-box without a box
     --reward correct:1,format:0.2  parts with their weights; a part with the weight 0 is only logged
     --reward random                the placebo: what a run learns from it, it did not learn from the answers
-    --reward my.py:bonus           a function of your own: def bonus(episode, problem) -> float
+    --reward my.py:tidy            a function of your own: def tidy(episode, problem) -> float
+    --reward own                   each turn by what it says: an answer, or a verdict on one
+    --reward correct,steps:0.5     with --credit step: each step, and the last one also for the answer
+
+Most parts pay an episode, and so all its turns. `own`, `team` and `bonus` pay each turn; the episode has
+their mean. With --credit step, `steps`, `judge` (the P(yes) of the verifier that --judge names) and `random`
+pay each step; other parts pay a turn's last step.
 
 A reward is paid after its episode: no workflow can meet the gold answer. If an episode failed and the policy
 can't have caused it (a server, a machine), it has no reward and counts in no mean. What the policy can cause
@@ -12,18 +18,24 @@ else; else the policy would learn to cause it. Parts can be gamed: `steps` pays 
 """
 
 import functools
+import itertools
 import math
+import operator
 import re
 import runpy
 import traceback
 from dataclasses import dataclass
+from operator import attrgetter
+from statistics import fmean
 
 from slm import BadInput
 from slm.episode import Episode, Turn, seed_of
-from slm.grading import boxes, equal, equations, extract, grade, printed
-from slm.prompts import SOLVER
+from slm.grading import boxes, equal, equations, extract, grade, printed, verdict
+from slm.prompts import CHECKER, CRITIC, SOLVER, VERIFIER
 from slm.sandbox import Outcome
+from slm.steps import cut
 from slm.teachers import records
+from slm.workflows import confirmed
 
 TRUNCATED = {"keep": "is graded", "zero": "earns 0, more than a wrong one", "soft": "is graded, less length"}
 
@@ -37,6 +49,7 @@ class Rules:
     max_tokens: int = 2048
     seed: int = 0
     step: int = 0
+    step_rule: str = "line"
 
 
 def rules_of(args, step: int = 0) -> Rules:
@@ -51,24 +64,42 @@ def rules_of(args, step: int = 0) -> Rules:
         weights[name] = float(match[2] or 1)
     if args.truncated == "soft":
         weights.setdefault("length", 1.0)
-    return Rules(weights, args.no_box, args.truncated, args.max_tokens, args.seed, step)
+    return Rules(weights, args.no_box, args.truncated, args.max_tokens, args.seed, step, args.step_rule)
 
 
 def reward_of(episode: Episode, problem, rules: Rules) -> tuple[float | None, str]:
-    """(reward, reason). It also notes the episode's `solved` and `parts`. The reward is None if the episode
-    failed and the policy can't have caused it."""
+    """(reward, reason). It also notes the episode's `solved` and `parts`, its turns' `worth` and `rewards`.
+    The reward is None if the episode failed and the policy can't have caused it."""
     if episode.broken or not episode.turns:
         return None, f"failed: {episode.broken or episode.error}"
     graded = grade(episode.response, problem.gold, strict=True)
     episode.solved, episode.reason = graded.correct, "no box" if graded.answer is None else graded.reason
-    episode.parts = {name: PARTS[name](episode, problem, rules) if name in PARTS
-                     else own(name, episode, problem) for name in rules.weights}
+    for place, turn in enumerate(episode.turns):
+        turn.worth = worth(episode, place, problem, rules)
+    found = {name: PARTS[name](episode, problem, rules) if name in PARTS
+             else yours(name, episode, problem) for name in rules.weights}
+    episode.parts = {name: fmean(x) if isinstance(x, list) else x for name, x in found.items()}
     if rules.truncated == "zero" and episode.turns[-1].reply.finish == "length":
+        pay(episode, {}, problem, rules)
         return 0.0, "truncated"
+    pay(episode, found, problem, rules)
     return sum(weight * episode.parts[name] for name, weight in rules.weights.items()), episode.reason
 
 
-# ---- the parts: (episode, problem, rules) -> float -------------------------------------------------------
+def pay(episode: Episode, found: dict[str, float | list[float]], problem, rules: Rules) -> None:
+    """Fill in the rewards of the turns. found: what each part gives for the episode, or for each turn."""
+    for place, turn in enumerate(episode.turns):
+        nothing = [0.0] * (len(turn.steps) - 1)  # for the steps before the last one
+        turn.rewards = [*nothing, 0.0]
+        for name, value in found.items():
+            earned = [*nothing, value[place] if isinstance(value, list) else value]
+            if turn.steps and name in OF_STEPS:
+                earned = OF_STEPS[name](episode, place, problem, rules)
+            weight = rules.weights[name]
+            turn.rewards = [paid + weight * x for paid, x in zip(turn.rewards, earned, strict=True)]
+
+
+# ---- the parts: (episode, problem, rules) -> float, or a list with one for each turn ---------------------
 
 def correct(episode, problem, rules) -> float:
     """1 for a right box, -1 for a wrong one, --no-box for none."""
@@ -113,13 +144,62 @@ def length(episode, problem, rules) -> float:
     return max(-1.0, min(0.0, -over / buffer))
 
 
-def coin(episode, problem, rules) -> float:
+def coin(episode, problem, rules, *place: int) -> float:
     """0 or 1, whatever was written; the same after a resume and on any number of ranks."""
-    return float(seed_of(rules.seed, "coin", rules.step, problem.id, episode.sample) % 2)
+    return float(seed_of(rules.seed, "coin", rules.step, problem.id, episode.sample, *place) % 2)
+
+
+def team(episode, problem, rules, gamma: float = 0.3) -> list[float]:
+    """MAPoRL's reward (arXiv 2502.18439): (s + sum of gamma^k s_k) / (1 + sum of gamma^k), with s the turn's
+    own worth and s_k the mean worth of the turns k rounds later."""
+    grouped = itertools.groupby(episode.turns, key=attrgetter("round"))
+    rounds = {n: fmean(map(attrgetter("worth"), some)) for n, some in grouped}
+    found = []
+    for turn in episode.turns:
+        worths = [turn.worth, *(rounds[n] for n in rounds if n > turn.round)]
+        weights = [gamma ** k for k in range(len(worths))]
+        found.append(sum(map(operator.mul, weights, worths)) / sum(weights))
+    return found
+
+
+def bonus(episode, problem, rules) -> list[float]:
+    """MAPoRL's incentives, +-1 each: the weight is every alpha. Correction: +1 if the role was wrong in its
+    last turn and is right now, -1 the other way round. Influence: +1 if most other roles were wrong before
+    the turn and are right after it, -1 the other way round. These signs are what the paper wants; in the
+    authors' code those of the influence are the opposite."""
+    found = []
+    for turn in episode.turns:  # role -> whether it was right, in its turn just before or just after this one
+        before = {other.role: other.worth > 0 for other in episode.turns if other.round < turn.round}
+        after = {other.role: other.worth > 0 for other in episode.turns[::-1] if other.round > turn.round}
+        now, then = turn.worth > 0, before.pop(turn.role, turn.worth > 0)
+        others = before.keys() & after.keys()
+        most = [2 * sum(map(right.get, others)) > len(others) for right in (before, after)]
+        found.append(float(now - then + most[1] - most[0]))
+    return found
 
 
 PARTS = {"correct": correct, "box": box, "format": form, "steps": steps, "code": code, "agrees": agrees,
-         "length": length, "random": coin}
+         "length": length, "random": coin, "team": team, "bonus": bonus,
+         "own": lambda episode, problem, rules: [turn.worth for turn in episode.turns],
+         "judge": lambda episode, problem, rules: [fmean(turn.judged or [0.0]) for turn in episode.turns]}
+
+
+def worth(episode: Episode, place: int, problem, rules: Rules) -> float:
+    """What a turn says, judged alone: 1 for the right answer, -1 for a wrong one, --no-box for none. If it
+    was asked for a verdict: 1 if it says what is true, else -1. A summary has what its episode has."""
+    turn = episode.turns[place]
+    asked = turn.messages[-1]["content"] if turn.messages else ""
+    given = VERIFIER.fields(asked) | CHECKER.fields(asked) | CRITIC.fields(asked)
+    outcome = ([None] + [run.outcome for run in episode.runs if run.turn == place])[-1]
+    if "answer" in given:
+        return 1.0 if confirmed(outcome, given["answer"]) == equal(given["answer"], problem.gold) else -1.0
+    if "solution" in given:
+        return 1.0 if verdict(turn.reply.text) == grade(given["solution"], problem.gold).correct else -1.0
+    if turn.role == "summarizer" or turn.reply.finish == "score":
+        return correct(episode, problem, rules)
+    answer = printed(outcome)
+    graded = grade(f"\\boxed{{{answer}}}" if answer else turn.reply.text, problem.gold, strict=True)
+    return 1.0 if graded.correct else rules.no_box if graded.answer is None else -1.0
 
 
 def turns(episode: Episode) -> list[Turn]:
@@ -136,10 +216,28 @@ def outcomes(episode: Episode) -> list[Outcome]:
     return [run.outcome for run in episode.runs if episode.turns[run.turn].role == episode.turns[0].role]
 
 
+# ---- parts that pay each step of a turn: (episode, place of the turn, problem, rules) -> list ------------
+
+def true_steps(episode, place, problem, rules) -> list[float]:
+    """0 for a step with a false equation, else 1."""
+    texts = cut(episode.turns[place].reply.text, rules.step_rule)
+    return [float(all(itertools.starmap(equal, equations(text)))) for text in texts]
+
+
+def coins(episode, place, problem, rules) -> list[float]:
+    return [coin(episode, problem, rules, place, n) for n in range(len(episode.turns[place].steps))]
+
+
+OF_STEPS = {"steps": true_steps, "random": coins,
+            "judge": lambda episode, place, problem, rules: episode.turns[place].judged}
+
+
+# ---- a function of yours ---------------------------------------------------------------------------------
+
 load = functools.cache(runpy.run_path)
 
 
-def own(word: str, episode: Episode, problem) -> float:
+def yours(word: str, episode: Episode, problem) -> float:
     """What FILE.py:FUNCTION gives. Whatever goes wrong in it ends the run with its file and line."""
     file, _, name = word.rpartition(":")
     try:

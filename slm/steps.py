@@ -16,8 +16,10 @@ comes from the log-probs of Yes and No. It may be the same model, trained for it
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 from slm import prompts
 from slm.episode import STEPS, Ask, Reply, Run, user
@@ -71,6 +73,14 @@ def cut(text: str, rule: str) -> list[str]:
 def step_check(question: str, text: str) -> list[dict]:
     """The conversation in which a verifier says Yes or No to the last step of a partial solution."""
     return [user(prompts.STEP_CHECK(question=question, solution=text.strip()))]
+
+
+def token_counts(reply: Reply, rule: str, tokenizer) -> list[int]:
+    """The tokens of each step of a reply. One that lies in two steps belongs to the first, and one that the
+    text does not show, such as a stop token, to the last."""
+    ends = [bisect_left(range(len(reply.ids)), end, key=lambda n: len(tokenizer.decode(reply.ids[:n])))
+            for end in accumulate(map(len, cut(reply.text, rule)[:-1]))]
+    return [end - start for start, end in pairwise([0, *ends, len(reply.ids)])]
 
 
 # ---- a partial solution ----------------------------------------------------------------------------------

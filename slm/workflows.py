@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from slm import BadInput, prompts
 from slm.episode import Ask, Draft, Reply, Run, user
 from slm.grading import blocks_of, equal, extract, printed, verdict
+from slm.sandbox import Outcome
 from slm.search import SEARCHES, tally
 from slm.steps import shown, stated
 
@@ -251,9 +252,14 @@ def base(question: str, rounds: int = 5):
 def verify(question: str, answer: str):
     """Whether code written by the verifier confirms an answer: by the word it prints, else by the number."""
     reply = yield from ask("verifier", prompts.VERIFIER(question=question, answer=answer), **CODING)
-    outcome = yield from execute(reply)
+    return confirmed((yield from execute(reply)), answer)
+
+
+def confirmed(outcome: Outcome | None, answer: str) -> bool | None:
+    """A verifier's verdict on an answer, read from what its code printed; None if that says nothing."""
     words = re.findall(r"VERIFIED|FAILED", outcome.stdout) if outcome else []
-    return words[-1] == "VERIFIED" if words else same(printed(outcome), answer)
+    output = printed(outcome)
+    return words[-1] == "VERIFIED" if words else same(output, answer) if output else None
 
 
 def solver_verifier(question: str, rounds: int = 3):

@@ -1,6 +1,7 @@
 """model.py and attention.py: the forward pass against its equations, packed against alone."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,11 +84,25 @@ def test_tokens_never_see_what_follows(random_model):
     assert torch.equal(a[:12], b[:12]) and not torch.allclose(a[12:], b[12:])
 
 
+SHAPE = Config(97, 32, 64, 2, 2, 1, 16, rope_theta=1e4)
+
+
+def test_llama_3_slows_down_what_turns_slowly():
+    """Head size 16, theta 10,000: the frequencies are 10^0, 10^-0.5, ... 10^-3.5. In 2,000 pi tokens they
+    turn 1,000, 316, 100, 31.6, 10, 3.16, 1 and 0.316 times."""
+    scaled = replace(SHAPE, rope_scaling=(8.0, 2.0, 10.0, 2000 * math.pi))
+    cos, _ = rope(torch.tensor([1]), scaled, torch.float64)
+    frequencies = cos[0, 0, :8].acos()
+    mixed = 10 ** -2.5 * ((10 ** 0.5 - 2) / 8 + (1 - (10 ** 0.5 - 2) / 8) / 8)
+    expected = [1, 10 ** -0.5, 0.1, 10 ** -1.5, 0.01, mixed, 1e-3 / 8, 10 ** -3.5 / 8]
+    assert frequencies.tolist() == pytest.approx(expected, rel=1e-3, abs=3e-4)
+
+
 def test_rope_depends_on_the_distance_only():
     """q at m and k at n meet as q R(n - m) k: equation 16 of the paper."""
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 16)
-    turned = lambda x, at: rotate(x, *rope(torch.tensor([at]), 1e4, 16, torch.float32))
+    turned = lambda x, at: rotate(x, *rope(torch.tensor([at]), SHAPE, torch.float32))
     dot = lambda m, n: (turned(q, m) * turned(k, n)).sum()
     assert abs(dot(3, 10) - dot(1003, 1010)) < 1e-3
     assert abs(dot(3, 10) - dot(3, 11)) > 1e-3
@@ -112,10 +127,12 @@ def test_bfloat16_runs_on_the_cpu(random_model):
 
 
 @pytest.mark.parametrize("change, named", [
-    ({"model_type": "llama"}, "llama"), ({"hidden_act": "gelu"}, "gelu"), ({"vocab_size": 0}, "vocab_size"),
+    ({"model_type": "mistral"}, "mistral"),
+    ({"model_type": "llama", "attention_bias": True}, "attention_bias"),
+    ({"mlp_bias": True}, "mlp_bias"), ({"hidden_act": "gelu"}, "gelu"), ({"vocab_size": 0}, "vocab_size"),
     ({"use_sliding_window": True}, "use_sliding_window"), ({"num_key_value_heads": 3}, "num_key_value_heads"),
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"), ({"hidden_size": None}, "hidden_size"),
-    ({"rope_parameters": {"rope_type": "llama3"}}, "llama3"),
+    ({"rope_parameters": {"rope_type": "llama3"}}, "factor is None"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
 ])
 def test_configs_of_other_models_are_refused_by_name(change, named):
@@ -125,8 +142,9 @@ def test_configs_of_other_models_are_refused_by_name(change, named):
 
 
 def test_config_round_trip():
-    for tied, bias in ((True, True), (False, False)):
-        config = Config(97, 32, 64, 2, 4, 2, 8, positions=77, rope_theta=123.0, tied=tied, bias=bias)
+    for tied, more in ((True, {}), (False, {"bias": False}), (True, {"bias": False, "head_norm": True}),
+                       (True, {"bias": False, "rope_scaling": (8.0, 1.0, 4.0, 64)})):
+        config = Config(97, 32, 64, 2, 4, 2, 8, positions=77, rope_theta=123.0, tied=tied, **more)
         assert checkpoint.read_config(checkpoint.config_json(config)) == config
 
 

@@ -23,6 +23,7 @@ from slm.checkpoint import TINY
 from slm.episode import Reply, Request, Sampling
 from slm.formats import lora_files
 from slm.runs.cli import TARGETS
+from slm.sampling import Sampler
 from slm.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -60,21 +61,23 @@ def difference(a, b) -> float:
     return float((a[..., :known].float() - b[..., :known].float()).abs().max())
 
 
-def peer_model(tmp_path, seed=0, biases=True, **config):
+FAMILIES = {"qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+            "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+            "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM)}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def peer_model(tmp_path, seed=0, family="qwen2", **config):
     """A random model of transformers, saved with the built-in tokenizer beside it: (model, directory)."""
     shape = {"vocab_size": 2000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
              "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096} | config
     torch.manual_seed(seed)
-    kind = (transformers.Qwen2Config, transformers.Qwen2ForCausalLM) if biases else \
-        (transformers.LlamaConfig, transformers.LlamaForCausalLM)  # the same, without biases
+    kind = FAMILIES[family]
     peer = kind[1](kind[0](**shape)).eval()
     for name, p in peer.named_parameters():
         torch.nn.init.normal_(p, 1.0 if "norm" in name else 0.0, 0.15)
     peer.save_pretrained(tmp_path / "peer")
-    if not biases:
-        path = tmp_path / "peer" / "config.json"
-        as_ours = {"model_type": "qwen2", "attention_bias": False}
-        path.write_text(json.dumps(json.loads(path.read_text()) | as_ours))
     for path in TINY.glob("token*.json"):
         shutil.copy(path, tmp_path / "peer")
     return peer, tmp_path / "peer"
@@ -84,7 +87,9 @@ def peer_model(tmp_path, seed=0, biases=True, **config):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("config", [
-    {"tie_word_embeddings": True}, {"tie_word_embeddings": False}, {"biases": False},
+    {"tie_word_embeddings": True}, {"tie_word_embeddings": False},
+    {"family": "llama"}, {"family": "llama", "rope_parameters": LLAMA3, "tie_word_embeddings": True},
+    {"family": "qwen3"}, {"family": "qwen3", "head_dim": 32, "num_key_value_heads": 4},
     {"num_key_value_heads": 1}, {"num_key_value_heads": 4, "rope_theta": 1e6}, {"num_key_value_heads": 8},
     {"head_dim": 32, "rope_theta": 5e5, "rms_norm_eps": 1e-5}], ids=str)
 def test_logits_of_random_models(tmp_path, config, device):
@@ -92,6 +97,25 @@ def test_logits_of_random_models(tmp_path, config, device):
     model, _ = checkpoint.load(directory, device)
     ids = torch.randint(0, 2000, (200,))
     within(f"float32 logits, {config}", difference(ours(model, ids), theirs(peer.to(device), ids)), 2e-4)
+
+
+@pytest.mark.parametrize("config", [{"family": "llama", "rope_parameters": LLAMA3}, {"family": "qwen3"}],
+                         ids=str)
+def test_other_families_are_sampled_and_saved_as_they_are(tmp_path, config):
+    peer, directory = peer_model(tmp_path, **config)
+    model, tokenizer = checkpoint.load(directory)
+    prompts = torch.randint(0, 1000, (3, 70))
+    known = model.config.ids
+    found = Sampler(model, tokenizer).generate(
+        [Request(ids=ids, sampling=Sampling(30, 0.0)) for ids in prompts.tolist()], progress=False)
+    for ids, [reply] in zip(prompts, found):
+        with torch.no_grad():
+            logits = peer(torch.cat((ids, torch.tensor(reply.ids)))[None]).logits[0, 69:-1, :known]
+        assert logits.argmax(-1).tolist() == reply.ids
+    checkpoint.save(model, tokenizer, tmp_path / "again")
+    twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert type(twin) is type(peer)
+    within("logits of a saved model", difference(theirs(twin, prompts[0]), theirs(peer, prompts[0])), 1e-5)
 
 
 def test_logits_at_context_4096(tmp_path):

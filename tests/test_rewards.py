@@ -315,7 +315,7 @@ def test_rewards_that_pay_a_hack_are_refused(words, hack):
 
 
 def test_a_coin_is_not_refused_and_said():
-    assert "a coin or a function of yours decides" in checked("random")
+    assert "a coin, a verifier or a function of yours decides" in checked("random")
     with pytest.raises(BadInput):  # a coin that is only watched excuses nothing
         checked("format,random:0")
 
@@ -344,7 +344,8 @@ def test_a_right_box_in_bad_form_is_right_and_the_part_format_pays_it_less(text)
 @pytest.mark.parametrize("gold", ['["18"]', "['18', '18.0']", "{'value': 18}", "1 ++* 2"])
 def test_golds_that_the_grader_accepts_only_as_themselves_are_refused(gold):
     pool = [Problem(f"p{i}", "?", gold, "test") for i in range(9)]
-    args = SimpleNamespace(reward=["correct"], truncated="keep", no_box=-1.0, max_tokens=9, seed=0)
+    args = SimpleNamespace(reward=["correct"], truncated="keep", no_box=-1.0, max_tokens=9, seed=0,
+                           step_rule="line")
     assert grade(f"\\boxed{{{gold}}}", gold, strict=True).correct
     with pytest.raises(BadInput, match="p0: the grader does not accept the gold answer"):
         train_grpo.check_rewards(pool, args)
@@ -354,7 +355,8 @@ def test_golds_of_every_kind_are_accepted():
     golds = ["12", "1/2", "\\frac{1}{2}", "x^2 + 1", "(1, 2]", "1, 2", "\\sqrt{2}", "\\text{Friday}",
              "5 apples"]
     pool = [Problem(gold, "?", gold, "test") for gold in golds]
-    args = SimpleNamespace(reward=["correct"], truncated="keep", no_box=-1.0, max_tokens=9, seed=0)
+    args = SimpleNamespace(reward=["correct"], truncated="keep", no_box=-1.0, max_tokens=9, seed=0,
+                           step_rule="line")
     assert "9/9/9" in train_grpo.check_rewards(pool, args)
 
 

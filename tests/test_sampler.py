@@ -90,12 +90,13 @@ COMPANY = [{}, {"max_batch": 1}, {"max_batch": 5}, {"cache_tokens": 300},
 
 @pytest.mark.parametrize("shape", [
     {}, {"heads": 6, "kv_heads": 2}, {"kv_heads": 4, "tied": False}, {"heads": 3, "kv_heads": 1, "layers": 3},
-    {"bias": False, "head_size": 16}])
+    {"bias": False, "head_size": 16}, {"bias": False, "head_norm": True}])
 def test_greedy_equals_transformers_token_for_token(shape):
     transformers = pytest.importorskip("transformers")
     model = build(seed=len(shape), **shape)
-    config = transformers.Qwen2Config(**checkpoint.config_json(model.config))
-    peer = transformers.Qwen2ForCausalLM(config).eval()
+    told = checkpoint.config_json(model.config)
+    config = transformers.AutoConfig.for_model(**told)
+    peer = transformers.AutoModelForCausalLM.from_config(config).eval()
     peer.load_state_dict(model.state_dict(), strict=False)
     requests = some_requests(9, temperatures=(0.0,))
     expected = []

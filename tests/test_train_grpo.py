@@ -138,7 +138,7 @@ def test_an_sft_adapter_is_merged_and_the_reference_is_the_merged_model(small, t
     ids, masks = [[5, 6, 7, 8, 9]], [[0, 1, 1, 1, 1]]
     expected = losses.score(model, ids, masks)[0]
     args = SimpleNamespace(model=small, adapter=str(tmp_path / "sft"), resume=False, recompute=False, rank=4,
-                           alpha=8, targets="qv")
+                           alpha=8, targets="qv", adapters="shared", roles=None)
     policy, _, base, _ = train_grpo.prepare(tmp_path / "run", Path, torch.device("cpu"), torch.float32, args)
     assert "merged" in capsys.readouterr().out
     with lora.off(policy):
@@ -408,7 +408,7 @@ def credit(episodes, algorithm, moving=None):
     for i, e in enumerate(episodes):
         e.sample = i
         e.reward, e.reason = reward_of(e, TWELVE, Rules({"correct": 1.0}))
-    args = SimpleNamespace(roles=None, max_tokens=10)
+    args = SimpleNamespace(roles=None, max_tokens=10, credit="episode")
     moving = {"sum": 0.0, "steps": 0.0} if moving is None else moving
     return train_grpo.give_credit(episodes, ALGORITHMS[algorithm], moving, args)
 
@@ -417,7 +417,7 @@ def test_a_failed_episode_has_no_reward_and_moves_nobody():
     episodes = [episode("\\boxed{12}"), episode("\\boxed{1}"), episode(error="lost")]
     records, divisor = credit(episodes, "dapo")
     assert divisor == 4 and not records[2]
-    assert [own[0].advantage for own in records[:2]] == pytest.approx([0.7071, -0.7071], abs=1e-3)
+    assert [own[0].advantage[0] for own in records[:2]] == pytest.approx([0.7071, -0.7071], abs=1e-3)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -427,7 +427,7 @@ def test_a_failed_episode_does_not_shrink_the_step(algorithm):
     share = []
     for episodes in (good, [episode(error="lost"), *good, episode(error="lost")]):
         records, divisor = credit(episodes, algorithm)
-        share.append([(own[0].advantage, own[0].weight / divisor) for own in records if own])
+        share.append([(own[0].advantage[0], own[0].weight[0] / divisor) for own in records if own])
     assert share[0] == share[1]
 
 
@@ -449,13 +449,14 @@ def test_a_failed_episode_leaves_the_mean_of_its_group():
     """Of [1, 1, 0, 0] the second has failed: [.667, -.333, -.333], not [.5, -.5, -.5]."""
     episodes = [episode("\\boxed{12}"), episode(error="lost"), episode("\\boxed{1}"), episode("\\boxed{2}")]
     records, _ = credit(episodes, "dr_grpo")
-    assert [own[0].advantage / 2 for own in records if own] == pytest.approx([2 / 3, -1 / 3, -1 / 3])
+    found = [own[0].advantage[0] / 2 for own in records if own]
+    assert found == pytest.approx([2 / 3, -1 / 3, -1 / 3])
 
 
 def test_an_episode_without_a_trained_token_counts_in_the_means():
     records, divisor = credit([episode("\\boxed{12}"), episode("\\boxed{1}", ids=())], "grpo")
     assert not records[1] and divisor == 2
-    assert records[0][0].advantage == pytest.approx(0.7071, abs=1e-3)
+    assert records[0][0].advantage[0] == pytest.approx(0.7071, abs=1e-3)
 
 
 def test_the_moving_baseline_is_the_faded_mean_of_earlier_steps():
@@ -464,7 +465,7 @@ def test_the_moving_baseline_is_the_faded_mean_of_earlier_steps():
     expected = [[1.5, -0.5, -0.5, -0.5], [1.5, 1.5], [-1 - 0.55 / 1.9] * 2]  # (0.9 x -0.5 + 1) / (0.9 + 1)
     for texts, values in zip(steps, expected):
         records, _ = credit([episode(text) for text in texts], "reinforce", moving)
-        assert [own[0].advantage for own in records] == pytest.approx(values)
+        assert [own[0].advantage[0] for own in records] == pytest.approx(values)
 
 
 def test_the_reports_formula_has_no_baseline_and_its_code_whitens_the_whole_batch():
@@ -472,11 +473,12 @@ def test_the_reports_formula_has_no_baseline_and_its_code_whitens_the_whole_batc
     for i, e in enumerate(episodes):
         e.group = i // 2
     records, divisor = credit(episodes, "report")
-    assert [own[0].advantage for own in records] == [1, 1, -1, -1]
-    assert [own[0].weight / divisor for own in records] == pytest.approx([1 / 40] * 4)  # of 10 tokens each
+    assert [own[0].advantage[0] for own in records] == [1, 1, -1, -1]
+    assert [own[0].weight[0] / divisor for own in records] == pytest.approx([1 / 40] * 4)  # of 10 tokens
     records, divisor = credit(episodes, "report_code")
-    assert [own[0].advantage for own in records] == pytest.approx([0.866, 0.866, -0.866, -0.866], abs=1e-3)
-    assert [own[0].weight / divisor for own in records] == pytest.approx([1 / 8] * 4)  # each has two tokens
+    found = [own[0].advantage[0] for own in records]
+    assert found == pytest.approx([0.866, 0.866, -0.866, -0.866], abs=1e-3)
+    assert [own[0].weight[0] / divisor for own in records] == pytest.approx([1 / 8] * 4)  # of two tokens
 
 
 # ---- dynamic sampling ------------------------------------------------------------------------------------
@@ -486,7 +488,8 @@ def rolled(small, rewards, resample, batch=2, pool=9):
     policy, tokenizer = checkpoint.load(small)
     some = train_grpo.problems.load("tiny", "train", pool)
     args = SimpleNamespace(samples=2, step_rule="line", temperature=1.0, max_tokens=2, model=small, seed=0,
-                           no_box=-1.0, resample=resample, reward=["correct"], truncated="keep")
+                           no_box=-1.0, resample=resample, reward=["correct"], truncated="keep",
+                           credit="episode")
     spare = train_grpo.spare_problems(some, list(range(batch)), 0, args)
     turn = itertools.count()
 
@@ -542,7 +545,8 @@ def test_a_teacher_gives_each_token_its_own_log_prob(small, tmp_path):
         expected, _ = losses.score(policy, [ids], [[0] * len(seen) + [1] * 3], 0.9)
         record, = records[0]
         assert record.teacher == pytest.approx(expected.tolist(), abs=1e-5)
-        assert record.advantage == pytest.approx(expected.mean().item() + 2, abs=1e-5)
+        gaps = (expected + torch.tensor([1.0, 2.0, 3.0])).tolist()
+        assert record.advantage == pytest.approx(gaps, abs=1e-5)
     assert problem.solution in tokenizer.decode(shown)
 
 
@@ -620,7 +624,8 @@ def test_the_step_is_the_same_for_every_cut_into_micro_batches(random_model, alg
             ids, mask = torch.randint(0, 97, (n,), generator=g).tolist(), [0, 0] + [1] * (n - 2)
             old, sampled, teacher = (-4.5 + 0.5 * torch.randn(3, n - 2, generator=g)).tolist()
             teacher = teacher if ALGORITHMS[algorithm].taught else []
-            records.append(TokenRecord(ids, mask, [0.0, 0.0, *sampled], advantage, 0.5, teacher, old))
+            sampled, advantages, weights = [0.0, 0.0, *sampled], [advantage] * (n - 2), [0.5] * (n - 2)
+            records.append(TokenRecord(ids, mask, sampled, advantages, weights, teacher, old))
         args = settings(kl=0.1, micro_tokens=micro, updates=2, importance_cap=2.0, dppo_mask=0.005)
         row = train_grpo.update_policy(model, [records], 30, torch.optim.SGD(trained.values()), 0.1,
                                        ALGORITHMS[algorithm], args)
@@ -641,7 +646,7 @@ CLIPS = ("grpo", "dr_grpo", "dapo", "gspo", "gmpo", "max_rl", "pass_at_k")
 def test_old_log_probs_are_the_trainers_own_at_the_start_of_the_step(random_model):
     """So the first of several updates has ratio 1, wherever the sampler was; the others do not."""
     model, trained = adapted(random_model)
-    records = [TokenRecord([5, 6, 7, 8], [0, 0, 1, 1], [0.0, 0.0, -3.0, -3.0], 1.0, 0.5)]
+    records = [TokenRecord([5, 6, 7, 8], [0, 0, 1, 1], [0.0, 0.0, -3.0, -3.0], [1.0] * 2, [0.5] * 2)]
     expected, _ = losses.score(model, [records[0].ids], [records[0].mask], 0.8)
     step = partial(train_grpo.update_policy, model, [records], 1, torch.optim.SGD(trained.values()), 0.001,
                    ALGORITHMS["grpo"], settings())
@@ -669,7 +674,7 @@ def test_a_sampler_at_a_wrong_temperature_is_corrected(random_model, algorithm):
         sampled, _ = losses.score(model, prompts, masks, 1.6)
     error = {}
     for cap in (0.0, 50.0):
-        records = [TokenRecord(x, m, [0.0, 0.0, p], r, w) for x, m, p, r, w in zip(
+        records = [TokenRecord(x, m, [0.0, 0.0, p], [r], [w]) for x, m, p, r, w in zip(
             prompts, masks, sampled.tolist(), reward.tolist(), sampled.exp().tolist())]
         args = settings(importance_cap=cap)
         total, *_ = train_grpo.micro_batch_loss(model, records, ALGORITHMS[algorithm], args)

@@ -223,9 +223,9 @@ function scale(values, from, to) {  // a linear map with round ticks
 // The metrics that change (if none does: all), each with a line for every run or bunch of seeds.
 function curves() {
   const rows = Object.values(run.metrics).flat(2), names = new Set(rows.flatMap(Object.keys));
-  const parts = [...names].filter(name => name.startsWith("reward/"));
+  const parts = [...names].filter(name => /^(reward|solved)\//.test(name));  // of a part, or of a role
   const titles = {reward: run.headlines.reward, ...(parts.length > 1
-    ? Object.fromEntries(parts.map(name => [name, `reward: ${name.slice(7)}`])) : {}), ...run.headlines};
+    ? Object.fromEntries(parts.map(name => [name, name.replace("/", ": ")])) : {}), ...run.headlines};
   const found = Object.entries(titles).filter(([name]) => names.has(name)).map(([name, title]) => ({title,
     lines: Object.values(run.metrics).map((seeds, n) => ({n, ...together(seeds, name)})).filter(line => line.x.length)}));
   const moving = found.filter(({lines}) => new Set(lines.flatMap(line => line.y)).size > 1);
@@ -701,7 +701,7 @@ function coloured(record, advantage, color, readout) {
     k += mask;
     const logp = mask ? record.logp?.[k] ?? null : null, old = mask ? record.old?.[k] ?? null : null;
     return {text, mask, logp, old, ratio: logp === null || old === null ? null : Math.exp(old - logp),
-            advantage: mask ? record.teacher?.[k] ?? advantage : null};
+            advantage: mask ? record.teacher?.[k] ?? record.advantage?.[k] ?? advantage : null};
   });
   box.append(...tokens.map(token => {
     const span = make("span", {}, token.text), x = value(token);

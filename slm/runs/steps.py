@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from itertools import compress
+from itertools import chain, compress
 
 from slm.episode import Episode, TokenRecord
 from slm.grading import grade
@@ -17,25 +17,29 @@ TOKENS_OF = 2  # groups a step of which episodes.jsonl tells every token
 def lines(step: int, episodes: list[Episode], records: list[list[TokenRecord]], problems: dict,
           tokenizer) -> list[dict]:
     """The lines of all ranks for episodes.jsonl, by problem. records: each episode's; problems: by id.
-    `correct` is a right box, `lenient` a right answer in a box or not."""
+    `correct` is a right box, `lenient` a right answer in a box or not; `advantage` the one of its tokens that
+    is furthest from 0."""
     told = []
     for e, own in zip(episodes, records):
         problem = problems[e.problem_id]
         unboxed = e.reason in ("no box", "truncated") and grade(e.response, problem.gold).correct
-        turns = [{"role": t.role, "reply": {"text": t.reply.text, "finish": t.reply.finish}} for t in e.turns]
+        turns = [{"role": t.role, "reply": {"text": t.reply.text, "finish": t.reply.finish}, "worth": t.worth,
+                  "rewards": rounded(t.rewards)} for t in e.turns]
         told.append((e.group, e.sample, {
             "step": step, "problem": e.problem_id, "question": problem.question, "gold": problem.gold,
             "sample": e.sample, "correct": e.solved, "lenient": e.solved or unboxed, "reward": e.reward,
             "reason": e.reason, "parts": e.parts, "answer": e.answer, "tokens": e.tokens_out,
-            "advantage": own[0].advantage if own else None, "turns": turns,
+            "advantage": max(chain.from_iterable(r.advantage for r in own), key=abs, default=None),
+            "turns": turns,
             "records": [token_by_token(r, tokenizer) for r in own if e.group < TOKENS_OF]}))
     return [row for *_, row in sorted(ranks.gather(told), key=lambda t: t[:2])]
 
 
 def token_by_token(record: TokenRecord, tokenizer) -> dict:
     """The text of each token and its mask; for the tokens with mask 1 the log-probs of the sampler, and where
-    they were computed those of the trainer (`old`) and of the teacher."""
-    return {"text": [tokenizer.decode([token], skip_special=False) for token in record.ids],
+    they were computed those of the trainer (`old`) and of the teacher; their advantages if they differ."""
+    told = {"advantage": rounded(record.advantage)} if len(set(record.advantage)) > 1 else {}
+    return {**told, "text": [tokenizer.decode([token], skip_special=False) for token in record.ids],
             "mask": record.mask, "old": rounded(record.old), "teacher": rounded(record.teacher),
             "logp": rounded(compress(record.logprobs, record.mask))}
 
@@ -49,6 +53,11 @@ def summary(rows: list[dict]) -> dict:
     paid = [row for row in rows if row["reward"] is not None]
     finishes = [turn["reply"]["finish"] for row in rows for turn in row["turns"]]
     lengths, groups, parts = {True: [], False: []}, defaultdict(set), Counter()
+    earned, right = defaultdict(list), defaultdict(list)  # by role
+    for turn in chain.from_iterable(row["turns"] for row in paid):
+        if turn["reply"]["finish"] != "score":
+            earned[turn["role"]] += turn["rewards"]
+            right[turn["role"]].append((turn["worth"] or 0) > 0)
     for row in paid:
         lengths[row["correct"]].append(row["tokens"])
         groups[row["problem"]].add(row["reward"])
@@ -62,7 +71,9 @@ def summary(rows: list[dict]) -> dict:
             **({"tokens_wrong": mean(lengths[False])} if lengths[False] else {}),
             "zero_spread": mean(len(rewards) == 1 for rewards in groups.values()),
             "with_advantage": mean(bool(row["advantage"]) for row in rows), "failed": len(rows) - len(paid),
-            **{f"reward/{name}": total / len(paid) for name, total in parts.items()}}
+            **{f"reward/{name}": total / len(paid) for name, total in parts.items()},
+            **{f"{name}/{role}": mean(by_role[role]) for role in right if len(right) > 1
+               for name, by_role in (("reward", earned), ("solved", right))}}
 
 
 def mean(values: Iterable[float]) -> float:

@@ -257,13 +257,17 @@ class Fast(Plain):
         x = F.embedding(ids, model.embed_tokens.weight)
         if by_columns(x):
             x = x.t().contiguous().t()
-        cos, sin = rope(positions, c.rope_theta, c.head_size, x.dtype)
+        cos, sin = rope(positions, c, x.dtype)
         delta = None  # what the last block adds to x; the next norm does it
         for i, layer in enumerate(model.layers):
             qkv, o, gate_up, down = joints[4 * i:4 * i + 4]
             x, n = norm(x, delta, layer.input_layernorm.weight, c.norm_eps)
             qk, v = qkv(n, chosen).split_with_sizes([queries + keys, keys], -1)
-            qk = turn(qk.unflatten(-1, (-1, c.head_size)), cos, sin)
+            qk = qk.unflatten(-1, (-1, c.head_size))
+            if c.head_norm:
+                a = layer.self_attn
+                qk = torch.cat((a.q_norm(qk[:, :c.heads]), a.k_norm(qk[:, c.heads:])), 1)
+            qk = turn(qk, cos, sin)
             out = attend(i, qk[:, :c.heads], qk[:, c.heads:], v.unflatten(-1, (-1, c.head_size)))
             x, n = norm(x, o(out.flatten(-2), chosen), layer.post_attention_layernorm.weight, c.norm_eps)
             gate, up = gate_up(n, chosen).split_with_sizes([c.intermediate, c.intermediate], -1)

@@ -1,0 +1,23 @@
+"""What docs/ says is true of the code."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [path.read_text() for folder in (".", "slm", "slm/*") for path in ROOT.glob(f"{folder}/*.py")]
+CODE = re.sub(r'"\s*\n\s*f?"', "", "\n".join(SOURCES))  # a sentence over several lines of source is one
+
+
+def quoted() -> list[str]:
+    """What the first column of the tables in troubleshooting.md quotes."""
+    rows = re.findall(r"^\| (.*?) \| .* \|$", (ROOT / "docs/troubleshooting.md").read_text(), re.M)
+    return [text for row in rows for text in re.findall("`(.*?)`", row)]
+
+
+@pytest.mark.parametrize("text", quoted())
+def test_what_troubleshooting_quotes_is_what_the_code_says(text):
+    if text.startswith("the loss is "):
+        text = "the loss is {loss}"
+    assert text in CODE, "no script prints this"
