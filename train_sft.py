@@ -10,8 +10,7 @@ slm/formats/rows.py). Every response or assistant message is trained with the to
 its `weight` says (0 to 1; without one 1). Rows over --max-length are left out, counted.
 
 A step trains on --batch rows, packed without padding into micro-batches of --micro-tokens. The loss of each
-is a sum, divided by the sum of the trained tokens' weights in the batch: micro-batches don't change the
-gradient.
+is a sum, divided by the weight of all trained tokens in the batch: micro-batches don't change the gradient.
 
 --validate problems are held out. Before the first step and ten times on the way their loss is measured, and
 how many greedy replies have the answer of the row. best/ is the adapter or model of the lowest held-out loss.
@@ -262,9 +261,8 @@ def trained(message: dict) -> float:
 
 
 def encode(tokenizer, messages: list[dict], train_on: str = "response") -> TokenRecord:
-    """A conversation as tokens, to the end of its last trained message. The mask is the weight of assistant
-    messages and their end tokens; with `all` it is 1 on all else but the first token, which nothing
-    predicts."""
+    """A conversation as tokens, up to its last trained message. The mask is the weight of the assistant's
+    messages and their end tokens; with `all` 1 on the rest, less the first token, which nothing predicts."""
     ids, mask = [], []
     last = max(i for i, message in enumerate(messages) if trained(message))
     for i, message in enumerate(messages[:last + 1]):

@@ -1,5 +1,6 @@
 """What docs/ says is true of the code."""
 
+import doctest
 import re
 from pathlib import Path
 
@@ -21,3 +22,8 @@ def test_what_troubleshooting_quotes_is_what_the_code_says(text):
     if text.startswith("the loss is "):
         text = "the loss is {loss}"
     assert text in CODE, "no script prints this"
+
+
+def test_the_tour_s_numbers_come_out():
+    found = doctest.testfile(str(ROOT / "docs/tour.md"), module_relative=False)
+    assert found.failed == 0 and found.attempted > 20
