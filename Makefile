@@ -35,6 +35,7 @@ bench: .venv/.dev
 	for b in grader sandbox sampler; do $(PY) bench/$$b.py || exit 1; done
 
 results: .venv/.run
+	$(PY) bench/demo.py --table
 	$(PY) bench/half_billion.py
 	$(PY) bench/objectives.py --table
 
