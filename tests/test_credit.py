@@ -478,7 +478,7 @@ STEP = ("--credit", "step", "--reward")
 @pytest.mark.parametrize("how", [TEAM, (*STEP, "correct,steps"), (*STEP, "judge", "--judge", "tiny")],
                          ids=["team", "steps", "judge"])
 def test_two_steps_on_the_built_in_model_resume_to_the_same_bits(tmp_path, monkeypatch, how):
-    options = (*how, "--max-tokens", "9", "--batch", "1", "--samples", "2")
+    options = (*how, "--max-tokens", "24", "--batch", "1", "--samples", "2")
     run("tiny", tmp_path / "whole", *options)
     log = rundir.RunDir.log
 
