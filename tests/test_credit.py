@@ -1,5 +1,6 @@
 """Credit for roles, turns and steps: by hand, by brute force, and through a run with an adapter a role."""
 
+import contextlib
 import itertools
 import json
 import random
@@ -48,8 +49,10 @@ def small(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
+def no_pictures_and_no_programs(monkeypatch):
+    """They take seconds each."""
     monkeypatch.setattr(train_grpo, "write_report", lambda out: out / "report.html")
+    monkeypatch.setattr(train_grpo, "Sandbox", lambda: contextlib.nullcontext(Prints("12")))
 
 
 def turn(role, rewards, prompt, tokens, counts=()):
@@ -475,7 +478,7 @@ STEP = ("--credit", "step", "--reward")
 @pytest.mark.parametrize("how", [TEAM, (*STEP, "correct,steps"), (*STEP, "judge", "--judge", "tiny")],
                          ids=["team", "steps", "judge"])
 def test_two_steps_on_the_built_in_model_resume_to_the_same_bits(tmp_path, monkeypatch, how):
-    options = (*how, "--max-tokens", "16", "--batch", "1", "--samples", "2")
+    options = (*how, "--max-tokens", "24", "--batch", "1", "--samples", "2")
     run("tiny", tmp_path / "whole", *options)
     log = rundir.RunDir.log
 
