@@ -9,7 +9,7 @@ r"""Stage 4, agents: every workflow as a short generator, and a comparison of th
 A workflow gets the question and nothing else (slm/episode.py has the protocol). The names are those of the
 SLM-Math report's agents; a docstring says what its agent did, and after "Departs" what is different here.
 They start from a greedy first answer, and those that begin with the standard prompt share the very same call.
-The searches (slm/search.py) sample from the start and take a verifier's word: --adapter verifier=DIR.
+The searches (slm/search) sample from the start and take a verifier's word: --adapter verifier=DIR.
 """
 
 import argparse

@@ -66,8 +66,7 @@ from slm.report import write as write_report
 from slm.runs.files import as_lines, write_json, write_whole
 from slm.runs.rundir import RunDir
 from slm.sandbox import Sandbox
-from slm.search import chains
-from slm.steps import WORDS, Node, step_check
+from slm.search import WORDS, Node, chains, step_check
 from slm.teachers import Endpoint, cascade, records
 from slm.tiny import StandIn
 

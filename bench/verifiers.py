@@ -40,7 +40,7 @@ from slm.episode import Job, run_episodes, seed_of
 from slm.grading import equal, equations
 from slm.problems import load
 from slm.runs import stats
-from slm.steps import Node, judge
+from slm.search import Node, judge
 
 KINDS = ("hard", "soft", "exact")
 RESULTS = ROOT / "results/verifiers"
@@ -165,7 +165,7 @@ def first_error(steps: list[str], question: str, worked: str, right: bool) -> in
 
 
 def scored(solutions: list[dict], verifier: str) -> list[dict]:
-    """Each solution with the P(yes) of its steps, as slm/search.py gets it."""
+    """Each solution with the P(yes) of its steps, as slm/search gets it."""
     jobs, written = [], []
     for s in solutions:
         written.append([Node(text="".join(s["steps"][:n])) for n in range(1, len(s["steps"]) + 1)])

@@ -21,7 +21,7 @@ import torch
 from slm import losses
 from slm.episode import Episode, Job, TokenRecord, run_episodes, seed_of
 from slm.runs import ranks
-from slm.steps import Node, cut, judge, token_counts
+from slm.search import Node, cut, judge, token_counts
 
 
 def give_credit(episodes: list[Episode], algorithm, moving: dict[str, float], args) -> tuple[list, int]:

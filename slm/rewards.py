@@ -33,7 +33,7 @@ from slm.episode import Episode, Turn, seed_of
 from slm.grading import boxes, equal, equations, extract, grade, printed, verdict
 from slm.prompts import CHECKER, CRITIC, SOLVER, VERIFIER
 from slm.sandbox import Outcome
-from slm.steps import cut
+from slm.search import cut
 from slm.teachers import records
 from slm.workflows import confirmed
 

@@ -2,7 +2,7 @@ r"""The workflows: each a short generator that gets the question and nothing els
 
 slm/episode.py has the protocol. The names are those of the SLM-Math report's agents. A docstring says what
 the agent did, and after "Departs" what is different here. All start from a greedy first answer; those that
-begin with the standard prompt share the very same call. The searches are in slm/search.py; they sample from
+begin with the standard prompt share the very same call. The searches are in slm/search; they sample from
 the start.
 """
 
@@ -13,8 +13,7 @@ from slm import BadInput, prompts
 from slm.episode import Ask, Draft, Reply, Run, user
 from slm.grading import blocks_of, equal, extract, printed, verdict
 from slm.sandbox import Outcome
-from slm.search import SEARCHES, tally
-from slm.steps import shown, stated
+from slm.search import SEARCHES, shown, stated, tally
 
 OTHER = {"temperature": 0.7, "top_p": 0.9}                # a later attempt must be able to differ
 VOTE = {"temperature": 0.7, "top_p": 0.95, "top_k": 50}   # the report's decoding of runs 2 to 5

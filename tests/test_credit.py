@@ -37,7 +37,7 @@ from slm.prompts import CHECKER, CRITIC, RETRY, SOLVER, SUMMARY, VERIFIER
 from slm.rewards import Rules, reward_of
 from slm.runs import rundir, steps
 from slm.sandbox import Outcome
-from slm.steps import cut, token_counts
+from slm.search import cut, token_counts
 from train_grpo import ALGORITHMS
 
 TWELVE = Problem("p", "7 + 5?", "12", "test")

@@ -25,7 +25,7 @@ from slm.episode import Job, Reply, Sampling, run_episodes
 from slm.problems import Problem
 from slm.runs.files import Journal
 from slm.sampling import Sampler
-from slm.steps import Node, judge
+from slm.search import Node, judge
 from slm.teachers import records
 from slm.teachers.cascade import Attempt, Progress, Teacher, read_cascade
 

@@ -12,12 +12,11 @@ from faulty_server import refuses, serve
 from scripted import Backend, Sandbox, problem
 from small import write_small
 
-import slm.search
-import slm.steps
 from slm import BadInput, checkpoint, lora, losses, prompts, workflows
 from slm.episode import STEPS, Reply, Request, Sampling, jobs_for, run_episodes, seed_of, user
 from slm.sampling import Sampler
-from slm.search import SEARCHES, allot, halving
+from slm.search import searches, steps
+from slm.search.searches import SEARCHES, allot, halving
 from slm.teachers import Endpoint
 from slm.teachers.endpoint import first_tokens
 
@@ -218,7 +217,7 @@ def test_code_runs_when_its_fence_closes_and_its_output_belongs_to_the_step():
     tree = {"": ["```python\n"], "```python\n": ["x = 6\nprint(x * 7)\n```"], after: ["Now more.\n"],
             after + "Now more.\n": ["```python\n"], second: ["print(x + 1)\n```"],
             second + "print(x + 1)\n```" + prompts.OUTPUT(output="7"): ["So \\boxed{7}."]}
-    episode, backend = play(slm.search.best_of_n, tree, budget=1)
+    episode, backend = play(searches.best_of_n, tree, budget=1)
     assert episode.answer == "7" and len(episode.runs) == 2
     assert [run.outcome.stdout for run in episode.runs] == ["42\n", "42\n7\n"]
     record, = episode.records()  # one turn, one record
@@ -230,7 +229,7 @@ def test_code_runs_when_its_fence_closes_and_its_output_belongs_to_the_step():
 def test_a_line_without_a_word_is_no_step():
     tree = {"": ["<think>\n"], "<think>\n": ["\n"], "<think>\n\n": ["2 + 3 = 5\n"],
             "<think>\n\n2 + 3 = 5\n": ["\\boxed{5}"]}
-    _, backend = play(slm.search.best_of_n_min, tree, budget=1)
+    _, backend = play(searches.best_of_n_min, tree, budget=1)
     assert backend.judged == ["<think>\n\n2 + 3 = 5", "<think>\n\n2 + 3 = 5\n\\boxed{5}"]
 
 
@@ -240,7 +239,7 @@ def test_steps_that_lead_nowhere_are_given_up():
     again = failed + bad
     tree = {"": ["on\n", "I give up.", bad], failed: [bad],
             **{"on\n" * n: ["on\n"] for n in range(1, 20)}}
-    episode, backend = play(slm.search.self_consistency, tree, budget=3)
+    episode, backend = play(searches.self_consistency, tree, budget=3)
     assert episode.answer is None
     assert backend.written["on\n" * 15] == 1 and not backend.written["on\n" * 16]  # 16 steps are the most
     assert backend.written[failed] == 1 and not any(text.startswith(again) for text in backend.written)
@@ -249,7 +248,7 @@ def test_steps_that_lead_nowhere_are_given_up():
 @pytest.mark.parametrize("rule, stop", [("paragraph", "\n\n"), ("line", "\n"), ("sentence", ". ")])
 def test_the_rule_of_the_run_says_where_a_step_ends(rule, stop):
     backend = Table({"": ["\\boxed{1}"]})
-    jobs = jobs_for([problem("p", "Q?")], slm.search.best_of_n)
+    jobs = jobs_for([problem("p", "Q?")], searches.best_of_n)
     run_episodes(jobs, backend, sampling=Sampling(step_rule=rule))
     assert stop in backend.requests[0].sampling.stop and backend.requests[0].sampling.keep_stop
 
@@ -257,21 +256,21 @@ def test_the_rule_of_the_run_says_where_a_step_ends(rule, stop):
 def test_interactive_python_goes_on_behind_the_output_in_the_same_turn():
     code = "Compute it.\n```python\nprint(2 + 3)\n```\n"
     tree = {"": [code], code + "```output\n5\n```\n": ["So it is \\boxed{5}."]}
-    episode, backend = play(slm.search.interactive_python, tree)
+    episode, backend = play(searches.interactive_python, tree)
     assert episode.answer == "5" and backend.requests[0].sampling.stop == ("\n```\n",)
     record, = episode.records()
     assert "".join(map(chr, record.ids)).endswith(code + "```output\n5\n```\nSo it is \\boxed{5}.")
     assert sum(record.mask) == len(code + "So it is \\boxed{5}.")
     closed = code.rstrip("\n")  # a model that ends its turn after the code gets its output all the same
     tree = {"": [closed + " "], closed + " " + prompts.OUTPUT(output="5"): ["\\boxed{5}"]}
-    assert play(slm.search.interactive_python, tree)[0].answer == "5"
+    assert play(searches.interactive_python, tree)[0].answer == "5"
 
 
 CODE = "```python\nx = 3. \n\nprint(x)\n```\n"
 RAN = CODE + "```output\n3.0\n\n```\n"
 
 
-@pytest.mark.parametrize("rule, steps", [
+@pytest.mark.parametrize("rule, parts", [
     ("line", [""]), ("line", ["One"]), ("line", ["One.\n", "\nTwo.\n"]), ("line", ["\n\n"]),
     ("line", ["<think>\nOne.\n", "</think>\nTwo.\n", "\\boxed{3}"]),
     ("line", ["So\n", "\\[\nx = 2\n\\]\n"]), ("line", ["---\n**Step 1:** add\n", "2 + 3 = 5\r\n", "Done."]),
@@ -282,8 +281,8 @@ RAN = CODE + "```output\n3.0\n\n```\n"
     ("paragraph", ["\\[\n\nx = 2\n\n", "So.\n\n\\]\n\n"]),
     ("sentence", ["It is 3.5 nuts. ", "So 2! ", "Is it? ", "Yes.\n", "Done."]),
     ("sentence", [RAN, "It is 3. ", "Yes."])])
-def test_solutions_are_cut_into_steps(rule, steps):
-    assert slm.steps.cut("".join(steps), rule) == steps
+def test_solutions_are_cut_into_steps(rule, parts):
+    assert steps.cut("".join(parts), rule) == parts
 
 
 def test_the_steps_of_any_text_join_to_it():
@@ -292,7 +291,7 @@ def test_the_steps_of_any_text_join_to_it():
     for _ in range(500):
         text = "".join(rng.choices(pieces, k=12))
         for rule in STEPS:
-            assert "".join(slm.steps.cut(text, rule)) == text
+            assert "".join(steps.cut(text, rule)) == text
 
 
 # ---- solutions side by side ------------------------------------------------------------------------------
@@ -304,11 +303,11 @@ LIKES = {"a": 0.9, "b": 0.5, "c": 0.7, "a\n\\boxed{1}": 0.2, "b\n\\boxed{1}": 0.
 
 
 @pytest.mark.parametrize("search, answer, judged", [
-    (slm.search.self_consistency, "1", 0),   # two of four
-    (slm.search.best_of_n, "2", 4),          # 0.6 is the highest last score
-    (slm.search.best_of_n_min, "2", 7),      # min: 0.2, 0.5, 0.6, 0.45
-    (slm.search.best_of_n_product, "9", 7),  # product: 0.18, 0.25, 0.42, 0.45
-    (slm.search.weighted_vote, "1", 4)])     # 0.2 + 0.5 for 1, 0.6 for 2, 0.45 for 9
+    (searches.self_consistency, "1", 0),   # two of four
+    (searches.best_of_n, "2", 4),          # 0.6 is the highest last score
+    (searches.best_of_n_min, "2", 7),      # min: 0.2, 0.5, 0.6, 0.45
+    (searches.best_of_n_product, "9", 7),  # product: 0.18, 0.25, 0.42, 0.45
+    (searches.weighted_vote, "1", 4)])     # 0.2 + 0.5 for 1, 0.6 for 2, 0.45 for 9
 def test_solutions_side_by_side(search, answer, judged):
     episode, backend = play(search, FOUR, LIKES, budget=4)
     assert episode.answer == answer and len(backend.judged) == judged
@@ -324,7 +323,7 @@ BEAM_LIKES = {"a": 0.9, "b": 0.2, "c": 0.8, "d": 0.1, "a\nx": 0.3, "a\n\\boxed{1
 
 
 def test_beam_search_goes_on_from_the_best():
-    episode, backend = play(slm.search.beam_search, BEAM, BEAM_LIKES, budget=4, width=2)
+    episode, backend = play(searches.beam_search, BEAM, BEAM_LIKES, budget=4, width=2)
     assert backend.written == {"": 4, "a\n": 2, "c\n": 2, "a\nx\n": 2, "c\nu\n": 2}
     assert episode.answer == "2"
 
@@ -332,11 +331,11 @@ def test_beam_search_goes_on_from_the_best():
 def test_the_trees_of_dvts_do_not_compete():
     likes = {"a": 0.9, "b": 0.85, "c": 0.2, "d": 0.1, "a\n\\boxed{1}": 0.3, "c\n\\boxed{2}": 0.4}
     tree = ABCD | {"a\n": ["\\boxed{1}"], "b\n": ["\\boxed{7}"], "c\n": ["\\boxed{2}"]}
-    episode, backend = play(slm.search.dvts, tree, likes, budget=4, width=2)
+    episode, backend = play(searches.dvts, tree, likes, budget=4, width=2)
     assert backend.written == {"": 4, "a\n": 2, "c\n": 2}  # a beam would go on from a and b
     assert episode.answer == "2"
     other = likes | {"a": 0.3}  # what happens in the first tree changes nothing in the second
-    _, backend = play(slm.search.dvts, tree, other, budget=4, width=2)
+    _, backend = play(searches.dvts, tree, other, budget=4, width=2)
     assert backend.written == {"": 4, "b\n": 2, "c\n": 2}
 
 
@@ -345,7 +344,7 @@ def test_rebase_shares_its_budget_by_the_softmax_of_the_scores():
     # e^0, e^-1, e^-7, e^-8 of 1.369 in all, times 4: 2.92, 1.07, 0.003, 0.001 -> 3, 1, 0, 0
     tree = ABCD | {"a\n": ["\\boxed{1}", "x\n", "x\n"], "c\n": ["y\n"], "a\nx\n": ["\\boxed{2}"],
                    "c\ny\n": ["\\boxed{2}"]}
-    episode, backend = play(slm.search.rebase, tree, likes, budget=4)
+    episode, backend = play(searches.rebase, tree, likes, budget=4)
     assert backend.written == {"": 4, "a\n": 3, "c\n": 1, "a\nx\n": 2, "c\ny\n": 1}  # 3: a solution is there
     assert episode.answer == "2"  # three votes of 0.5 against one
 
@@ -364,8 +363,8 @@ def test_allotments_sum_to_the_budget():
 
 def grown(monkeypatch, workflow, *args, **options):
     """(text -> node of the tree, answer, backend) of a tree search."""
-    roots, below = [], slm.steps.Node.below
-    monkeypatch.setattr(slm.steps.Node, "below", lambda node: roots.append(node) or below(node))
+    roots, below = [], steps.Node.below
+    monkeypatch.setattr(steps.Node, "below", lambda node: roots.append(node) or below(node))
     episode, backend = play(workflow, *args, **options)
     root = next(roots[0].up()) if roots else None
     while root.parent:
@@ -383,21 +382,21 @@ def test_mcts_on_a_tree_worked_by_hand(monkeypatch):
     # 3: nothing is open below b, so a, then its second child: 5 (0.8) and 6 (-0.6)
     for budget, written in ((1, ["", "a\n"]), (2, ["", "a\n", "b\n", "b\n2\n"]),
                             (9, ["", "a\n", "b\n", "b\n2\n", "a\n2\n"])):
-        nodes, answer, backend = grown(monkeypatch, slm.search.mcts, tree, yes, budget=budget, width=2)
+        nodes, answer, backend = grown(monkeypatch, searches.mcts, tree, yes, budget=budget, width=2)
         assert backend.written == dict.fromkeys(written, 2)
     stats = {text: (node.visits, round(node.total, 9)) for text, node in nodes.items()}
     assert stats == {
         "": (5, 0.0), "a\n": (4, 0.4), "b\n": (3, 0.4), "a\n\\boxed{1}": (1, -0.4), "a\n2\n": (3, 0.2),
         "a\n2\n\\boxed{5}": (1, 0.8), "a\n2\n\\boxed{6}": (1, -0.6), "b\nI give up": (1, -1.0),
         "b\n2\n": (3, 1.0), "b\n2\n\\boxed{3}": (1, 0.4), "b\n2\n\\boxed{4}": (1, -0.2)}
-    assert slm.search.uct(nodes["a\n"]) == pytest.approx(0.1 + 2 * math.sqrt(math.log(5) / 4))
+    assert searches.uct(nodes["a\n"]) == pytest.approx(0.1 + 2 * math.sqrt(math.log(5) / 4))
     assert answer == "5"
 
 
 def test_with_signs_a_solution_is_worth_one_or_minus_one(monkeypatch):
     tree = {"": ["\\boxed{1}", "\\boxed{2}", "on\n"], "on\n": ["\\boxed{3}"]}
     yes = {"\\boxed{1}": 0.9, "\\boxed{2}": 0.2, "on": 0.4, "on\n\\boxed{3}": 0.7}
-    nodes, _, _ = grown(monkeypatch, slm.search.mcts, tree, yes, budget=2, width=3, signs=1)
+    nodes, _, _ = grown(monkeypatch, searches.mcts, tree, yes, budget=2, width=3, signs=1)
     assert (nodes[""].visits, nodes[""].total) == (5, 3.0)  # +1, -1, and three times +1
     assert (nodes["on\n"].visits, nodes["on\n"].total) == (4, pytest.approx(2.8))
 
@@ -451,7 +450,7 @@ def by_brute_force(tree, yes, budget, width):
 @pytest.mark.parametrize("salt", range(12))
 def test_mcts_is_what_a_second_writing_of_it_gives(salt, monkeypatch):
     tree, yes = wild(salt)
-    nodes, _, backend = grown(monkeypatch, slm.search.mcts, tree, yes, budget=6, width=3)
+    nodes, _, backend = grown(monkeypatch, searches.mcts, tree, yes, budget=6, width=3)
     visits, total, children = by_brute_force(tree, yes, 6, 3)
     assert backend.written == dict.fromkeys(children, 3)
     for text, node in nodes.items():
@@ -471,7 +470,7 @@ def test_gumbel_search_spends_its_rollouts_by_halving():
     def tree(text):
         return ABCD[""] if not text else [f"\\boxed{{{len(text)}}}", "on\n"]
     yes = {"a": 0.5, "b": 0.5, "c": 0.5, "d": 0.5}
-    _, backend = play(slm.search.gumbel_mcts, tree, yes, budget=8, width=4)
+    _, backend = play(searches.gumbel_mcts, tree, yes, budget=8, width=4)
     grew = Counter(text[:1] for text in backend.written.elements() if text)
     draw = random.Random(seed_of("Q?"))
     noise = {letter: -math.log(-math.log(draw.random())) for letter in "abcd"}
@@ -484,7 +483,7 @@ def test_gumbel_search_follows_the_verifier_if_it_is_sure():
     def yes(text):
         return 0.9 if text.startswith("c") else 0.1
     tree = ABCD | {f"{letter}\n": [f"\\boxed{{{k}}}"] for k, letter in enumerate("abcd")}
-    assert play(slm.search.gumbel_mcts, tree, yes, budget=4, width=4)[0].answer == "2"
+    assert play(searches.gumbel_mcts, tree, yes, budget=4, width=4)[0].answer == "2"
 
 
 # ---- all searches ----------------------------------------------------------------------------------------
@@ -545,13 +544,13 @@ def test_a_search_does_not_depend_on_the_order_of_replies(search):
 
 
 def two_rollouts(question):
-    return (yield from slm.search.mcts(question, 2, 2))
+    return (yield from searches.mcts(question, 2, 2))
 
 
 def test_fifty_trees_at_once_are_those_grown_alone_and_keep_their_tokens(tmp_path, monkeypatch, capsys):
     """A random model writes no lines: here a step ends behind an e, and there are at most four."""
     monkeypatch.setitem(STEPS, "line", ("e",))
-    monkeypatch.setattr(slm.steps, "DEPTH", 4)
+    monkeypatch.setattr(steps, "DEPTH", 4)
     model, tokenizer = checkpoint.load(write_small(tmp_path / "small"))
     jobs = jobs_for([problem(f"p{i}", f"What is {i} + {i}?") for i in range(50)], two_rollouts)
     together = run_episodes(jobs, Sampler(model, tokenizer), Sandbox(), sampling=Sampling(30), seed=3)
@@ -571,5 +570,5 @@ def test_fifty_trees_at_once_are_those_grown_alone_and_keep_their_tokens(tmp_pat
 
 
 def test_the_examples_in_the_docstrings():
-    for module in (slm.search, slm.steps):
+    for module in (searches, steps):
         assert not doctest.testmod(module).failed

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bench import verifiers
-from slm.steps import cut
+from slm.search import cut
 from slm.tiny import world
 
 

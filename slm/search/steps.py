@@ -11,7 +11,7 @@ output belongs to the step.
 A partial solution is an assistant's turn that is not over. A step goes on behind the ids of those before it,
 so a path of steps is one token record, and nothing is tokenized again. The verifier writes no text: its score
 comes from the log-probs of Yes and No. It may be the same model, trained for it or not, or another adapter
-(--adapter verifier=DIR). These generators are parts of workflows: slm/search.py puts them together.
+(--adapter verifier=DIR). These generators are parts of workflows: searches.py puts them together.
 """
 
 import math

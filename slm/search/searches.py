@@ -1,6 +1,6 @@
 r"""Searches: workflows in which a verifier chooses among the steps of solutions.
 
-slm/steps.py has the step generator: `grow` writes steps, `judge` gives them the verifier's P(yes). That score
+steps.py has the step generator: `grow` writes steps, `judge` gives them the verifier's P(yes). That score
 is all that a search knows: no gold answer is in reach. `budget` is the number of solutions, of beams, or of
 rollouts; each docstring says how many steps that is at most. What a search has to beat, at the same number of
 tokens, is `self_consistency`.
@@ -16,7 +16,7 @@ from operator import attrgetter, itemgetter
 from slm import prompts
 from slm.episode import seed_of
 from slm.grading import equal, extract, printed
-from slm.steps import STEP, Node, grow, judge, stated, write
+from slm.search.steps import STEP, Node, grow, judge, stated, write
 
 C_UCT, C_VISIT = 2.0, 50  # constants of rStar-Math and of Gumbel MuZero
 TURN = {"keep_stop": True, "stop": STEP["stop"]}
