@@ -1,11 +1,11 @@
 """Photographs a part of a run's page in Debian's chromium, for the README. After `make test-browser`:
 
     python docs/photograph.py RUN/report.html docs/page-grpo.png --top '#read' --height 980 \\
-        --at 'color=log-prob&only=divided&open=tiny-train-824&at=1&n=4'
+        --at 'color=log-prob&only=divided&open=tiny-train-965&at=3&n=3'
     python docs/photograph.py compare.html docs/page-compare.png --height 1500 --at 'only=divided&side=1'
 
 The runs in the pictures are small ones of the built-in model: train_grpo.py --algorithm dapo --steps 3
---batch 4 --samples 6; and eval.py --limit 60 on the model before and after an SFT, put on one page by
+--batch 4 --samples 6 from an SFT; and evaluations of the demo, put on one page by
 python -m slm.report compare.
 """
 
