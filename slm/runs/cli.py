@@ -70,9 +70,13 @@ def run_options(p: argparse.ArgumentParser, folder: str, resume: bool = True):
         g.add_argument("--resume", action="store_true", help="go on with the stopped run in --out")
     g.add_argument("--seed", type=lambda text: positive(text, 0), default=0,
                    help="of all that is drawn (default 0)")
+    device_options(g)
+    return g
+
+
+def device_options(g):
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    return g
 
 
 def defaults(paper: dict, tiny: dict):
@@ -185,8 +189,8 @@ def number(low: float, high: float = math.inf):
     return read
 
 
-def answer_options(p, both):
-    """What agents.py and eval.py both take: who answers which problems."""
+def backend_options(p):
+    """What answers: a model on this machine with its adapters, or a server."""
     g = p.add_argument_group("what answers")
     g.add_argument("--model", default="tiny",
                    help="tiny, a directory, a hub id, or the endpoint's model (default tiny)")
@@ -194,6 +198,11 @@ def answer_options(p, both):
                    help="LoRA adapter for a role (solver, checker, verifier, summarizer), or for all")
     g.add_argument("--endpoint", metavar="URL", help="an OpenAI-compatible server: http://localhost:8000/v1")
     g.add_argument("--key-env", metavar="NAME", help="environment variable that holds the endpoint's key")
+
+
+def answer_options(p, both):
+    """What agents.py and eval.py both take: who answers which problems."""
+    backend_options(p)
     g = p.add_argument_group("problems")
     g.add_argument("--data", nargs="+", action=Names, default=["tiny"], metavar="A,B",
                    help="names (tiny, tiny-unseen, gsm8k, math, math500, aime24, amc23, ...) or JSON lines "

@@ -154,6 +154,11 @@ class Sampler:
         done, self.finished = self.finished, []
         return self._ready(done)
 
+    def written(self, ticket: int) -> str:
+        """What a running request's first reply has so far, for a person to see it grow."""
+        rows = (row for row in self.slots.live if row.ticket == ticket)
+        return "".join(self.tokenizer.decode(row.tokens[row.prompt:]) for row in [*rows][:1])
+
     def close(self) -> None:
         """Forget every request and give the cache's memory back."""
         self.waiting.clear()

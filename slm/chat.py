@@ -1,0 +1,192 @@
+"""Talk to a model, an adapter, a server or a workflow.
+
+    python -m slm.chat                                     the built-in model
+    python -m slm.chat --model runs/grpo-tiny/adapter
+    python -m slm.chat --model NAME --endpoint http://localhost:8000/v1
+    python -m slm.chat --workflow solver_verifier          each line is a question of its own
+
+A conversation goes on in its cache: a turn computes what is new. A workflow shows each reply, and what its
+code printed. Replies appear as they are written (a server's when they are there).
+
+    /temperature 0.7   for the next replies
+    /reset             forget what was said
+    /save FILE         add the conversation to a file that train_sft.py reads
+    /quit              or Ctrl-D; Ctrl-C stops a reply
+"""
+
+import argparse
+import contextlib
+import json
+from dataclasses import replace
+
+from slm.runs import cli
+
+COMMANDS = __doc__.partition("are there).\n\n")[2]
+
+
+def options() -> argparse.ArgumentParser:
+    p = cli.parser(__doc__)
+    cli.backend_options(p)
+    g = p.add_argument_group("how")
+    g.add_argument("--workflow", help="of agents.py; without it, a plain conversation")
+    g.add_argument("--temperature", type=cli.number(0), default=0.7, help="0 is greedy (default 0.7)")
+    g.add_argument("--max-tokens", type=cli.positive, default=1024, help="of a reply (default 1024)")
+    cli.device_options(g)
+    return p
+
+
+if __name__ == "__main__":
+    args = options().parse_args()  # before the heavy imports, so that --help answers at once
+
+from slm import BadInput
+from slm.backends import open_backend
+from slm.episode import Job, Reply, Request, Sampling, run_episodes, user
+from slm.sandbox import Sandbox
+from slm.search import shown
+from slm.workflows import workflow
+
+with contextlib.suppress(ImportError):  # not everywhere: the line can be edited, and has a history
+    import readline  # noqa: F401
+
+class Screen:
+    """A backend whose replies are printed: the oldest one as it grows, the others in turn."""
+
+    def __init__(self, backend):
+        self.backend = backend
+        self.open: dict[int, str] = {}      # ticket -> what is on the screen of it, the oldest first
+        self.landed: dict[int, Reply] = {}
+        self.by_line: set[int] = set()      # tickets whose text a stop string may still cut
+
+    def __getattr__(self, name):
+        return getattr(self.backend, name)
+
+    def submit(self, request: Request) -> int:
+        ticket = self.backend.submit(request)
+        if not request.continuations:
+            self.open[ticket] = ""
+        if request.sampling.stop:
+            self.by_line.add(ticket)
+        return ticket
+
+    def step(self) -> list[tuple[int, int, Reply]]:
+        replies = self.backend.step()
+        self.landed |= {ticket: reply for ticket, _, reply in replies if ticket in self.open}
+        while self.open:
+            ticket = next(iter(self.open))
+            reply = self.landed.pop(ticket, None)
+            self.show(ticket, reply.text or f"({reply.error})" if reply else self.written(ticket))
+            if not reply:
+                break
+            del self.open[ticket]
+            print(flush=True)
+        return replies
+
+    def written(self, ticket: int) -> str:
+        """What a model on this machine has written of a reply, less a character that is not whole."""
+        text = self.backend.written(ticket) if hasattr(self.backend, "written") else ""
+        return text[:text.rfind("\n") + 1] if ticket in self.by_line else text.rstrip("\ufffd")
+
+    def show(self, ticket: int, text: str) -> None:
+        before = self.open[ticket]
+        if len(text) > len(before) and text.startswith(before):
+            print(text[len(before):], end="", flush=True)
+            self.open[ticket] = text
+
+    def close(self) -> None:
+        self.open, self.landed = {}, {}
+        self.backend.close()
+
+
+class Tools:
+    """A sandbox that prints what its programs printed."""
+
+    def __init__(self):
+        self.sandbox = Sandbox()
+
+    def submit(self, code, timeout: float) -> int:
+        return self.sandbox.submit(code, timeout)
+
+    def poll(self, wait: float):
+        outcomes = self.sandbox.poll(wait)
+        for _, outcome in outcomes:
+            print(f"    [the code printed: {shown(outcome)}]", flush=True)
+        return outcomes
+
+
+class Talk:
+    """What was said so far, and how the next reply is drawn."""
+
+    def __init__(self, args):
+        backend, self.adapters = open_backend(args)
+        self.screen = Screen(backend)
+        self.workflow = args.workflow and workflow(args.workflow)
+        self.tools = Tools() if args.workflow else None
+        self.sampling = Sampling(args.max_tokens, args.temperature, stop_at_box=bool(args.workflow))
+        self.messages, self.turns = [], 0
+
+    def say(self, line: str) -> None:
+        """One turn. A reply that was stopped or failed leaves no trace."""
+        self.turns += 1
+        if self.workflow:
+            job = Job("chat", line, self.workflow, sample=self.turns)
+            episode, = run_episodes([job], self.screen, self.tools, sampling=self.sampling,
+                                    adapters=self.adapters)
+            print(f"==== answer: {episode.answer or 'none'}")
+            self.messages += [user(line), {"role": "assistant", "content": episode.response}]
+            return
+        asked = [*self.messages, user(line)]
+        sampling = replace(self.sampling, seed=self.turns)
+        self.screen.submit(Request(asked, sampling, self.adapters.get("*")))
+        while self.screen.pending:
+            for _, _, reply in self.screen.step():
+                if not reply.error:
+                    self.messages = [*asked, reply.message()]
+                if reply.finish == "length":
+                    print(f"[stopped at {reply.tokens_out:,} tokens]")
+
+    def command(self, line: str) -> None:
+        """/reset, /save FILE, /temperature X. BadInput for anything else."""
+        name, _, value = line.partition(" ")
+        if name == "/reset":
+            self.messages = []
+            print("forgotten")
+        elif name == "/save" and value:
+            said = [{"role": m["role"], "content": m["content"]} for m in self.messages]
+            with open(value, "a", encoding="utf-8") as f:
+                f.write(json.dumps({"messages": said}, ensure_ascii=False) + "\n")
+            print(f"{cli.count(len(said), 'message')} added to {value}")
+        elif name == "/temperature":
+            try:
+                self.sampling = replace(self.sampling, temperature=cli.number(0)(value))
+            except argparse.ArgumentTypeError as e:
+                raise BadInput(f"/temperature: {e}") from None
+            print(f"temperature {self.sampling.temperature:g}")
+        else:
+            print(COMMANDS, end="")
+
+
+def main(args: argparse.Namespace) -> None:
+    talk = Talk(args)
+    print(COMMANDS, end="")
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if line == "/quit":
+            break
+        try:
+            if line.startswith("/"):
+                talk.command(line)
+            elif line:
+                talk.say(line)
+        except KeyboardInterrupt:
+            talk.screen.close()
+            print("\n[stopped: this turn is forgotten]")
+        except (BadInput, OSError) as e:
+            print(f"error: {e}")
+    print()
+
+
+if __name__ == "__main__":
+    cli.run(main, args)
