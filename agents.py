@@ -47,6 +47,7 @@ import contextlib
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 
 from slm.answers import answer_record, finished, run_graded
@@ -63,7 +64,7 @@ from slm.search import SEARCHES
 
 
 def main(args: argparse.Namespace) -> None:
-    names = chosen(args.workflow, args.budget)
+    wanted = chosen(args.workflow, args.budget)
     problems = load_all(args.data, args.split, args.limit, args.draw)
     args.out = new_path(args.out, f"agents-{name_of(args.model)}")
     cli.show(vars(args))
@@ -75,9 +76,9 @@ def main(args: argparse.Namespace) -> None:
     sampling = Sampling(args.max_tokens, stop_at_box=True, step_rule=args.step_rule)
     memo, results = {}, {}
     with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox:
-        for name in names:
+        for name, fn in wanted.items():
             start = time.monotonic()
-            rows = run_graded(problems, workflow(name), backend, sandbox, record=whole_record,
+            rows = run_graded(problems, fn, backend, sandbox, record=whole_record,
                               have=[row for row in done if row["workflow"] == name],
                               write=partial(run.log, "episodes"), sampling=sampling, seed=args.seed,
                               adapters=adapters, memo=memo, bar=name)
@@ -98,15 +99,15 @@ def whole_record(problem, episode: Episode) -> dict:
     return {**episode.to_json(), **answer_record(problem, episode)}
 
 
-def chosen(workflows: str, budgets: list[str]) -> list[str]:
-    """The workflows to run: the solver first, since the others are compared with it. With budgets, each that
-    has one once for each of them, and the control too."""
+def chosen(workflows: str, budgets: list[str]) -> dict[str, Callable]:
+    """The workflows to run, by name: the solver first, since the others are compared with it. With budgets,
+    each that has one once for each of them, and the control too."""
     plain = [name for name, fn in WORKFLOWS.items() if fn not in SEARCHES]  # a search may cost as much as all
     names = plain if workflows == "all" else [name.strip() for name in workflows.split(",")]
     names = ["solver", *[CONTROL] * bool(budgets), *names]
-    limited = [f"{name}@{budget}" if budget and has_budget(name) else name
-               for name in names for budget in budgets or [""]]
-    return list(dict.fromkeys(workflow(name).__name__ for name in limited))
+    found = [workflow(f"{name}@{budget}" if budget and has_budget(workflow(name)) else name)
+             for name in names for budget in budgets or [""]]
+    return {fn.__name__: fn for fn in found}
 
 
 def summary(records: list[dict], alone: list[bool] | None) -> dict:

@@ -17,12 +17,10 @@ can't have caused it (a server, a machine), it has no reward and counts in no me
 else; else the policy would learn to cause it. Parts can be gamed: `steps` pays for 1 + 1 = 2, too.
 """
 
-import functools
 import itertools
 import math
 import operator
 import re
-import runpy
 import traceback
 from dataclasses import dataclass
 from operator import attrgetter
@@ -32,6 +30,7 @@ from slm import BadInput
 from slm.episode import Episode, Turn, seed_of
 from slm.grading import boxes, equal, equations, extract, grade, printed, verdict
 from slm.prompts import CHECKER, CRITIC, SOLVER, VERIFIER
+from slm.runs import files
 from slm.sandbox import Outcome
 from slm.search import cut
 from slm.teachers import records
@@ -234,14 +233,11 @@ OF_STEPS = {"steps": true_steps, "random": coins,
 
 # ---- a function of yours ---------------------------------------------------------------------------------
 
-load = functools.cache(runpy.run_path)
-
-
 def yours(word: str, episode: Episode, problem) -> float:
     """What FILE.py:FUNCTION gives. Whatever goes wrong in it ends the run with its file and line."""
     file, _, name = word.rpartition(":")
     try:
-        earned = float(load(file)[name](episode, problem))
+        earned = float(files.load(file)[name](episode, problem))
         if math.isfinite(earned):
             return earned
         raise ValueError(f"it returned {earned}")

@@ -7,11 +7,12 @@ the start.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from slm import BadInput, prompts
 from slm.episode import Ask, Draft, Reply, Run, user
 from slm.grading import blocks_of, equal, extract, printed, verdict
+from slm.runs import files
 from slm.sandbox import Outcome
 from slm.search import SEARCHES, shown, stated, tally
 
@@ -314,23 +315,38 @@ WORKFLOWS = {fn.__name__: fn for fn in (
 
 
 def workflow(name: str):
-    """A workflow by its name. dvts@8 is dvts with a budget of 8. BadInput for an unknown name."""
+    """A workflow by its name, or FILE.py:NAME for one of yours; dvts@8 is dvts with a budget of 8: its second
+    argument. BadInput for an unknown name."""
     plain, at, budget = name.partition("@")
-    if plain not in WORKFLOWS or (at and not has_budget(plain)):
-        raise BadInput(f"--workflow {name!r}: no such workflow; expected one of {', '.join(WORKFLOWS)}")
+    found = WORKFLOWS.get(plain) or yours(plain)
+    if not found or (at and not has_budget(found)):
+        raise BadInput(f"--workflow {name!r}: no such workflow; expected FILE.py:NAME or one of "
+                       f"{', '.join(WORKFLOWS)}")
     if at and not (budget.isdecimal() and int(budget)):
         raise BadInput(f"--workflow {name!r}: the budget is {budget!r}; expected 1 or more")
 
     def limited(question: str):
-        return WORKFLOWS[plain](question, int(budget))
+        return found(question, int(budget))
 
-    limited.__name__ = name
-    return limited if at else WORKFLOWS[plain]
+    limited.__name__ = f"{found.__name__}@{budget}"
+    return limited if at else found
 
 
-def has_budget(name: str) -> bool:
+def yours(name: str) -> Callable | None:
+    """The function that FILE.py:NAME names, None if it is no such name. BadInput if it can't be loaded."""
+    file, _, function = name.rpartition(":")
+    if not file.endswith(".py"):
+        return None
+    try:
+        return files.load(file)[function]
+    except (Exception, SystemExit) as e:
+        raise BadInput(f"--workflow {name}: {type(e).__name__}: {e}; expected a file with a function "
+                       f"{function}(question)") from None
+
+
+def has_budget(found: Callable) -> bool:
     """Whether a workflow has a second argument: how many solutions, rounds, beams or rollouts it may have."""
-    return name in WORKFLOWS and WORKFLOWS[name].__code__.co_argcount > 1
+    return found.__code__.co_argcount > 1
 
 
 def refuse_roles(option: str, roles) -> None:

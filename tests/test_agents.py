@@ -397,7 +397,7 @@ def test_a_budget_that_a_workflow_cannot_have_is_refused(name, said):
 
 
 def test_budgets_run_each_workflow_that_has_one_beside_the_control():
-    assert agents.chosen("dvts,code_feedback", ["2", "8"]) == [
+    assert list(agents.chosen("dvts,code_feedback", ["2", "8"])) == [
         "solver", "self_consistency@2", "self_consistency@8", "dvts@2", "dvts@8", "code_feedback"]
     with pytest.raises(BadInput, match="budget is '-1'"):
         agents.chosen("dvts", ["-1"])

@@ -2,9 +2,11 @@
 Imports nothing heavy."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
+import runpy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -150,3 +152,9 @@ def write_json(path: Path, value) -> None:
 def fingerprint(value) -> str:
     """A short hash of anything JSON can hold."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def load(file: str) -> dict:
+    """What a Python file of a user defines, by name. It runs once."""
+    return runpy.run_path(file)

@@ -1,0 +1,45 @@
+"""examples/: each file does what its first line says."""
+
+from pathlib import Path
+
+import pytest
+from scripted import Backend, problem
+
+from slm import BadInput, problems, workflows
+from slm.episode import jobs_for, run_episodes
+from slm.rewards import Rules, reward_of
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+WORKFLOW = f"{EXAMPLES / 'workflow.py'}:second_thought"
+
+
+@pytest.mark.parametrize("name, asks", [(WORKFLOW, 2), (f"{WORKFLOW}@3", 4)])
+def test_the_workflow_runs_by_the_name_of_its_file(name, asks):
+    backend = Backend(lambda prompt, seed, sampling: f"\\boxed{{{3 if 'Check' in prompt else 4}}}")
+    fn = workflows.workflow(name)
+    episode, = run_episodes(jobs_for([problem("p", "Q?", "3")], fn), backend)
+    assert (episode.first_answer, episode.answer, len(episode.turns)) == ("4", "3", asks)
+    assert episode.workflow == fn.__name__ == "second_thought" + "@3" * (asks == 4)
+
+
+@pytest.mark.parametrize("name, said", [
+    (f"{EXAMPLES / 'workflow.py'}:other", "KeyError"), ("nowhere.py:f", "FileNotFoundError"),
+    ("nowhere.py", "no such workflow"), (f"{EXAMPLES / 'workflow.py'}:second_thought@0", "budget is '0'")])
+def test_a_workflow_file_that_is_wrong_is_named(name, said):
+    with pytest.raises(BadInput, match=said):
+        workflows.workflow(name)
+
+
+def test_the_reward_is_paid():
+    episode, = run_episodes(jobs_for([problem("p", "Q?", "4")], workflows.solver),
+                            Backend(lambda *_: "\\boxed{4}" + "x" * 91))
+    file = EXAMPLES / "reward.py"
+    rules = Rules({"correct": 1.0, f"{file}:brief": 0.5})
+    assert episode.tokens_out == 100
+    assert reward_of(episode, problem("p", "Q?", "4"), rules)[0] == pytest.approx(1 + 0.5 * 0.5)
+
+
+def test_the_problems_of_four_shapes_are_read():
+    found = problems.load(str(EXAMPLES / "problems.jsonl"))
+    assert [p.gold for p in found] == ["42", "15", "16", "32"]
+    assert found[3].question == "What is 2 to the power of 5?"
