@@ -193,7 +193,7 @@ def test_a_rank_without_records_adds_nothing_to_the_gradient(random_model, how):
     ("1", "--kl 0.05"), ("3", "--kl 0.05"), ("3", "--algorithm reinforce --resample 1 --kl 0.05"),
     ("1", "--algorithm distill --importance-cap 2 --dppo-mask 0.2"),
     ("1", "--workflow solver_checker_stateless --roles solver,checker --adapters role --credit role "
-          "--reward own,random:0.1")])
+          "--reward own,random --max-tokens 16")])
 def test_two_ranks_take_the_same_steps_as_one_process(tmp_path, batch, options):
     root = Path(train_grpo.__file__).parent
     words = [str(root / "train_grpo.py"), "--limit", "6", "--batch", batch, "--samples", "8", "--steps", "3",
