@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole pipeline on a real model that a laptop can train: Qwen2.5-Coder-0.5B-Instruct on GSM8K, without an
 # API. One core needs some 20 hours, a GPU an hour or two. If it was stopped, start it again: a stage that is
-# done is left out, a stage that was stopped goes on.
+# done is left out, a stage that was stopped goes on. On Linux without a GPU, LD_PRELOAD=libtcmalloc_minimal.so.4
+# keeps the memory of training at 4.7 GB; two of these runs at the same time gain nothing over one after the other.
 #
 #   bash recipes/half_billion.sh                  everything, in runs/half_billion
 #   bash recipes/half_billion.sh --dry-run        steps, tokens, hours and memory here, after some minutes
@@ -16,7 +17,7 @@ DEVICE=(--device "${DEVICE:-auto}")
 
 DATA=(--teacher self --data gsm8k --limit 400 --samples 4 --max-tokens 400 "${DEVICE[@]}")
 SFT=(--lora --targets all --batch 16 --epochs 2 --lr 2e-4 --dropout 0 --validate 0 "${DEVICE[@]}")
-GRPO=(--data gsm8k --batch 8 --samples 8 --resample 1 --steps 40 --lr 1e-4 --kl 0 --temperature 1
+GRPO=(--data gsm8k --batch 8 --samples 8 --resample 1 --steps 24 --lr 2e-4 --kl 0 --temperature 1
       --max-tokens 400 --evaluate 0 "${DEVICE[@]}")
 GREEDY=(--data gsm8k --limit 500 --max-tokens 400 --batch 192 "${DEVICE[@]}")
 SAMPLED=(--data gsm8k --limit 200 --max-tokens 400 --batch 192 --samples 4 --temperature 1 "${DEVICE[@]}")
