@@ -99,7 +99,7 @@ def evaluate(args: argparse.Namespace) -> None:
                  problems.fingerprint(everything), args.resume)
     done = finished(run.journal("answers")) if args.resume else []
     sampling = Sampling(args.max_tokens, args.temperature, stop_at_box=True, step_rule=args.step_rule)
-    results = {}
+    results, earlier = {}, read_json(run.path / "summary.json", {"data": {}})["data"]
     with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox:
         for name, items in sets.items():
             start = time.monotonic()
@@ -107,7 +107,8 @@ def evaluate(args: argparse.Namespace) -> None:
                               have=[row for row in done if row["data"] == name],
                               write=partial(run.log, "answers"), sampling=sampling, seed=args.seed,
                               adapters=adapters, bar=stats.shorten(name))
-            results[name] = s = {**score(rows), "seconds": round(time.monotonic() - start, 1)}
+            seconds = round(time.monotonic() - start, 1)  # a finished run that is resumed keeps its own
+            results[name] = s = {**score(rows), "seconds": earlier.get(name, {}).get("seconds", seconds)}
             texts = {"problems": f"{s['problems']}"} | cells(s, {}, ("truncated", "no_box", "no_answer"))
             if len(results) == 1:
                 print(stats.line("data", {heading: heading for heading in texts}))

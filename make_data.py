@@ -32,7 +32,8 @@ def options():
     g = p.add_argument_group("teachers")
     g.add_argument("--cascade", metavar="TOML", help="who is asked (default recipes/tiny.toml, a stand-in)")
     g.add_argument("--teacher", choices=("self",), help="ask --model, on this machine")
-    g.add_argument("--budget", type=float, metavar="DOLLARS", help="stop before more than this is spent")
+    g.add_argument("--budget", type=cli.number(0), metavar="DOLLARS",
+                   help="stop before more than this is spent")
     g = p.add_argument_group("our own model (--teacher self, verifier, steps)")
     g.add_argument("--model", default="tiny", help="tiny, a directory or a hub id (default tiny)")
     g.add_argument("--samples", type=cli.positive, default=4,

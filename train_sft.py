@@ -202,11 +202,17 @@ def keep_best(model, save, loss: float, out: Path) -> bool:
 # ---- data ------------------------------------------------------------------------------------------------
 
 def newest() -> str:
-    """The records of the newest run of make_data.py, or else the tiny world's own solutions."""
-    made = sorted(Path("runs").glob("data-*/records.jsonl"), key=lambda path: path.stat().st_mtime)
+    """The records of the newest run of make_data.py on the tiny world, or else that world's own solutions."""
+    found = Path("runs").glob("data-*/records.jsonl")
+    made = [path for path in found if path.stat().st_size and of_tiny(path)]
     if not made:
         print("no run of make_data.py found: training on the tiny world's own solutions")
-    return str(made[-1]) if made else "tiny"
+    return str(max(made, key=lambda path: path.stat().st_mtime)) if made else "tiny"
+
+
+def of_tiny(records: Path) -> bool:
+    settings = files.read_json(records.with_name("settings.json"), {}).get("settings", {})
+    return all(name.startswith("tiny") for name in settings.get("data", ["unknown"]))
 
 
 def read(data: str, limit: int | None) -> list[tuple[str, list[dict]]]:

@@ -200,6 +200,18 @@ def test_a_stopped_run_goes_on_without_asking_twice_and_a_torn_line_is_repaired(
     assert {**whole[str(data)], "seconds": 0} == {**cut[str(data)], "seconds": 0}
 
 
+def test_a_finished_run_that_is_resumed_keeps_its_seconds(tmp_path, data, model):
+    model(below(4))
+    run("--data", data, "--out", tmp_path / "r")
+    path = tmp_path / "r" / "summary.json"
+    told = json.loads(path.read_text())
+    told["data"][str(data)]["seconds"] = 1234.5
+    path.write_text(json.dumps(told))
+    backend = model(below(4))
+    run("--data", data, "--out", tmp_path / "r", "--resume")
+    assert json.loads(path.read_text()) == told and not backend.requests
+
+
 def test_requests_that_failed_are_asked_again(tmp_path, data, model):
     failed = Reply("", finish="error", error="HTTP 503")
     model(lambda n, seed, sampling: failed if n in (3, 8) else double(n, seed, sampling))

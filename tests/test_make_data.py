@@ -436,6 +436,12 @@ def test_only_the_attempt_that_failed_over_http_is_made_up_for():
 
 # ---- a good client ---------------------------------------------------------------------------------------
 
+def test_a_budget_below_zero_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        make_data.options().parse_args(["--budget", "-1"])
+    assert "--budget: '-1' is not a number from 0" in capsys.readouterr().err
+
+
 def test_the_budget_stops_cleanly_and_a_larger_one_goes_on(setup, capsys):
     with serve(by_number(), Faults()) as server:
         kept, _, summary = setup(server.url, "--budget", "0.02", problems=200)

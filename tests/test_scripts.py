@@ -230,7 +230,8 @@ def test_a_prompt_longer_than_the_context_is_named(call, tmp_path, script):
 def test_an_output_that_cannot_be_written_is_named(call, tmp_path, monkeypatch, script):
     data = rows(tmp_path / "good.jsonl", GOOD, GOOD)
     (tmp_path / "file").write_text("here")
-    refused(call(script, *WITH_MODEL[script], "--data", data, "--out", tmp_path / "file"), "file")
+    for place in (tmp_path / "file", "/proc/nowhere", "/dev/null", "/dev/null/run"):
+        refused(call(script, *WITH_MODEL[script], "--data", data, "--out", place), Path(place).name)
     make = Path.mkdir
 
     def locked(self, *args, **kwargs):

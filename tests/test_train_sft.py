@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -398,3 +399,16 @@ def test_a_dry_run_says_what_the_run_would_do_and_leaves_nothing(small, data, tm
     rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     taken = [row["tokens"] for row in rows if row["step"]]
     assert len(taken) == 6 and sum(taken) == 2 * int(tokens)
+
+
+def test_without_data_the_newest_records_that_fit_the_built_in_model_are_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train_sft.newest() == "tiny" and "no run of make_data.py" in capsys.readouterr().out
+    for age, (name, data, rows) in enumerate([("old", ["tiny"], "{}"), ("fits", ["tiny"], "{}"),
+                                              ("other", ["gsm8k"], "{}"), ("empty", ["tiny"], "")]):
+        run = Path("runs") / f"data-{name}"
+        run.mkdir(parents=True)
+        (run / "settings.json").write_text(json.dumps({"settings": {"data": data}}))
+        (run / "records.jsonl").write_text(rows)
+        os.utime(run / "records.jsonl", (age, age))
+    assert train_sft.newest() == "runs/data-fits/records.jsonl"

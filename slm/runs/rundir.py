@@ -46,8 +46,9 @@ class RunDir:
         self.path, self.log_here, self.journals = Path(path), log, {}
         self.page = Live(self.path)
         self.checkpoints = self.path / "checkpoints"
-        if self.path.is_file():
-            raise BadInput(f"--out {self.path}: a file stands where the folder would be")
+        for place in (self.path, *self.path.parents):
+            if place.exists() and not place.is_dir():
+                raise BadInput(f"--out {self.path}: a file stands where the folder would be")
         old = read_json(self.path / "settings.json", {})
         begun = bool(old) and any(rows.stat().st_size for rows in self.path.glob("*.jsonl"))
         self.resumed = resume or (goes_on and begun)
@@ -56,7 +57,10 @@ class RunDir:
         elif begun:
             raise BadInput(f"{self.path} holds a run already: continue it with --resume, or change --out")
         if log:
-            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except FileNotFoundError:  # /proc
+                raise BadInput(f"--out {self.path}: no folder can be made there; choose another") from None
             self.lock = (self.path / "lock").open("a")
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
