@@ -30,7 +30,7 @@ def options() -> argparse.ArgumentParser:
     g = p.add_argument_group("how")
     g.add_argument("--workflow", help="all (but the searches), or names with commas between them: "
                    f"{', '.join(WORKFLOWS)} ({both('workflow').replace(',', ', ')}); "
-                   "solver is always run, to compare with")
+                   "solver is always run, to compare with; FILE.py:NAME is yours, dvts@8 has a budget of 8")
     g.add_argument("--budget", nargs="+", action=cli.Names, default=[], metavar="N,M",
                    help="run each workflow with these budgets (solutions, rounds, beams or rollouts), beside "
                    f"{CONTROL} with the same tokens")
@@ -50,6 +50,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
+from slm import BadInput
 from slm.answers import answer_record, finished, run_graded
 from slm.backends import asked_with, open_backend
 from slm.episode import Episode, Sampling
@@ -104,10 +105,16 @@ def chosen(workflows: str, budgets: list[str]) -> dict[str, Callable]:
     each that has one once for each of them, and the control too."""
     plain = [name for name, fn in WORKFLOWS.items() if fn not in SEARCHES]  # a search may cost as much as all
     names = plain if workflows == "all" else [name.strip() for name in workflows.split(",")]
+    for budget in budgets:
+        if not budget.isdecimal() or not int(budget):
+            raise BadInput(f"--budget {budget}: expected whole numbers of 1 or more")
     names = ["solver", *[CONTROL] * bool(budgets), *names]
     found = [workflow(f"{name}@{budget}" if budget and has_budget(workflow(name)) else name)
              for name in names for budget in budgets or [""]]
-    return {fn.__name__: fn for fn in found}
+    by_name = {fn.__name__: fn for fn in found}
+    if any(by_name[fn.__name__].__code__ is not fn.__code__ for fn in found):
+        raise BadInput(f"--workflow {workflows}: two of them have one name; expected different ones")
+    return by_name
 
 
 def summary(records: list[dict], alone: list[bool] | None) -> dict:

@@ -30,7 +30,8 @@ def options() -> argparse.ArgumentParser:
     cli.answer_options(p, both)
     g = p.add_argument_group("how")
     g.add_argument("--workflow", default="solver", metavar="NAME",
-                   help="of agents.py (default solver: a single pass)")
+                   help="of agents.py (default solver: a single pass); FILE.py:NAME is yours, dvts@8 has "
+                        "a budget of 8")
     g.add_argument("--samples", type=cli.positive, default=1, metavar="K",
                    help="answers a problem (default 1)")
     g.add_argument("--temperature", type=cli.number(0), default=0.0, help="0 is greedy (default)")
@@ -135,7 +136,7 @@ def identity(args: argparse.Namespace) -> dict:
 def label(args: argparse.Namespace) -> str:
     """A run's default name: what answered, and how."""
     name = name_of(args.adapter[-1].rpartition("=")[2] if args.adapter else args.model)
-    return name if args.workflow == "solver" else f"{name}-{args.workflow}"
+    return name if args.workflow == "solver" else f"{name}-{args.workflow.rpartition(':')[2]}"
 
 
 # ---- figures ---------------------------------------------------------------------------------------------

@@ -79,6 +79,8 @@ HERE = Path(__file__).parent
 
 def main(args) -> None:
     cli.resolve(args, PAPER, TINY)
+    if args.what != "solutions" and (args.cascade or args.teacher or args.budget is not None):
+        raise BadInput(f"{args.what}: --model writes; --cascade, --teacher and --budget are for solutions")
     {"solutions": make_solutions, "verifier": make_verifier, "steps": make_steps}[args.what](args)
 
 
@@ -215,7 +217,8 @@ def print_table(rows: dict[str, dict], title: str) -> None:
 # ---- what our own model writes ---------------------------------------------------------------------------
 
 def policy(args, stack):
-    """run(jobs, bar, ...): our own model works on jobs, samples at temperature 1, closed with the stack."""
+    """run(jobs, bar, ...): our own model works on jobs, closed with the stack. It samples at temperature 1,
+    in steps as slm/search says."""
     backend = stack.enter_context(contextlib.closing(own_model(args.model, args.device, args.dtype)))
     sandbox = stack.enter_context(contextlib.closing(Sandbox()))
     sampling = Sampling(args.max_tokens, temperature=1.0, step_rule=args.step_rule)
@@ -254,7 +257,7 @@ def make_verifier(args) -> None:
         policy(args, stack)(jobs, "solutions", lambda e: journal.append(
             sample_row(known[e.problem_id], e, args.model)))
         journal.sort(by_problem(problems, "sample"))
-        balance(run.path, journal, known, args.seed)
+        balance(run.path, journal, known, args)
         print(f"page: {write_report(run.path)}")
 
 
@@ -270,14 +273,14 @@ def sample_row(problem, episode, model: str) -> dict:
             "right": graded.correct if whole else None, "reason": graded.reason, "model": model}
 
 
-def balance(out: Path, samples, known: dict, seed: int) -> None:
+def balance(out: Path, samples, known: dict, args) -> None:
     """train.jsonl and test.jsonl, each with as many right as wrong solutions and without common problems."""
     sides = {"train": {True: {}, False: {}}, "test": {True: {}, False: {}}}
     for row in samples:
         if row["right"] is not None and row["id"] in known:
             side = "test" if seed_of("held out", row["id"]) % 10 == 0 else "train"
             sides[side][row["right"]].setdefault((row["id"], row["solution"]), row)
-    rng = random.Random(seed)
+    rng = random.Random(args.seed)
     for side, classes in sides.items():
         count = min(map(len, classes.values()))
         rows = [verifier_record(row) for found in classes.values()
@@ -286,7 +289,7 @@ def balance(out: Path, samples, known: dict, seed: int) -> None:
         write_whole(out / f"{side}.jsonl", as_lines(rows))
         print(f"{out}/{side}.jsonl: {count:,} of {len(classes[True]):,} right and "
               f"{len(classes[False]):,} wrong solutions")
-    print(f"next: python train_sft.py --data {shlex.quote(f'{out}/train.jsonl')}")
+    print(f"next: python train_sft.py --model {args.model} --data {shlex.quote(f'{out}/train.jsonl')}")
 
 
 def verifier_record(row: dict) -> dict:
@@ -384,7 +387,8 @@ def write_steps(out: Path, solutions: list[tuple], args) -> None:
     for kind, rows in files.items():
         write_whole(out / f"{kind}.jsonl", as_lines(rows))
         print(f"{out}/{kind}.jsonl: {cli.count(len(rows), 'record')}")
-    print(f"next: python train_sft.py --data {shlex.quote(f'{out}/soft.jsonl')}, or hard.jsonl")
+    print(f"next: python train_sft.py --model {args.model} --data {shlex.quote(f'{out}/soft.jsonl')}, or "
+          "hard.jsonl")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def options():
     g.add_argument("--limit", type=cli.positive, help="only the first problems")
     g.add_argument("--evaluate", type=lambda text: cli.positive(text, 0), metavar="N",
                    help=f"problems not trained on, answered ten times on the way ({both('evaluate')})")
-    g.add_argument("--workflow", default="solver", help="of agents.py (default solver: one answer)")
+    g.add_argument("--workflow", default="solver",
+                   help="of agents.py (default solver: one answer); FILE.py:NAME is yours")
     g.add_argument("--roles", nargs="+", action=cli.Names, help="train only these roles (default all)")
     g.add_argument("--adapters", choices=("shared", "role"), default="shared",
                    help="one adapter for all roles, or one for each of --roles (default shared)")

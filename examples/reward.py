@@ -1,7 +1,6 @@
 """A reward of your own: python train_grpo.py --reward correct,examples/reward.py:brief:0.2
 
-An episode has turns; each turn has the role, the prompt and the reply. The check at the start says what wrong
-texts would earn.
+An episode has turns; each turn has the role, the prompt and the reply.
 """
 
 

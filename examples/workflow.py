@@ -1,6 +1,7 @@
 """A workflow of your own: python agents.py --workflow examples/workflow.py:second_thought --limit 50
 
-It can also be trained: python train_grpo.py --workflow examples/workflow.py:second_thought
+Its roles are those of slm/workflows.py: solver, checker, verifier, summarizer. It can also be trained:
+    python train_grpo.py --workflow examples/workflow.py:second_thought
 """
 
 from slm import prompts

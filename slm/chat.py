@@ -28,8 +28,9 @@ def options() -> argparse.ArgumentParser:
     p = cli.parser(__doc__)
     cli.backend_options(p)
     g = p.add_argument_group("how")
-    g.add_argument("--workflow", help="of agents.py; without it, a plain conversation")
-    g.add_argument("--temperature", type=cli.number(0), default=0.7, help="0 is greedy (default 0.7)")
+    g.add_argument("--workflow", help="of agents.py, or FILE.py:NAME; without it, a plain conversation")
+    g.add_argument("--temperature", type=cli.number(0),
+                   help="0 is greedy (default 0.7; with --workflow 0: it asks for more itself)")
     g.add_argument("--max-tokens", type=cli.positive, default=1024, help="of a reply (default 1024)")
     cli.device_options(g)
     return p
@@ -121,8 +122,10 @@ class Talk:
         self.screen = Screen(backend)
         self.workflow = args.workflow and workflow(args.workflow)
         self.tools = Tools() if args.workflow else None
-        self.sampling = Sampling(args.max_tokens, args.temperature, stop_at_box=bool(args.workflow))
-        self.messages, self.turns = [], 0
+        greedy = 0.0 if args.workflow else 0.7
+        self.sampling = Sampling(args.max_tokens, greedy if args.temperature is None else args.temperature,
+                                 stop_at_box=bool(args.workflow))
+        self.args, self.messages, self.turns = args, [], 0
 
     def say(self, line: str) -> None:
         """One turn. A reply that was stopped or failed leaves no trace."""
@@ -136,13 +139,27 @@ class Talk:
             return
         asked = [*self.messages, user(line)]
         sampling = replace(self.sampling, seed=self.turns)
-        self.screen.submit(Request(asked, sampling, self.adapters.get("*")))
+        asked_for = self.screen.submit(Request(asked, sampling, self.adapters.get("*")))
         while self.screen.pending:
-            for _, _, reply in self.screen.step():
-                if not reply.error:
+            for ticket, _, reply in self.screen.step():
+                if ticket == asked_for and not reply.error:
                     self.messages = [*asked, reply.message()]
                 if reply.finish == "length":
                     print(f"[stopped at {reply.tokens_out:,} tokens]")
+
+    def stop(self) -> None:
+        """Drop what is under way. An Endpoint that was closed stays closed, so there is a new one."""
+        self.screen.close()
+        if self.tools:
+            self.tools.sandbox.close()
+        if self.args.endpoint:
+            self.screen = Screen(open_backend(self.args)[0])
+
+    def rows(self) -> list[dict]:
+        """What was said, as records: a conversation is one, a workflow's questions are one each."""
+        said = [{"role": m["role"], "content": m["content"]} for m in self.messages]
+        talks = [said[i:i + 2] for i in range(0, len(said), 2)] if self.workflow else [said]
+        return [{"messages": talk} for talk in talks if talk and talk[-1]["content"].strip()]
 
     def command(self, line: str) -> None:
         """/reset, /save FILE, /temperature X. BadInput for anything else."""
@@ -151,10 +168,11 @@ class Talk:
             self.messages = []
             print("forgotten")
         elif name == "/save" and value:
-            said = [{"role": m["role"], "content": m["content"]} for m in self.messages]
+            if not self.rows():
+                raise BadInput("/save: nothing was said")
             with open(value, "a", encoding="utf-8") as f:
-                f.write(json.dumps({"messages": said}, ensure_ascii=False) + "\n")
-            print(f"{cli.count(len(said), 'message')} added to {value}")
+                f.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows()))
+            print(f"{cli.count(len(self.rows()), 'conversation')} added to {value}")
         elif name == "/temperature":
             try:
                 self.sampling = replace(self.sampling, temperature=cli.number(0)(value))
@@ -181,9 +199,10 @@ def main(args: argparse.Namespace) -> None:
             elif line:
                 talk.say(line)
         except KeyboardInterrupt:
-            talk.screen.close()
+            talk.stop()
             print("\n[stopped: this turn is forgotten]")
         except (BadInput, OSError) as e:
+            talk.stop()
             print(f"error: {e}")
     print()
 

@@ -47,8 +47,8 @@ def resolve(name: str | Path) -> Path:
     path = Path(os.path.expanduser(str(name)))
     if os.path.isdir(path) and str(name):
         if not (path / CONFIG).is_file() and not (path / ADAPTER).is_file():
-            inside = next((f"; try {p.parent}" for p in (path / "adapter" / ADAPTER, path / "model" / CONFIG)
-                           if p.is_file()), "")
+            places = (path / "adapter" / ADAPTER, path / "model" / CONFIG, *sorted(path.glob(f"*/{ADAPTER}")))
+            inside = next((f"; try {p.parent}" for p in places if p.is_file()), "")
             raise BadInput(f"{path}: not a model, this directory has no {CONFIG} and no {ADAPTER}{inside}")
         return path
     if os.path.isfile(path):

@@ -128,7 +128,7 @@ class Reply:
 @dataclass
 class Turn:
     """One Ask and its Reply. `messages` are the prompt, as role and content. Asks of the same `round` were in
-    one list. The trainer fills in the `worth` of what was said (rewards.own), the tokens of its `steps` if
+    one list. The trainer fills in the `worth` of what was said (rewards.worth), the tokens of its `steps` if
     they are paid one by one, what a verifier thinks of them (`judged`), and `rewards`: one for each step, or
     one for the whole turn."""
     role: str

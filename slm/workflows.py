@@ -6,6 +6,7 @@ begin with the standard prompt share the very same call. The searches are in slm
 the start.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Iterable
 
@@ -319,9 +320,11 @@ def workflow(name: str):
     argument. BadInput for an unknown name."""
     plain, at, budget = name.partition("@")
     found = WORKFLOWS.get(plain) or yours(plain)
-    if not found or (at and not has_budget(found)):
+    if not found:
         raise BadInput(f"--workflow {name!r}: no such workflow; expected FILE.py:NAME or one of "
                        f"{', '.join(WORKFLOWS)}")
+    if at and not has_budget(found):
+        raise BadInput(f"--workflow {name!r}: {plain} has no budget, which is a second argument")
     if at and not (budget.isdecimal() and int(budget)):
         raise BadInput(f"--workflow {name!r}: the budget is {budget!r}; expected 1 or more")
 
@@ -338,10 +341,13 @@ def yours(name: str) -> Callable | None:
     if not file.endswith(".py"):
         return None
     try:
-        return files.load(file)[function]
+        found = files.load(file)[function]
+        if not inspect.isgeneratorfunction(found):
+            raise TypeError("this is no function with a yield")
     except (Exception, SystemExit) as e:
-        raise BadInput(f"--workflow {name}: {type(e).__name__}: {e}; expected a file with a function "
-                       f"{function}(question)") from None
+        raise BadInput(f"--workflow {name}: {type(e).__name__}: {e}; expected a file with a generator "
+                       f"function {function}(question)") from None
+    return found
 
 
 def has_budget(found: Callable) -> bool:

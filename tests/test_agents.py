@@ -388,7 +388,7 @@ def test_a_name_with_a_budget_is_the_workflow_with_that_second_argument(name, as
     assert episode.workflow == name and len(episode.turns) == asks
 
 
-@pytest.mark.parametrize("name, said", [("solver@2", "no such workflow"), ("oracle@2", "no such workflow"),
+@pytest.mark.parametrize("name, said", [("solver@2", "has no budget"), ("oracle@2", "no such workflow"),
                                         ("dvts@0", "budget is '0'"), ("dvts@", "budget is ''"),
                                         ("dvts@x", "budget is 'x'")])
 def test_a_budget_that_a_workflow_cannot_have_is_refused(name, said):
@@ -399,8 +399,17 @@ def test_a_budget_that_a_workflow_cannot_have_is_refused(name, said):
 def test_budgets_run_each_workflow_that_has_one_beside_the_control():
     assert list(agents.chosen("dvts,code_feedback", ["2", "8"])) == [
         "solver", "self_consistency@2", "self_consistency@8", "dvts@2", "dvts@8", "code_feedback"]
-    with pytest.raises(BadInput, match="budget is '-1'"):
+    with pytest.raises(BadInput, match="--budget -1: expected"):
         agents.chosen("dvts", ["-1"])
+
+
+def test_two_workflows_of_one_name_are_refused(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.py").write_text("def solver(question):\n    return (yield [])\n")
+    with pytest.raises(BadInput, match="two of them have one name"):
+        agents.chosen(f"{tmp_path}/a.py:solver", [])
+    with pytest.raises(BadInput, match="two of them have one name"):
+        agents.chosen(f"{tmp_path}/a.py:solver,{tmp_path}/b.py:solver", [])
 
 
 def test_a_budget_is_compared_with_the_smallest_vote_that_takes_as_many_tokens():

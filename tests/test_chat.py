@@ -54,9 +54,9 @@ def test_a_conversation_at_a_terminal_is_shown_saved_and_forgotten(terminal, tmp
     first = talk.type("Tom has 3 apples. He gets 4 more apples. How many apples does Tom have now?")
     assert first.strip().removesuffix("\n>")
     talk.type("Why?")
-    assert "4 messages added" in talk.type(f"/save {tmp_path / 'said.jsonl'}")
+    assert "1 conversation added" in talk.type(f"/save {tmp_path / 'said.jsonl'}")
     assert "forgotten" in talk.type("/reset")
-    assert "0 messages" in talk.type(f"/save {tmp_path / 'said.jsonl'}")
+    assert "error: /save: nothing was said" in talk.type(f"/save {tmp_path / 'said.jsonl'}")
     assert "error: /temperature: 'hot' is not a number" in talk.type("/temperature hot")
     os.write(talk.ours, b"\x04")  # Ctrl-D
     assert talk.process.wait(60) == 0
@@ -96,7 +96,8 @@ class Growing:
 
 def talk_with(backend, monkeypatch, **more):
     monkeypatch.setattr(chat, "open_backend", lambda args: (backend, {}))
-    return chat.Talk(SimpleNamespace(**{"workflow": None, "temperature": 0.5, "max_tokens": 9} | more))
+    usual = {"workflow": None, "temperature": 0.5, "max_tokens": 9, "endpoint": None}
+    return chat.Talk(SimpleNamespace(**usual | more))
 
 
 def test_replies_appear_one_after_the_other_whatever_lands_first(capsys):
@@ -142,7 +143,7 @@ def test_a_stopped_or_failed_turn_leaves_no_trace(monkeypatch, capsys):
     monkeypatch.setattr(backend, "step", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         talk.say("b")
-    talk.screen.close()
+    talk.stop()
     assert [m["content"] for m in talk.messages] == ["a", "first"]
     failing = Growing("x")
     monkeypatch.setattr(failing, "step", lambda: failing.close() or [(0, 0, Reply("", error="no server"))])
@@ -166,3 +167,43 @@ def test_the_temperature_is_the_next_reply_s(monkeypatch):
     assert talk.screen.backend.asked[0].sampling.temperature == 0
     with pytest.raises(BadInput, match="/temperature: '-1' is not a number"):
         talk.command("/temperature -1")
+
+
+def test_after_a_stop_a_server_is_asked_anew_and_an_old_reply_is_nobody_s(monkeypatch):
+    talk = talk_with(Growing("late"), monkeypatch, endpoint="http://localhost")
+    old = talk.screen
+    monkeypatch.setattr(chat, "open_backend", lambda args: (Growing("new"), {}))
+    talk.stop()
+    assert talk.screen is not old
+    talk.say("a")
+    monkeypatch.setattr(talk.screen.backend, "texts", ("new", "mine"))
+    monkeypatch.setattr(talk.screen.backend, "step", lambda: talk.screen.backend.close() or [
+        (0, 0, Reply("an old one")), (1, 0, Reply("mine"))])
+    talk.say("b")
+    assert [m["content"] for m in talk.messages] == ["a", "new", "b", "mine"]
+
+
+def test_a_workflow_s_questions_are_saved_one_by_one_and_without_empty_ones(monkeypatch, tmp_path):
+    texts = iter(["\\boxed{1}", "", "\\boxed{3}"])
+    talk = talk_with(Backend(lambda *_: next(texts)), monkeypatch, workflow="solver", temperature=None)
+    assert talk.sampling.temperature == 0
+    for question in ("one?", "two?", "three?"):
+        talk.say(question)
+    talk.command(f"/save {tmp_path / 'said.jsonl'}")
+    rows = [json.loads(line)["messages"] for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    assert [[m["content"] for m in row] for row in rows] == [["one?", "\\boxed{1}"], ["three?", "\\boxed{3}"]]
+
+
+def test_a_stop_while_code_runs_leaves_no_outcome_for_the_next_turn(monkeypatch, capsys):
+    code = iter(["while True: pass", "print(7)"])
+    backend = Backend(lambda *_: f"```python\n{next(code)}\n```")
+    backend.close = lambda: None
+    talk = talk_with(backend, monkeypatch, workflow="python_tools")
+    poll = talk.tools.sandbox.poll
+    monkeypatch.setattr(talk.tools.sandbox, "poll", lambda wait: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        talk.say("a")
+    monkeypatch.setattr(talk.tools.sandbox, "poll", poll)
+    talk.stop()
+    talk.say("b")
+    assert "==== answer: 7" in capsys.readouterr().out

@@ -24,7 +24,8 @@ def test_the_workflow_runs_by_the_name_of_its_file(name, asks):
 
 @pytest.mark.parametrize("name, said", [
     (f"{EXAMPLES / 'workflow.py'}:other", "KeyError"), ("nowhere.py:f", "FileNotFoundError"),
-    ("nowhere.py", "no such workflow"), (f"{EXAMPLES / 'workflow.py'}:second_thought@0", "budget is '0'")])
+    ("nowhere.py", "no such workflow"), (f"{EXAMPLES / 'reward.py'}:brief", "no function with a yield"),
+    (f"{EXAMPLES / 'workflow.py'}:second_thought@0", "budget is '0'")])
 def test_a_workflow_file_that_is_wrong_is_named(name, said):
     with pytest.raises(BadInput, match=said):
         workflows.workflow(name)

@@ -436,6 +436,13 @@ def test_only_the_attempt_that_failed_over_http_is_made_up_for():
 
 # ---- a good client ---------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("what", ["steps", "verifier"])
+def test_options_of_teachers_are_refused_where_the_model_writes(what):
+    for words in (["--budget", "3"], ["--teacher", "self"], ["--cascade", "x.toml"]):
+        with pytest.raises(BadInput, match=f"{what}: --model writes"):
+            make_data.main(make_data.options().parse_args([what, *words]))
+
+
 def test_a_budget_below_zero_is_refused(capsys):
     with pytest.raises(SystemExit):
         make_data.options().parse_args(["--budget", "-1"])
