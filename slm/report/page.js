@@ -161,19 +161,22 @@ function scatter(points) {  // accuracy against what it costs in tokens
   for (const tick of x.ticks) svg.append(draw("text", {x: x(tick), y: height - 10, "text-anchor": "middle"}, figure(tick)));
   svg.append(draw("text", {x: width - 150, y: height - 10, dx: 26}, "tokens an answer"));
   const placed = points.map(p => ({x: x(p.x) - 6, end: x(p.x) + 6, y: y(p.share) + 3.5}));  // what no label may hide
-  const kinds = [...new Set(points.map(p => p.name.split("@")[0]))];  // one workflow with several budgets is one line
-  for (const kind of kinds) {
-    const some = points.filter(p => p.name.split("@")[0] === kind).sort((a, b) => a.x - b.x);
+  const kindOf = p => p.name.split("@")[0], kinds = [...new Set(points.map(kindOf))];
+  for (const kind of kinds) {  // one workflow with several budgets is one line
+    const some = points.filter(p => kindOf(p) === kind).sort((a, b) => a.x - b.x);
     svg.append(draw("polyline", {points: some.map(p => `${x(p.x)},${y(p.share)}`).join(" "), fill: "none",
       style: `stroke: ${tone(kinds.indexOf(kind))}`}));
+    some.at(-1).label = kind;
   }
   points.forEach(p => {
-    const n = kinds.indexOf(p.name.split("@")[0]);
-    const label = {x: x(p.x) + 8, y: y(p.share) + 3.5, end: x(p.x) + 14 + 5.5 * p.name.length};
+    const n = kinds.indexOf(kindOf(p));
+    svg.append(draw("line", {x1: x(p.x), x2: x(p.x), y1: y(p.low), y2: y(p.high), style: `stroke: ${tone(n)}`, opacity: .6}),
+      draw("circle", {cx: x(p.x), cy: y(p.share), r: 4, style: `fill: ${tone(n)}`}));
+    if (!p.label) return;
+    const label = {x: x(p.x) + 8, y: y(p.share) + 3.5, end: x(p.x) + 14 + 5.5 * p.label.length};
     while (placed.some(one => one.x < label.end && label.x < one.end && Math.abs(one.y - label.y) < 11)) label.y += 11;
     placed.push(label);
-    svg.append(draw("line", {x1: x(p.x), x2: x(p.x), y1: y(p.low), y2: y(p.high), style: `stroke: ${tone(n)}`, opacity: .6}),
-      draw("circle", {cx: x(p.x), cy: y(p.share), r: 4, style: `fill: ${tone(n)}`}), draw("text", {x: label.x, y: label.y}, p.name));
+    svg.append(draw("text", {x: label.x, y: label.y, style: `fill: ${tone(n)}`}, p.label));
   });
   return make("div", {className: "wide scatter"}, make("h3", {}, "Right answers against tokens"), svg);
 }
