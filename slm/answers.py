@@ -8,7 +8,9 @@ from collections.abc import Callable, Generator
 from slm.episode import Episode, Reply, jobs_for, run_episodes
 from slm.grading import extract, grade
 from slm.runs.files import Journal
+from slm.runs.steps import token_by_token
 
+TOKENS_OF = 20  # problems of a set of which every token is told, for the page
 GROUPS = ("level", "subject")  # what a problem may belong to
 
 
@@ -56,6 +58,8 @@ def run_graded(problems, workflow: Callable[[str], Generator], backend, sandbox,
 
     def keep(episode: Episode) -> None:
         row = record(problems[episode.group], episode)
+        if episode.group < TOKENS_OF and hasattr(backend, "tokenizer"):
+            row["records"] = [token_by_token(r, backend.tokenizer) for r in episode.records()]
         write(row)
         rows[episode.problem_id, episode.sample] = row
 

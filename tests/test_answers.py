@@ -1,10 +1,14 @@
 """The graded record, and the loop that asks, grades and writes. (test_eval.py and test_agents.py stop whole
 runs and resume them.)"""
 
+from dataclasses import replace
+
 from scripted import Backend, problem
 
+from slm import answers, checkpoint
 from slm.answers import answer_record, run_graded
 from slm.episode import Ask, Draft, Reply, Sampling, jobs_for, run_episodes, user
+from slm.sampling import Sampler
 from slm.workflows import solver
 
 PROBLEMS = [problem(f"p{i}", f"{i}", str(2 * i)) for i in range(5)]
@@ -60,3 +64,14 @@ def test_what_there_is_is_not_asked_again():
     rows, written, requests = graded(double, [row for row in whole if row["id"] not in ("p1", "p3")])
     assert {row["id"] for row in written} == {"p1", "p3"} and len(requests) == 4
     assert rows == whole
+
+
+def test_the_first_problems_tell_every_token_of_a_model_on_this_machine():
+    model, tokenizer = checkpoint.load("tiny")
+    problems_ = [replace(PROBLEMS[0], id=f"p{i}") for i in range(answers.TOKENS_OF + 1)]
+    rows = run_graded(problems_, solver, Sampler(model, tokenizer), None, have=[],
+                      write=lambda row: None, sampling=Sampling(4))
+    assert [("records" in row) for row in rows] == [True] * answers.TOKENS_OF + [False]
+    record, = rows[0]["records"]
+    assert sum(record["mask"]) == len(record["logp"]) == len(rows[0]["ids"]) == 4
+    assert "".join(record["text"][-4:]) == tokenizer.decode(rows[0]["ids"], skip_special=False)

@@ -685,7 +685,8 @@ const COLORS = {
 
 function tokensOf(records, advantage) {
   const bar = make("div", {className: "place colors"}, "tokens by");
-  for (const name of Object.keys(COLORS)) {
+  const there = {ratio: records.some(r => r.old?.length), advantage: advantage !== null || records.some(r => r.advantage || r.teacher?.length)};
+  for (const name of Object.keys(COLORS).filter(name => there[name] ?? true)) {
     const button = make("button", {type: "button", "aria-pressed": String(state.color === name)}, name);
     button.onclick = () => go({color: state.color === name ? "none" : name});
     bar.append(button);
