@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import eval as evaluation
-from bench.shared import ROOT, processor, rows, smooth
+from bench.shared import ROOT, bits, processor, rows, smooth
 from slm.runs import stats
 from slm.runs.stats import wilson
 
@@ -65,11 +65,6 @@ def kept(runs: Path) -> dict:
     about = json.loads((runs / "grpo/settings.json").read_text())
     return {"seed": about["settings"]["seed"], "commit": about["versions"]["commit"],
             "device": processor(), "right": right, "figures": figures(runs)}
-
-
-def bits(answers: list[dict]) -> str:
-    """Whether each problem has the right answer, as 0 or 1, in the order of the ids."""
-    return "".join(str(int(share)) for share in evaluation.shares(answers))
 
 
 def table(demos: list[dict]) -> list[str]:

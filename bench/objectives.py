@@ -17,12 +17,9 @@ four steps, the mean of the seeds with their range as a band.
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 
 import matplotlib
@@ -31,7 +28,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.shared import ROOT, processor, rows, save, shortened, smooth
+from bench.shared import ROOT, bits, made_by, rows, save, script, shortened, smooth
 from slm.runs import stats
 
 RUNS, RESULTS, FIGURE = ROOT / "runs/objectives", ROOT / "results/objectives", ROOT / "docs/objectives.svg"
@@ -61,10 +58,7 @@ def main() -> None:
     p.add_argument("--table", action="store_true", help="run nothing")
     args = p.parse_args()
     if not args.table:
-        if not SFT.is_dir():
-            script("make_data.py", "--out", RUNS / "data")
-            script("train_sft.py", "--lora", "--validate", 0, "--data", RUNS / "data/records.jsonl",
-                   "--out", SFT.parent)
+        start()
         missing = [(name, seed) for seed in range(args.seeds) for name in args.only
                    if not (RESULTS / f"{name}-{seed}.json").exists() and (name != "start" or seed == 0)]
         with ThreadPoolExecutor(args.jobs) as pool:
@@ -75,12 +69,12 @@ def main() -> None:
     print(f"figure: {FIGURE.relative_to(ROOT)}")
 
 
-def script(*words) -> None:
-    """Run a script of the house with one thread; its output goes to runs/objectives/log.txt."""
-    RUNS.mkdir(parents=True, exist_ok=True)
-    with (RUNS / "log.txt").open("a") as log:
-        subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, stdout=log, stderr=log,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+def start() -> None:
+    """Make the SFT adapter that all arms start from, if it is not there."""
+    if not SFT.is_dir():
+        script(RUNS, "make_data.py", "--out", RUNS / "data")
+        script(RUNS, "train_sft.py", "--lora", "--validate", 0, "--data", RUNS / "data/records.jsonl",
+               "--out", SFT.parent)
 
 
 def learn(name: str, seed: int) -> None:
@@ -96,23 +90,15 @@ def learn(name: str, seed: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     done = [score] if name == "start" else [train, score]
     for words in done:
-        script(*words)
-    answers = sorted(rows(scored / "answers.jsonl"), key=lambda row: row["id"])
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        script(RUNS, *words)
+    right = bits(rows(scored / "answers.jsonl"))
     result = {
-        "commands": [typed(words) for words in done], "commit": commit, "date": str(date.today()),
-        "device": f"one thread, {processor()}",
-        "right": "".join(str(int(row["correct"])) for row in answers),  # by problem, in the order of the ids
+        **made_by(done), "right": right,
         "metrics": [{key: shortened(row[key]) for key in row if key in KEPT or key.startswith("reward/")}
                     for row in rows(out / "metrics.jsonl")] if name != "start" else []}
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{name}-{seed}.json").write_text(json.dumps(result, indent=0) + "\n")
-    print(f"{name}, seed {seed}: {100 * result['right'].count('1') / len(answers):.1f} %", flush=True)
-
-
-def typed(words: list) -> str:
-    return " ".join(["python", *(str(word).replace(f"{ROOT}/", "") for word in words)])
+    print(f"{name}, seed {seed}: {100 * right.count('1') / len(right):.1f} %", flush=True)
 
 
 def read() -> dict[str, list[dict]]:

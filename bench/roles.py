@@ -23,15 +23,13 @@ tokens sampled while training; the share of right turns of each role in the last
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.objectives import LAST, SFT, script, shares, typed
-from bench.shared import ROOT, processor, rows, shortened
+from bench.objectives import LAST, SFT, shares, start
+from bench.shared import ROOT, bits, made_by, rows, script, shortened
 from slm.runs import stats
 
 RUNS, RESULTS = ROOT / "runs/roles", ROOT / "results/roles"
@@ -68,10 +66,7 @@ def main() -> None:
     p.add_argument("--table", action="store_true", help="run nothing")
     args = p.parse_args()
     if not args.table:
-        if not SFT.is_dir():
-            script("make_data.py", "--out", SFT.parents[1] / "data")
-            script("train_sft.py", "--lora", "--validate", 0, "--data", SFT.parents[1] / "data/records.jsonl",
-                   "--out", SFT.parent)
+        start()
         wanted = [(name, seed) for seed in range(args.seeds) for name in args.only
                   if not result_of(name, seed).exists() and (name != "judge" or args.judge)]
         for later in (False, True):  # `matched` has to know what the others sampled
@@ -95,7 +90,7 @@ def learn(name: str, seed: int, judge: str | None) -> None:
     options = ARMS[name] + (["--judge", judge] if name == "judge" else [])
     train = ["train_grpo.py", "--adapter", SFT, "--batch", 8, "--evaluate", 0, "--seed", seed, "--steps",
              matched(seed) if name == "matched" else STEPS, *options, "--out", out]
-    script(*train)
+    script(RUNS, *train)
     served = ["--model", out / "adapter"]
     if "--adapters" in options:
         served = ["--model", out / "base", *(word for role in ("solver", "verifier") for word in (
@@ -105,14 +100,10 @@ def learn(name: str, seed: int, judge: str | None) -> None:
         scored = RUNS / f"{name}-{seed}-{workflow}"
         shutil.rmtree(scored, ignore_errors=True)
         done.append(["eval.py", *served, "--data", "tiny", "--workflow", workflow, "--out", scored])
-        script(*done[-1])
-        answers = sorted(rows(scored / "answers.jsonl"), key=lambda row: row["id"])
-        right[f"in {workflow}"] = "".join(str(int(row["correct"])) for row in answers)  # by id
+        script(RUNS, *done[-1])
+        right[f"in {workflow}"] = bits(rows(scored / "answers.jsonl"))
     metrics = [row for row in rows(out / "metrics.jsonl") if row["step"]]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    result = {"commands": [typed(words) for words in done], "commit": commit.stdout.strip(),
-              "date": str(date.today()), "device": f"one thread, {processor()}", "right": right,
-              "tokens": sampled(out),
+    result = {**made_by(done), "right": right, "tokens": sampled(out),
               "metrics": [{key: shortened(row[key]) for key in row if key in KEPT or "/" in key}
                           for row in metrics]}
     RESULTS.mkdir(parents=True, exist_ok=True)

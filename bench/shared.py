@@ -1,8 +1,12 @@
-"""What the benchmarks that keep results have in common: files in, numbers short, curves smooth."""
+"""What the benchmarks that keep results have in common: scripts run, files in, numbers short."""
 
 import json
+import os
 import platform
+import subprocess
 import sys
+from datetime import date
+from operator import itemgetter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +32,28 @@ def processor() -> str:
     names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
              if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else []
     return (names or [platform.processor()])[0]
+
+
+def script(log: Path, *words) -> None:
+    """Run a script of the house with one thread; its output goes to log.txt in that folder."""
+    log.mkdir(parents=True, exist_ok=True)
+    with (log / "log.txt").open("a") as out:
+        subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, stdout=out, stderr=out,
+                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def made_by(commands: list) -> dict:
+    """Where a result comes from: the commands (each a list of words), commit, date and device."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    typed = [" ".join(["python", *map(str, words)]).replace(f"{ROOT}/", "") for words in commands]
+    return {"commands": typed, "commit": commit, "date": str(date.today()),
+            "device": f"one thread, {processor()}"}
+
+
+def bits(answers: list[dict]) -> str:
+    """Whether each problem's one answer is right, as 0 or 1, in the order of the ids."""
+    return "".join(str(int(row["correct"])) for row in sorted(answers, key=itemgetter("id")))
 
 
 def save(figure, path: Path) -> None:

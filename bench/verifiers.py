@@ -22,19 +22,16 @@ all seeds; differences with the same draws.
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
 from collections import defaultdict
 from contextlib import closing
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.shared import ROOT, processor, rows
+from bench.shared import ROOT, made_by, rows, script
 from slm.backends import own_model
 from slm.episode import Job, run_episodes, seed_of
 from slm.grading import equal, equations
@@ -91,14 +88,6 @@ def measure(args) -> None:
                 if not (run / "model").is_dir():
                     script(args.out, *train, *goes_on(run))
                 save(args, kind, seed, [label, train], scored(held_out, str(run / "model")))
-
-
-def script(log: Path, *words) -> None:
-    """Run a script of the house with one thread; its output goes to log.txt in that folder."""
-    log.mkdir(parents=True, exist_ok=True)
-    with (log / "log.txt").open("a") as out:
-        subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True, stdout=out, stderr=out,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def goes_on(run: Path) -> list[str]:
@@ -182,11 +171,7 @@ def verify(nodes: list[Node]):
 
 
 def save(args, kind: str, seed: int, commands: list[tuple], solutions: list[dict]) -> None:
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    result = {"commands": [" ".join(["python", *map(str, words)]).replace(f"{ROOT}/", "")
-                           for words in commands],
-              "commit": commit, "date": str(date.today()), "device": f"one thread, {processor()}",
+    result = {**made_by(commands),
               "solutions": [{"id": s["id"], "sample": s["sample"], "error": s["error"],
                              "scores": [round(x, 4) for x in s["scores"]]} for s in solutions]}
     args.results.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,6 @@ code printed. Replies appear as they are written (a server's when they are there
 
 import argparse
 import contextlib
-import json
 from dataclasses import replace
 
 from slm.runs import cli
@@ -42,6 +41,7 @@ if __name__ == "__main__":
 from slm import BadInput
 from slm.backends import open_backend
 from slm.episode import Job, Reply, Request, Sampling, run_episodes, user
+from slm.runs.files import as_lines
 from slm.sandbox import Sandbox
 from slm.search import shown
 from slm.workflows import workflow
@@ -168,11 +168,12 @@ class Talk:
             self.messages = []
             print("forgotten")
         elif name == "/save" and value:
-            if not self.rows():
+            rows = self.rows()
+            if not rows:
                 raise BadInput("/save: nothing was said")
-            with open(value, "a", encoding="utf-8") as f:
-                f.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows()))
-            print(f"{cli.count(len(self.rows()), 'conversation')} added to {value}")
+            with open(value, "ab") as f:
+                f.write(as_lines(rows))
+            print(f"{cli.count(len(rows), 'conversation')} added to {value}")
         elif name == "/temperature":
             try:
                 self.sampling = replace(self.sampling, temperature=cli.number(0)(value))

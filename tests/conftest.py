@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import write_small
 
 from slm import checkpoint
 from slm.model import Config, Qwen2
@@ -16,6 +17,12 @@ torch.set_num_threads(1)  # two pytest workers share two cores
 def tiny():
     """The built-in model and its tokenizer, float32 on the CPU, loaded anew for every test."""
     return checkpoint.load("tiny")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The folder of a random model of two layers, for the tests of the trainers."""
+    return write_small(tmp_path_factory.mktemp("small") / "model")
 
 
 @pytest.fixture

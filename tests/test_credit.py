@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scripted import Backend
-from small import write_small
 
 import train_grpo
 from slm import BadInput, checkpoint, credit, lora, losses, workflows
@@ -41,11 +40,6 @@ from slm.search import cut, token_counts
 from train_grpo import ALGORITHMS
 
 TWELVE = Problem("p", "7 + 5?", "12", "test")
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return write_small(tmp_path_factory.mktemp("small") / "model")
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import write_small
 
 import train_grpo
 from slm import BadInput, checkpoint, lora, losses, report
@@ -31,11 +30,6 @@ from slm.workflows import WORKFLOWS
 from train_grpo import ALGORITHMS
 
 TWELVE = Problem("p", "7 + 5?", "12", "test")
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return write_small(tmp_path_factory.mktemp("small") / "model")
 
 
 @pytest.fixture(autouse=True)

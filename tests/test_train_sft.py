@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from small import write_small
 
 import train_sft
 from slm import BadInput, checkpoint, lora, training
@@ -23,11 +22,6 @@ from slm.formats import lora_files
 from slm.runs import rundir
 from slm.sampling import Sampler
 from slm.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    return write_small(tmp_path_factory.mktemp("small") / "model")
 
 
 @pytest.fixture

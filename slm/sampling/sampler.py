@@ -156,8 +156,8 @@ class Sampler:
 
     def written(self, ticket: int) -> str:
         """What a running request's first reply has so far, for a person to see it grow."""
-        rows = (row for row in self.slots.live if row.ticket == ticket)
-        return "".join(self.tokenizer.decode(row.tokens[row.prompt:]) for row in [*rows][:1])
+        row = next((row for row in self.slots.live if row.ticket == ticket), None)
+        return self.tokenizer.decode(row.tokens[row.prompt:]) if row else ""
 
     def close(self) -> None:
         """Forget every request and give the cache's memory back."""
