@@ -9,6 +9,8 @@ from datetime import date
 from operator import itemgetter
 from pathlib import Path
 
+import matplotlib
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -57,6 +59,7 @@ def bits(answers: list[dict]) -> str:
 
 
 def save(figure, path: Path) -> None:
-    """As SVG, without the date: a figure that did not change leaves the file as it was."""
+    """As SVG, without the date and random ids: a figure that did not change leaves the file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):
+        figure.savefig(path, metadata={"Date": None})
