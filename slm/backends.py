@@ -20,7 +20,8 @@ def open_backend(options, batch: int | None = None) -> tuple[Sampler | Endpoint,
     """
     if options.endpoint:
         workers = {"workers": batch} if batch else {}
-        return Endpoint(options.endpoint, options.model, key_env=options.key_env, **workers), {}
+        return Endpoint(options.endpoint, options.model, key_env=options.key_env, **workers,
+                        fields={"logprobs": True, "return_token_ids": True}), {}
     names, folders = {}, []
     for given in options.adapter:
         role, _, folder = given.rpartition("=")

@@ -86,7 +86,7 @@ class Sampling:
 
 @dataclass
 class Request:
-    """One prompt for a Sampler or an Endpoint: messages, or ready token ids (Sampler only)."""
+    """One prompt for a Sampler or an Endpoint: messages, or ready token ids."""
     messages: list[dict] | None = None
     sampling: Sampling = Sampling()
     adapter: str | None = None  # LoRA adapter (Sampler) or model name (Endpoint); None: the default
@@ -98,8 +98,8 @@ class Request:
 @dataclass
 class Reply:
     """One sampled answer. prompt_ids + ids is exactly what the model saw and wrote; logprobs[i] is the
-    log-probability of ids[i] under the distribution it was drawn from. An Endpoint leaves the ids empty and
-    reports its own counts of tokens; without a report they are the lengths of the ids. scores:
+    log-probability of ids[i] under the distribution it was drawn from. Some servers give no ids, and report
+    their own counts of tokens; without a report they are the lengths of the ids. scores:
     continuation -> its log-prob in nats after the prompt, summed over its tokens, at temperature 1."""
     text: str
     ids: list[int] = field(default_factory=list)

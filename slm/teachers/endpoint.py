@@ -13,10 +13,13 @@ each kind is told on stderr, in the server's words. What stays broken comes back
 wrong address) raises BadInput. One that refuses a field gets its requests without it: see QUIRKS.
 
 A request with continuations asks for one token and its likeliest rivals: the first one's log-probs are the
-scores, so each continuation must be a single token. (vLLM's prompt_logprobs would score longer ones, but not
-with an adapter: vllm#29955, #51594.)
+scores, so each continuation must be a single token.
 
-Not covered: streaming, images, function calling, log-probs of what was written. Imports no torch.
+A Reply has token ids and log-probs if the server gives them: vLLM and SGLang for the fields logprobs and
+return_token_ids, llama.cpp for logprobs. A request with token ids in place of messages goes to /completions.
+If it has continuations too, the `logprobs` of its Reply are those of the given ids, from the second one on.
+
+Not covered: streaming, images, function calling. Imports no torch.
 """
 
 import contextlib
@@ -65,7 +68,7 @@ ENDS = {"stop": "stop end_turn endturn eos eos_token stop_sequence stop_token co
 _NOT = r"(un(support|known|recogni|expected)|n[o']t (be )?(support|permit|allow|recogni)|extra_forbidden)"
 QUIRKS = {"max_completion_tokens": ("max_tokens", "max_completion_tokens"),
           **{rf"\b{field}\b.*{_NOT}|{_NOT}.*\b{field}\b": (field, None)
-             for field in ("seed", "temperature", "top_p", "top_k")},
+             for field in ("seed", "temperature", "top_p", "top_k", "logprobs", "return_token_ids")},
           r"system role|role.{0,30}'system'|roles (must alternate|are supported)": ("system", "user")}
 
 
@@ -139,18 +142,20 @@ class Endpoint:
 
     base_url: up to and without /chat/completions, e.g. https://api.x.ai/v1. key_env: the environment variable
     that holds the key (the key itself is kept out of every message). timeout: seconds for one whole try.
-    The queue is unbounded: bound what you submit before you collect.
+    fields: what every request carries if it says nothing else. The queue is unbounded: bound what you submit
+    before you collect.
     """
 
     def __init__(self, base_url: str, model: str, key_env: str | None = None, *, workers: int = 32,
                  timeout: float = 600.0, tries: int = 8, backoff: float = 0.5,
-                 requests_per_minute: float = 0.0, tokens_per_minute: float = 0.0):
+                 requests_per_minute: float = 0.0, tokens_per_minute: float = 0.0, fields: dict | None = None):
         if "@" in urlsplit(base_url).netloc:
             raise BadInput("the endpoint's address holds a password; expected it in a variable that is named")
         if urlsplit(base_url).scheme not in ("http", "https") or not urlsplit(base_url).netloc:
             raise BadInput(f"endpoint {base_url!r}: expected an address such as http://localhost:8000/v1")
         self.url = base_url.rstrip("/") + "/chat/completions"
         self.model, self.timeout, self.tries, self.backoff = model, timeout, tries, backoff
+        self.fields = fields or {}
         self._key = os.environ.get(key_env, "").strip() if key_env else ""
         if key_env and not self._key:
             raise BadInput(f"{self.url}: the environment variable {key_env} is empty, expected its key in it")
@@ -173,8 +178,6 @@ class Endpoint:
 
     def submit(self, request: Request) -> int:
         """Queue `request.n` samples; returns their ticket at once."""
-        if request.messages is None:
-            raise ValueError("an Endpoint needs messages, not token ids")
         ticket, self._tickets = self._tickets, self._tickets + 1
         for sample in range(request.n):
             self._jobs.put((ticket, sample, request))
@@ -221,18 +224,18 @@ class Endpoint:
             while job := self._jobs.get():
                 ticket, sample, request = job
                 reply = self._answer(session, self.body(request, sample))
-                if reply and request.sampling.stop_at_box:
+                if reply and request.sampling.stop_at_box and request.ids is None:
                     reply = cut_after_box(reply)
                 if reply and request.sampling.keep_stop and reply.text.endswith(request.sampling.stop):
                     reply = replace(reply, finish="stop_string")  # servers call it a stop
-                if reply and request.continuations:
+                if reply and request.continuations and request.ids is None:
                     reply = self._scored(reply, request.continuations)
                 if reply or not self._dead:
                     self._done.put((ticket, sample, reply))
 
     def _answer(self, session: requests.Session, body: dict) -> Reply | None:
         """Try until there is a reply, which counts the tokens of all tries; None when stopped or dead."""
-        estimate = sum(len(m["content"]) for m in body["messages"]) / 4
+        estimate = len(body.get("prompt", ())) + sum(len(m["content"]) for m in body.get("messages", ())) / 4
         estimate += self._mean_out or body["max_tokens"] / 2
         quirks, tries, wait, spent, reply = self._quirks, 0, 0.0, [], None
         while not (reply or self._stopped.wait(wait)):
@@ -319,8 +322,9 @@ class Endpoint:
     def _try(self, session: requests.Session, body: dict) -> Reply:
         """One HTTP exchange, read to its end within the time-out and the size limit."""
         deadline = time.monotonic() + self.timeout
+        url = self.url.replace("/chat/completions", "/completions") if "prompt" in body else self.url
         try:
-            with session.post(self.url, json=body, auth=self._sign, stream=True, allow_redirects=False,
+            with session.post(url, json=body, auth=self._sign, stream=True, allow_redirects=False,
                               timeout=(min(30.0, self.timeout), self.timeout)) as response:
                 raw = bytearray()
                 while block := response.raw.read1(65536, decode_content=True):
@@ -378,14 +382,16 @@ class Endpoint:
     def body(self, request: Request, sample: int = 0) -> dict:
         """The JSON to post. Fields that are not at their neutral value only: servers refuse unknown ones."""
         s = request.sampling
-        messages = [{"role": m["role"], "content": m["content"]} for m in request.messages]
-        body = {"model": request.adapter or self.model, "messages": messages, "max_tokens": s.max_tokens,
+        messages = [{"role": m["role"], "content": m["content"]} for m in request.messages or ()]
+        prompt = {"messages": messages} if request.ids is None else {"prompt": request.ids}
+        body = {**self.fields, "model": request.adapter or self.model, **prompt, "max_tokens": s.max_tokens,
                 "temperature": s.temperature, "seed": s.seed + sample}
         others = {"top_p": (s.top_p, 1.0), "top_k": (s.top_k, 0), "stop": (list(s.stop), [])}
         body |= {name: value for name, (value, neutral) in others.items() if value != neutral}
         body |= {"include_stop_str_in_output": True} if s.keep_stop else {}  # vLLM's name
         if request.continuations:
-            body |= {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": RIVALS}
+            asked = {"prompt_logprobs": 0} if request.ids else {"logprobs": True, "top_logprobs": RIVALS}
+            body |= {"max_tokens": 1, "temperature": 1.0, **asked}
         if messages and messages[-1]["role"] == "assistant":  # go on with it (vLLM's names)
             body |= {"continue_final_message": True, "add_generation_prompt": False}
         return body
@@ -397,7 +403,7 @@ def suited(body: dict, quirks: frozenset) -> dict:
     for field, name in quirks:
         value = body.pop(field, None)
         body |= {name: value} if name and value is not None else {}
-    system, *rest = body["messages"]
+    system, *rest = body.get("messages") or [{"role": ""}]
     if ("system", "user") in quirks and system["role"] == "system" and rest:
         content = f"{system['content']}\n\n{rest[0]['content']}"
         body["messages"] = [rest[0] | {"content": content}, *rest[1:]]
@@ -411,7 +417,8 @@ def read(data) -> Reply:
     try:
         tokens = _tokens(data.get("usage"))
         choice = data["choices"][0]
-        message, reason = choice["message"], choice.get("finish_reason", "stop")
+        message = {"content": choice["text"]} if "text" in choice else choice["message"]
+        reason, told = choice.get("finish_reason", "stop"), told_tokens(data, choice)
         text, thinking = _written(message.get("content"))
         thinking += "".join(_written(message.get("reasoning_content") or message.get("reasoning")))
         word = "refused" if message.get("refusal") else str(reason).lower()
@@ -424,10 +431,26 @@ def read(data) -> Reply:
         text, thinking = thinking, ""
     if finish is None:
         raise _Failed(f"the answer broke off, finish_reason {reason} {error_in(choice)[1]}", tokens=tokens)
-    if finish == "stop" and not text.strip():
+    if finish == "stop" and not text.strip() and not told:
         raise _Failed("an empty answer", tokens=tokens)
     return Reply(text, finish=finish, thinking=thinking or None, tokens_in=tokens[0], tokens_out=tokens[1],
-                 scores=first_tokens(choice))
+                 scores=first_tokens(choice), **told)
+
+
+def told_tokens(data: dict, choice: dict) -> dict:
+    """prompt_ids, ids and logprobs of a Reply if a server gives both of these; or, where the log-probs of a
+    prompt were asked for, the prompt_ids and theirs."""
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+        prompt = list(choice.get("prompt_token_ids") or data.get("prompt_token_ids") or [])
+        if given := choice.get("prompt_logprobs"):
+            pairs = zip(prompt[1:], given[1:], strict=True)
+            return {"prompt_ids": prompt, "logprobs": [float(row[str(i)]["logprob"]) for i, row in pairs]}
+        rows = choice["logprobs"].get("content") or []
+        ids = choice.get("token_ids") or [row["id"] for row in rows]
+        logprobs = choice["logprobs"].get("token_logprobs") or [row["logprob"] for row in rows]
+        if 0 < len(ids) == len(logprobs):
+            return {"prompt_ids": prompt, "ids": list(map(int, ids)), "logprobs": list(map(float, logprobs))}
+    return {}
 
 
 def first_tokens(choice: dict) -> dict[str, float]:
@@ -473,9 +496,13 @@ def error_in(data) -> tuple[int, str]:
 
 
 def cut_after_box(reply: Reply) -> Reply:
-    """The reply up to the end of the first line with an answer in a box, where a Sampler stops writing."""
+    """The reply up to the end of the first line with an answer in a box, where a Sampler stops writing. If
+    words are cut off, it has no ids any more: which of them these were can't be known without a tokenizer."""
     end = answered(reply.text)
-    return replace(reply, text=reply.text[:end], finish="box") if end else reply
+    if not end:
+        return reply
+    told = {"ids": [], "logprobs": []} if reply.text[end:].strip() else {}
+    return replace(reply, text=reply.text[:end], finish="box", **told)
 
 
 def _retry_after(value: str | None) -> float:
