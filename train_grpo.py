@@ -54,6 +54,9 @@ def options():
     g.add_argument("--samples", type=cli.positive, help=f"K, episodes a problem ({both('samples')})")
     g.add_argument("--temperature", type=cli.number(0.01), help=f"({both('temperature')})")
     g.add_argument("--max-tokens", type=cli.positive, help=f"new tokens of a reply ({both('max_tokens')})")
+    g.add_argument("--rollouts", metavar="URL",
+                   help="sample on a vLLM server that sees --out, such as http://localhost:8000/v1; "
+                        "docs/rollouts.md tells how to start it")
     cli.step_option(g, both)
     g = p.add_argument_group("reward")
     g.add_argument("--reward", nargs="+", action=cli.Names, default=["correct"], metavar="PART:WEIGHT",
@@ -117,6 +120,7 @@ from slm.grading import equal, grade
 from slm.prompts import SHOWN, SOLVER
 from slm.report import write as write_report
 from slm.rewards import reward_of
+from slm.rollouts import Rollouts
 from slm.runs import files, ranks, stats
 from slm.runs.device import memory, parameter_counts, peak_memory
 from slm.runs.rundir import CHECKPOINTS, RunDir, name_of
@@ -164,7 +168,7 @@ def main(args):
     args.data = args.data or ["tiny" if cli.is_small(args.model) else "gsm8k"]
     algorithm, workflow = checked(args)
     device, dtype, words = training.settle(args, f"grpo-{name_of(args.model).lower()}")
-    rounds = dtype == torch.bfloat16  # sampler and trainer then differ by more than the last digits
+    rounds = dtype == torch.bfloat16 or args.rollouts  # sampler and trainer differ by more than last digits
     cli.resolve(args, {"resample": algorithm.resample, "truncated": algorithm.truncated,
                        "importance_cap": 2.0 if rounds else 0.0, "dppo_mask": 0.2 if rounds else 0.0}, {})
     pool, held_out = split(problems.load_all(args.data, "train", args.limit), args)
@@ -181,6 +185,9 @@ def main(args):
         plan = training.batches(len(pool), args.batch, epochs, args.seed)[:args.steps or None]
         trained, optimizer = training.start(policy, weight_decay=0.0)
         sampler = Sampler(policy, tokenizer)
+        if args.rollouts:
+            folder = rundir.path / "rollouts"
+            sampler = stack.enter_context(Rollouts(policy, tokenizer, args.rollouts, folder))
         if args.adapters == "role":  # a role without an adapter is the reference
             stack.enter_context(lora.off(policy))
         if ranks.rank() == 0:
@@ -194,14 +201,14 @@ def main(args):
         ask = algorithm.taught and partial(ask_teacher, teacher_for(policy, tokenizer, device, dtype, args),
                                            policy, tokenizer, args=args)
         taken = plan[:2] if args.dry_run else plan
-        train(policy, pool, taken, sample, ask, look, tokenizer, algorithm, rundir, trained, optimizer, args)
+        train(policy, pool, taken, sample, ask, look, sampler, algorithm, rundir, trained, optimizer, args)
         if not args.dry_run:
             finish(policy, base, rundir.path, args.workflow)
         elif ranks.rank() == 0:
             forecast(policy, list(files.readable_rows(rundir.path / "metrics.jsonl")), plan, args)
 
 
-def train(policy, pool, plan, sample, ask, look, tokenizer, algorithm, rundir, trained, optimizer, args):
+def train(policy, pool, plan, sample, ask, look, sampler, algorithm, rundir, trained, optimizer, args):
     """Take the steps of the plan, each a list of places in pool. sample is roll_out for this policy; ask is
     ask_teacher and look the evaluation, where there is one."""
     moving = {"sum": 0.0, "steps": 0.0}
@@ -219,14 +226,16 @@ def train(policy, pool, plan, sample, ask, look, tokenizer, algorithm, rundir, t
             learned |= update_policy(policy, records, divisor, optimizer, lr, algorithm, args)
         with timed(seconds, "evaluate"):
             learned |= look() if look and training.look_due(step, len(plan)) else {}
-        told = lines(step + 1, episodes, records, known, tokenizer)
+        learned |= sampler.told if args.rollouts else {}
+        told = lines(step + 1, episodes, records, known, sampler.tokenizer)
         row = {"step": step + 1, **summary(told), **learned, "lr": lr,
                "replaced": int(ranks.summed({"n": len(replaced)})["n"]) // args.samples,
                **shares(seconds, episodes + replaced), "memory": round(peak_memory(policy), 3)}
         rundir.log("metrics", row)
         rundir.log("episodes", *told)
         if args.resample:
-            rundir.log("discarded", *lines(step + 1, replaced, [[]] * len(replaced), known, tokenizer))
+            rundir.log("discarded", *lines(step + 1, replaced, [[]] * len(replaced), known,
+                                           sampler.tokenizer))
         tell(bar, row)
 
 
@@ -243,6 +252,9 @@ def roll_out(batch, spare, step, policy, workflow, sampler, sandbox, seconds, ar
     rules = rewards.rules_of(args, step)
     wanted, groups, replaced = range(ranks.rank(), len(batch), ranks.world()), {}, []
     with ranks.whole(policy):
+        if args.rollouts:
+            with timed(seconds, "generate"):
+                sampler.refresh(args.temperature)
         for turn in range(args.resample + 1):
             jobs = [j for j in jobs_for(batch, workflow, args.samples) if j.group in wanted]
             with timed(seconds, "generate"):
@@ -413,6 +425,8 @@ def evaluate(held_out, workflow, policy, sampler, sandbox, args) -> dict:
     own = held_out[ranks.rank()::ranks.world()]
     sampling = Sampling(args.max_tokens, stop_at_box=True, step_rule=args.step_rule)
     with ranks.whole(policy):
+        if args.rollouts:
+            sampler.refresh(args.temperature)
         episodes = run_episodes(jobs_for(own, workflow), sampler, sandbox, sampling=sampling, seed=args.seed,
                                 adapters=by_role(policy))
         sampler.close()
@@ -538,6 +552,7 @@ def introduce(policy, sampler, base: str, pool, held_out, plan, device: str, arg
     parameters, updated = parameter_counts(policy)
     prompt, tokenizer = [user(SOLVER(question=pool[plan[0][0]].question))], sampler.tokenizer
     cached = args.batch * args.samples * (len(tokenizer.chat(prompt)) + args.max_tokens)
+    cached = 0 if args.rollouts else min(cached, sampler.slots.max_tokens)
     cli.show(vars(args))
     print(f"device: {device}")
     each = f" for each of {', '.join(args.roles)}" if args.adapters == "role" else ""
@@ -546,7 +561,7 @@ def introduce(policy, sampler, base: str, pool, held_out, plan, device: str, arg
     print(f"work: {cli.count(len(plan), 'step')} of {cli.count(args.batch, 'problem')} x "
           f"{cli.count(args.samples, 'sample')}, at most {args.batch * args.samples * args.max_tokens:,} new "
           f"tokens a step; held out: {cli.count(len(held_out), 'problem')}; "
-          f"{memory(policy, args.micro_tokens, min(cached, sampler.slots.max_tokens))}")
+          f"{memory(policy, args.micro_tokens, cached)}")
     print("the solver's prompt for the first problem:\n" + tokenizer.render(prompt))
 
 

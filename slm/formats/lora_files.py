@@ -145,12 +145,13 @@ def weights_fingerprint(model: Qwen2) -> str:
     return fingerprint(found)
 
 
-def _tensors(model: Qwen2, name: str) -> dict[str, torch.nn.Parameter]:
-    """The tensors of an adapter under their names in PEFT's file."""
+def _tensors(model: Qwen2, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter under their names in PEFT's file. As copies: FSDP can't split weights again
+    that safetensors looked at."""
     found = {}
     for path, layer in lora.layers(model, name).items():
-        found[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A[name]
-        found[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B[name]
+        found[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A[name].detach().clone()
+        found[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B[name].detach().clone()
     return found
 
 

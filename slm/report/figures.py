@@ -24,7 +24,7 @@ HEADLINES = {
     "no_answer": "no answer (share)", "zero_spread": "groups without a signal (share)",
     "with_advantage": "with an advantage (share)", "replaced": "groups replaced", "loss": "loss",
     "grad_norm": "gradient norm", "clipped": "clipped tokens (share)",
-    "dlogp": "gap of log-probs to the sampler", "importance": "importance weight, mean",
+    "dlogp": "gap of log-probs to the sampler", "canary": "the same, of canaries (nats)", "importance": "importance weight, mean",
     "importance_max": "importance weight, largest", "cut": "weights cut (share)", "lr": "learning rate",
     "tokens_per_s": "tokens a second", "generate_share": "time to sample (share)",
     "score_share": "time to reward (share)", "learn_share": "time to learn (share)",

@@ -14,6 +14,8 @@
 """
 
 from slm.sampling.draw import warp
+from slm.sampling.endings import Endings
 from slm.sampling.sampler import Sampler
+from slm.sampling.slots import Row
 
-__all__ = ["Sampler", "warp"]
+__all__ = ["Endings", "Row", "Sampler", "warp"]

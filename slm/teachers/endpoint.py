@@ -148,7 +148,8 @@ class Endpoint:
 
     def __init__(self, base_url: str, model: str, key_env: str | None = None, *, workers: int = 32,
                  timeout: float = 600.0, tries: int = 8, backoff: float = 0.5,
-                 requests_per_minute: float = 0.0, tokens_per_minute: float = 0.0, fields: dict | None = None):
+                 requests_per_minute: float = 0.0, tokens_per_minute: float = 0.0,
+                 fields: dict | None = None):
         if "@" in urlsplit(base_url).netloc:
             raise BadInput("the endpoint's address holds a password; expected it in a variable that is named")
         if urlsplit(base_url).scheme not in ("http", "https") or not urlsplit(base_url).netloc:

@@ -1,0 +1,302 @@
+"""A vLLM server behind the Sampler's protocol; it answers with the adapters that are being trained."""
+
+import contextlib
+import json
+import shutil
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from urllib.parse import urlsplit
+
+import requests
+import torch
+from tqdm import tqdm
+
+from slm import BadInput, lora, losses
+from slm.episode import Reply, Request, Sampling, user
+from slm.formats import lora_files
+from slm.prompts import SOLVER
+from slm.runs import ranks
+from slm.sampling import Endings, Row
+from slm.teachers import Endpoint
+
+PATIENCE = 60.0, 600.0  # seconds that a server may fail before it has worked once, and after
+PAUSE = 0.25            # seconds before the next look; doubled after each
+GONE = 3                # times in a row that it may come back and go away again without an answer
+BOUND = 0.15            # nats a token that rounding may put between the server's log-probs and the trainer's
+CLEAR = 1e-3            # a gap below this is rounding, whatever else fits
+QUESTION = "A baker packs 7 boxes with 12 rolls each. He sells 39 rolls before noon. How many rolls are left?"
+SOLUTION = ("The baker packs 7 * 12 = 84 rolls. After he sells 39 of them, 84 - 39 = 45 rolls are left.\n"
+            "Therefore, the answer is \\boxed{45}.")
+DRAWN = Sampling(max_tokens=32)  # the second canary
+# The last four stand here because vLLM takes what a request leaves out from generation_config.json.
+FIELDS = {"logprobs": 0, "return_token_ids": True, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
+          "repetition_penalty": 1.0}
+
+
+class Away(Exception):
+    """The server does not do what it should, and may do it later."""
+
+
+class Rollouts:
+    """submit, step, pending, close as a Sampler has them, and refresh. url: with its /v1. folder: where the
+    adapters are written; the server must see it under the same path."""
+
+    def __init__(self, policy, tokenizer, url: str, folder: str | Path):
+        self.policy, self.tokenizer, self.endings = policy, tokenizer, Endings(tokenizer)
+        self.url, self.folder, self.session = url.rstrip("/"), Path(folder).resolve(), requests.Session()
+        self.session.trust_env = urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
+        self.run, self.loads, self.worked, self.gone = f"{time.time_ns() >> 20:x}", 0, False, 0
+        self.names: dict[str | None, str] = {}  # adapter -> its name on the server; None: the base model
+        self.weights: dict[str, list] = {}      # adapter -> its tensors, as they were written
+        self.earlier: dict[str, dict] = {}      # adapter -> name on the server -> log-probs of the fixed text
+        self.told: dict[str, float] = {}        # for metrics.jsonl
+        self.room, self.temperature = policy.config.positions, 1.0
+        self.endpoint: Endpoint | None = None
+        self.asked: dict[int, Row] = {}         # the endpoint's ticket -> the reply under way
+        self.scores: dict[int, dict] = {}       # our ticket -> continuation -> its score
+        self.tickets = 0
+
+    # ---- the Sampler's protocol --------------------------------------------------------------------------
+
+    @property
+    def pending(self) -> bool:
+        return bool(self.asked)
+
+    def submit(self, request: Request) -> int:
+        """Ask for the n replies of a request, or for its scores; they come out of step() under the ticket
+        returned. BadInput for a prompt that leaves no room."""
+        tokens = self.tokenizer.chat(request.messages) if request.ids is None else request.ids
+        given = {words: self.tokenizer.encode(words) for words in request.continuations}
+        room, s = self.room - len(tokens), request.sampling
+        if room <= max(map(len, given.values()), default=0):
+            raise BadInput(f"request {self.tickets} has a prompt of {len(tokens)} tokens; expected fewer than "
+                           f"{self.room}, what the model and the server hold with the reply")
+        name = self.names[request.adapter or lora.active(self.policy)]
+        thinking = s.stop_at_box and self.tokenizer.decode(tokens[-8:], False).rstrip().endswith("<think>")
+        for words, ids in given.items():
+            self._ask(Row(self.tickets, 0, tokens, len(tokens), 1, s, name, 0, words=words, given=ids))
+        for i in range(0 if given else request.n):
+            own = replace(s, max_tokens=min(s.max_tokens, room), seed=s.seed + i)
+            self._ask(Row(self.tickets, i, tokens, len(tokens), own.max_tokens, own, name, 0, thinking))
+        self.tickets += 1
+        return self.tickets - 1
+
+    def step(self) -> list[tuple[int, int, Reply]]:
+        """What landed: (ticket, sample, reply). A server that went away is waited for and asked again;
+        BadInput if it stays away."""
+        found, lost, landed = [], "", []
+        try:
+            found = self.endpoint.step() if self.asked else []
+        except BadInput as e:
+            lost = str(e)
+        for key, _, reply in found:
+            lost = lost or (self._lacks() if reply.error else "")
+            if key in self.asked and not (lost and reply.error):
+                row = self.asked.pop(key)
+                landed += [(row.ticket, row.sample, r) for r in self._replies(row, reply)]
+        self.gone = 0 if landed else self.gone
+        if lost:
+            self._return(lost)
+        return landed
+
+    def close(self) -> None:
+        """Forget every request."""
+        if self.endpoint:
+            self.endpoint.close()
+        self.endpoint, self.asked, self.scores = None, {}, {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+        for adapter in self.weights:
+            self._drop(adapter)
+
+    # ---- requests and replies ----------------------------------------------------------------------------
+
+    def _open(self, tries: int) -> Endpoint:
+        fields = FIELDS | {"stop_token_ids": sorted(self.tokenizer.stop_ids)}
+        return Endpoint(self.url, self.names[None], workers=256, tries=tries, fields=fields)
+
+    def _ask(self, row: Row) -> None:
+        self.endpoint = self.endpoint or self._open(4)
+        request = Request(None, row.sampling, row.adapter, ids=row.tokens + row.given,
+                          continuations=(row.words,) if row.given else ())
+        self.asked[self.endpoint.submit(request)] = row
+
+    def _replies(self, row: Row, found: Reply) -> list[Reply]:
+        """The reply as the Sampler would have given it; none as long as other scores of the request lack."""
+        if found.error:
+            self.asked = {key: other for key, other in self.asked.items() if other.ticket != row.ticket}
+            return [Reply("", finish="error", prompt_ids=row.tokens, error=found.error)]
+        if row.given:
+            scores = self.scores.setdefault(row.ticket, {})
+            scores[row.words] = sum(found.logprobs[-len(row.given):])
+            last = all(other.ticket != row.ticket for other in self.asked.values())
+            return [Reply("", finish="score", prompt_ids=row.tokens, scores=scores)] if last else []
+        count, finish = self.endings.find(row, found.ids)
+        ids, finish = found.ids[:count], finish or found.finish
+        text = self.endings.text(ids, finish, row.sampling)
+        return [Reply(text, ids, found.logprobs[:count], finish, row.tokens)]
+
+    def _return(self, lost: str) -> None:
+        """Wait until the server is back, and ask for all that was under way."""
+        self.gone, rows = self.gone + 1, list(self.asked.values())
+        if self.gone > GONE:
+            raise BadInput(f"{lost}; it came back {GONE} times and answered nothing")
+        self.close()
+        self._wait(lost)
+        for row in rows:
+            self._ask(row)
+
+    # ---- adapters ----------------------------------------------------------------------------------------
+
+    def refresh(self, temperature: float) -> None:
+        """Have the server use the adapters as they are now, and check that it does. All ranks call it, with
+        nothing under way, where the weights are whole. temperature: of the run's sampling."""
+        self.temperature, wrong = temperature, ""
+        ranks.barrier()
+        if ranks.rank() == 0:
+            try:
+                self._write()
+                self._wait()
+            except BadInput as e:
+                wrong = str(e)
+        self.names, self.room, self.told, wrong = ranks.gather([(self.names, self.room, self.told, wrong)])[0]
+        if wrong:
+            raise BadInput(wrong)
+        self.worked = True
+
+    def _write(self) -> None:
+        """Write each adapter that changed, under a new name: what a server cached for a name may be stale."""
+        for adapter in lora.names(self.policy):
+            now = [p.detach().clone() for p in lora.parameters(self.policy, adapter)]
+            if adapter not in self.weights or not all(map(torch.equal, now, self.weights[adapter])):
+                self._drop(adapter)
+                self.loads += 1
+                self.names[adapter], self.weights[adapter] = f"slm-{self.run}-{adapter}-{self.loads}", now
+                lora_files.save(self.policy, self.folder / self.names[adapter], adapter)
+
+    def _drop(self, adapter: str) -> None:
+        if adapter in self.names:
+            with contextlib.suppress(Away):
+                self._call("unload_lora_adapter", {"lora_name": self.names[adapter]})
+            shutil.rmtree(self.folder / self.names[adapter], ignore_errors=True)
+
+    def _wait(self, cause: str = "") -> None:
+        """Return once the server has all adapters and its canaries are well. BadInput if patience ends."""
+        patience, pause = PATIENCE[self.worked], PAUSE
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                self._load()
+                return self._check()
+            except Away as e:
+                if time.monotonic() > deadline:
+                    raise BadInput(f"{self.url}: {e}, for {patience:.0f} seconds; when the server is well, "
+                                   "--resume goes on from the last checkpoint") from None
+                cause = cause or f"{self.url}: {e}"
+            if 1 <= pause < 2:
+                tqdm.write(f"note: {cause}; trying for {patience:.0f} seconds", file=sys.stderr)
+            time.sleep(pause)
+            pause = min(2 * pause, 8.0)
+
+    def _load(self) -> None:
+        """Have the server load what it lacks. Away if it can't: a folder may become visible later."""
+        there = self._models()
+        base = next((row for row in there.values() if not row.get("parent")), {"id": ""})
+        self.names[None] = base["id"]
+        self.room = min(self.policy.config.positions, base.get("max_model_len") or self.room)
+        for name in set(self.names.values()) - set(there):
+            folder = str(self.folder / name)
+            status, said = self._call("load_lora_adapter", {"lora_name": name, "lora_path": folder})
+            if status != 200 and "already" not in said:  # another rank was first
+                raise Away(f"can't load the adapter in {folder} (HTTP {status} {said}); vLLM needs to see the "
+                           "folder, --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
+
+    def _lacks(self) -> str:
+        """Why the server can't be asked now, or nothing."""
+        try:
+            lacking = set(self.names.values()) - set(self._models())
+        except Away as e:
+            return f"{self.url}: {e}"
+        return f"{self.url}: it lost {', '.join(lacking)}" if lacking else ""
+
+    def _models(self) -> dict[str, dict]:
+        """What the server has, by name. BadInput if it is no such server."""
+        status, said = self._call("models")
+        if status >= 500:
+            raise Away(f"HTTP {status} {said}")
+        try:
+            return {row["id"]: row for row in json.loads(said)["data"]}
+        except (ValueError, KeyError, TypeError):
+            raise BadInput(f"{self.url}/models: HTTP {status} {said!r}; expected a vLLM server, such as "
+                           "http://localhost:8000/v1") from None
+
+    def _call(self, path: str, body: dict | None = None) -> tuple[int, str]:
+        """(status, text on one line). Away without an answer."""
+        try:
+            answer = self.session.request("POST" if body else "GET", f"{self.url}/{path}", json=body,
+                                          timeout=120, allow_redirects=False)
+        except requests.RequestException as e:
+            raise Away(f"no answer ({type(e).__name__})") from None
+        text = answer.text if answer.status_code == 200 else answer.text[:300]
+        return answer.status_code, " ".join(text.split())
+
+    # ---- canaries ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Compare the server's log-probs with the trainer's, for each adapter. BadInput if they differ."""
+        prompt, gaps, t = self.tokenizer.chat([user(SOLVER(question=QUESTION))]), [], self.temperature
+        fixed = (prompt + self.tokenizer.encode(SOLUTION))[:self.room // 2]
+        for adapter in lora.names(self.policy):
+            name, prompt = self.names[adapter], prompt[:len(fixed)]
+            read, drawn = self._answers(
+                Request(ids=fixed, adapter=name, continuations=("",)),
+                Request(ids=prompt, adapter=name, sampling=replace(DRAWN, temperature=t)))
+            if len(read.logprobs) < len(fixed) - 1 or not drawn.ids or drawn.prompt_ids != prompt:
+                raise BadInput(f"{self.url}: no ids and log-probs in its answers; expected vLLM 0.10.2 or later")
+            with lora.use(self.policy, adapter):
+                meant, right, plain = (
+                    losses.score(self.policy, [ids], [[0] * start + [1] * (len(ids) - start)], x)[0].tolist()
+                    for ids, start, x in ((fixed, 1, 1.0), (prompt + drawn.ids, len(prompt), t),
+                                          (prompt + drawn.ids, len(prompt), 1.0)))
+            others = self.earlier.setdefault(adapter, {})
+            gaps += [self._gap(read.logprobs, meant, others.values(), "an earlier adapter"),
+                     self._gap(drawn.logprobs, right, [plain] if t != 1 else [], "temperature 1, and needs "
+                               "--logprobs-mode processed_logprobs", min(1.0, t))]
+            others[name] = meant
+        self.told = {"canary": max(gaps)}
+
+    def _gap(self, said, meant, others, what: str, scale: float = 1.0) -> float:
+        """The mean |said - meant|, times scale. BadInput if it is large, or if one of `others` fits better."""
+        gap = distance(said, meant) * scale
+        better = gap > CLEAR and any(distance(said, other) * scale < gap / 2 for other in others)
+        if better or gap > BOUND:
+            why = f"those of {what}" if better else "those of another base model or adapter"
+            raise BadInput(f"{self.url}: its log-probs are {gap:.4f} nats a token from the trainer's, like {why}")
+        return gap
+
+    def _answers(self, *wanted: Request) -> list[Reply]:
+        """The replies to a few requests, at once. Away if one has none."""
+        endpoint, replies = self._open(2), {}
+        with contextlib.closing(endpoint):
+            try:
+                tickets = [endpoint.submit(request) for request in wanted]
+                while endpoint.pending:
+                    replies |= {ticket: reply for ticket, _, reply in endpoint.step()}
+            except BadInput as e:
+                raise Away(str(e)) from None
+        error = next((reply.error for reply in replies.values() if reply.error), None)
+        if error:
+            raise Away(error)
+        return [replies[ticket] for ticket in tickets]
+
+
+def distance(a: list[float], b: list[float]) -> float:
+    return fmean(abs(x - y) for x, y in zip(a, b))
