@@ -186,8 +186,7 @@ def main(args):
         trained, optimizer = training.start(policy, weight_decay=0.0)
         sampler = Sampler(policy, tokenizer)
         if args.rollouts:
-            folder = rundir.path / "rollouts"
-            sampler = stack.enter_context(Rollouts(policy, tokenizer, args.rollouts, folder))
+            sampler = Rollouts(policy, tokenizer, args.rollouts, rundir.path / "rollouts")
         if args.adapters == "role":  # a role without an adapter is the reference
             stack.enter_context(lora.off(policy))
         if ranks.rank() == 0:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -52,6 +53,15 @@ def collect(backend, requests):
     return [found[key] for key in sorted(found, key=lambda key: (tickets.index(key[0]), key[1]))]
 
 
+@contextmanager
+def opened(model, tokenizer, folder, **how):
+    with serve("tiny", **how) as served:
+        rollouts = Rollouts(model, tokenizer, served.url, folder)
+        yield served, rollouts
+        rollouts.close()
+        assert not served.loaded and not any(folder.iterdir())
+
+
 def alike(a, b):
     """Two replies, up to the rounding of log-probs."""
     for name in ("text", "ids", "finish", "prompt_ids", "error", "tokens_in", "tokens_out"):
@@ -66,10 +76,11 @@ def test_replies_of_a_server_are_those_of_our_own_sampler(tmp_path):
     """Greedy and drawn, with every end of a reply, in a conversation, with scores."""
     model, tokenizer = policy()
     question = [user(SOLVER(question=load("tiny", "test", 1)[0].question))]
-    prompt, text = tokenizer.chat(question), tokenizer.encode("The answer is \\boxed{11}.\nThe answer is 11.")
-    ids, optimizer = prompt + text + [tokenizer.end_of_turn], torch.optim.Adam(lora.parameters(model), lr=0.01)
+    prompt, text = tokenizer.chat(question), tokenizer.encode("The answer is \\boxed{11}.\nIt is 11.")
+    ids, mask = prompt + text + [tokenizer.end_of_turn], [0] * len(prompt) + [1] * (len(text) + 1)
+    optimizer = torch.optim.Adam(lora.parameters(model), lr=0.01)
     for _ in range(15):  # until it boxes its answer and goes on
-        logp, _ = losses.score(model, [ids], [[0] * len(prompt) + [1] * (len(text) + 1)])
+        logp, _ = losses.score(model, [ids], [mask])
         (-logp.mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -78,7 +89,7 @@ def test_replies_of_a_server_are_those_of_our_own_sampler(tmp_path):
                 Request(question, Sampling(60, stop=("\n",), keep_stop=True)),
                 Request(question, Sampling(60, stop=(".",))),
                 Request(question, continuations=("Yes", "No, it is not"))]
-    with serve("tiny") as served, Rollouts(model, tokenizer, served.url, tmp_path) as rollouts:
+    with opened(model, tokenizer, tmp_path) as (served, rollouts):
         rollouts.refresh(0.7)
         ours, theirs = collect(Sampler(model, tokenizer), requests), collect(rollouts, requests)
         assert len(ours) == len(theirs) == 9 and {"box", "stop", "length", "stop_string", "score"} == {
@@ -99,7 +110,7 @@ def test_replies_of_a_server_are_those_of_our_own_sampler(tmp_path):
 def test_a_request_leaves_nothing_to_the_defaults_of_the_server(tmp_path):
     """vLLM takes what is left out from the model's generation_config.json: a repetition penalty, for one."""
     model, tokenizer = policy()
-    with serve("tiny") as served, Rollouts(model, tokenizer, served.url, tmp_path) as rollouts:
+    with opened(model, tokenizer, tmp_path) as (served, rollouts):
         rollouts.refresh(1.0)
         collect(rollouts, [Request([user("2 + 2?")], Sampling(3, 0.7, seed=5))])
     body = served.of("completions")[-1]
@@ -112,20 +123,19 @@ def test_a_request_leaves_nothing_to_the_defaults_of_the_server(tmp_path):
 def test_each_role_is_served_by_its_own_adapter_and_the_others_by_the_base(tmp_path):
     model, tokenizer = policy("tiny", "solver", "checker")
     requests = [Request([user("2 + 2?")], Sampling(12), name) for name in ("solver", "checker", None)]
-    with serve("tiny") as served, Rollouts(model, tokenizer, served.url, tmp_path) as rollouts, \
-            lora.off(model):
+    with opened(model, tokenizer, tmp_path) as (served, rollouts), lora.off(model):
         rollouts.refresh(1.0)
         ours, theirs = collect(Sampler(model, tokenizer), requests), collect(rollouts, requests)
     for a, b in zip(ours, theirs):
         alike(a, b)
     assert len({tuple(reply.logprobs) for reply in theirs}) == 3
-    names = [body["model"] for body in served.of("completions")[-3:]]
-    assert ["solver" in names[0], "checker" in names[1], names[2]] == [True, True, "base"]
+    names = sorted(body["model"] for body in served.of("completions")[-3:])
+    assert names[0] == "base" and "-checker-" in names[1] and "-solver-" in names[2]
 
 
 def test_a_prompt_longer_than_the_server_holds_is_refused_as_the_sampler_does(tmp_path):
     model, tokenizer = policy()
-    with serve("tiny", context=90) as served, Rollouts(model, tokenizer, served.url, tmp_path) as rollouts:
+    with opened(model, tokenizer, tmp_path, context=90) as (_, rollouts):
         rollouts.refresh(1.0)
         with pytest.raises(BadInput, match=r"a prompt of \d+ tokens; expected fewer than 90"):
             rollouts.submit(Request([user("2 + 2? " * 60)]))
@@ -155,7 +165,7 @@ def test_a_run_on_a_server_takes_the_same_steps_and_leaves_the_server_as_it_was(
     assert settings["importance_cap"] == 2 and settings["rollouts"] == served.url
     assert not served.loaded and not any((tmp_path / "run" / "rollouts").iterdir())
     loads = [body["lora_name"] for body in served.of("load_lora_adapter")]
-    assert len(loads) == len(set(loads)) == 5  # one before the first step, then one a step
+    assert len(loads) == len(set(loads)) == 4 + 5  # one before each sampling, one before each evaluation
     assert [body["lora_name"] for body in served.of("unload_lora_adapter")] == loads
     a, b = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("own", "run"))
     assert all((a[k] - b[k]).norm() < 1e-3 * a[k].norm() for k in a)
@@ -183,7 +193,7 @@ def test_two_ranks_on_a_server_take_the_same_steps_as_one(small, tmp_path):
                 for n in ("1", "2"))
     assert any(row.get("grad_norm") for row in one)
     close(metrics(one), metrics(two))
-    assert len(served.of("load_lora_adapter")) == 2 * 3 and not served.loaded
+    assert len(served.of("load_lora_adapter")) == 2 * (2 + 3) and not served.loaded
 
 
 # ---- what the canaries stop ------------------------------------------------------------------------------
@@ -197,7 +207,7 @@ def test_a_server_with_another_distribution_stops_the_run(small, tmp_path, how, 
     with serve(small, **how) as served:
         with pytest.raises(BadInput, match=f"^{served.url}: its log-probs are .* nats a token from .*") as e:
             train(small, tmp_path / "run", "--rollouts", served.url, "--temperature", "0.7", "--lr", "0.1")
-    assert words in str(e.value) and not served.loaded
+    assert words in str(e.value)
 
 
 def test_a_server_with_another_base_model_stops_the_run(small, tmp_path, monkeypatch):
@@ -265,19 +275,19 @@ def test_a_server_killed_and_started_again_in_the_middle_changes_nothing(small, 
     with serve(small) as served:
         whole = train(small, tmp_path / "whole", "--rollouts", served.url, steps=3)
         served.bodies = []
-        served.quirk = Killed(served, 40)
+        served.quirk = Killed(served, 25)
         close(metrics(whole), metrics(train(small, tmp_path / "run", "--rollouts", served.url, steps=3)))
         assert served.quirk.left == 0
     assert "connection reset" in capsys.readouterr().err
 
 
-def test_a_server_that_stays_away_ends_a_run_that_another_server_can_resume(small, tmp_path, monkeypatch):
+def test_a_server_that_stays_away_ends_a_run_that_another_can_resume(small, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "PATIENCE", (0.2, 0.2))
     with serve(small) as served:
         whole = train(small, tmp_path / "whole", "--rollouts", served.url)
     with serve(small) as served:
         served.quirk = Killed(served, 10**9)
-        with pytest.raises(BadInput, match=r"no answer \(.*\), for 0 seconds; .* --resume goes on"):
+        with pytest.raises(BadInput, match=r"no answer \(.*\), for 0 seconds; when it is well, --resume goes"):
             train(small, tmp_path / "run", "--rollouts", served.url, "--save-every", "1")
     with serve(small) as served:
         rows = train(small, tmp_path / "run", "--rollouts", served.url, "--save-every", "1", "--resume")
@@ -288,7 +298,7 @@ def test_a_server_that_stays_away_ends_a_run_that_another_server_can_resume(smal
     (lambda path, *_: (200, PAGE), "expected a vLLM server, such as http://localhost:8000/v1"),
     (lambda path, *_: (404, {"detail": "Not Found"}), "HTTP 404 .*expected a vLLM server"),
     (lambda path, *_: (404, {"detail": "Not Found"}) if "load" in path else None,
-     "can't load the adapter .*VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"),
+     "can't load .*VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"),
     (lambda path, *_: NOT_FOUND if "load" in path else None, r"can't load .*rollouts/slm-.*\(HTTP 404"),
     (lambda path, *_: (500, {"error": {"message": "LoRA rank 16 is greater than max_lora_rank 8"}})
      if "load" in path else None, "greater than max_lora_rank"),

@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from dataclasses import replace
+from operator import sub
 from pathlib import Path
 from statistics import fmean
 from urllib.parse import urlsplit
@@ -30,7 +31,7 @@ CLEAR = 1e-3            # a gap below this is rounding, whatever else fits
 QUESTION = "A baker packs 7 boxes with 12 rolls each. He sells 39 rolls before noon. How many rolls are left?"
 SOLUTION = ("The baker packs 7 * 12 = 84 rolls. After he sells 39 of them, 84 - 39 = 45 rolls are left.\n"
             "Therefore, the answer is \\boxed{45}.")
-DRAWN = Sampling(max_tokens=32)  # the second canary
+DRAWN = 32              # tokens of the second canary
 # The last four stand here because vLLM takes what a request leaves out from generation_config.json.
 FIELDS = {"logprobs": 0, "return_token_ids": True, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
           "repetition_penalty": 1.0}
@@ -50,8 +51,7 @@ class Rollouts:
         self.session.trust_env = urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
         self.run, self.loads, self.worked, self.gone = f"{time.time_ns() >> 20:x}", 0, False, 0
         self.names: dict[str | None, str] = {}  # adapter -> its name on the server; None: the base model
-        self.weights: dict[str, list] = {}      # adapter -> its tensors, as they were written
-        self.earlier: dict[str, dict] = {}      # adapter -> name on the server -> log-probs of the fixed text
+        self.earlier: dict[str, list] = {}      # adapter -> the fixed text's log-probs in earlier steps
         self.told: dict[str, float] = {}        # for metrics.jsonl
         self.room, self.temperature = policy.config.positions, 1.0
         self.endpoint: Endpoint | None = None
@@ -70,19 +70,19 @@ class Rollouts:
         returned. BadInput for a prompt that leaves no room."""
         tokens = self.tokenizer.chat(request.messages) if request.ids is None else request.ids
         given = {words: self.tokenizer.encode(words) for words in request.continuations}
-        room, s = self.room - len(tokens), request.sampling
+        room, s, ticket = self.room - len(tokens), request.sampling, self.tickets
         if room <= max(map(len, given.values()), default=0):
-            raise BadInput(f"request {self.tickets} has a prompt of {len(tokens)} tokens; expected fewer than "
+            raise BadInput(f"request {ticket} has a prompt of {len(tokens)} tokens; expected fewer than "
                            f"{self.room}, what the model and the server hold with the reply")
         name = self.names[request.adapter or lora.active(self.policy)]
         thinking = s.stop_at_box and self.tokenizer.decode(tokens[-8:], False).rstrip().endswith("<think>")
         for words, ids in given.items():
-            self._ask(Row(self.tickets, 0, tokens, len(tokens), 1, s, name, 0, words=words, given=ids))
+            self._ask(Row(ticket, 0, tokens, len(tokens), 1, s, name, 0, words=words, given=ids))
         for i in range(0 if given else request.n):
             own = replace(s, max_tokens=min(s.max_tokens, room), seed=s.seed + i)
-            self._ask(Row(self.tickets, i, tokens, len(tokens), own.max_tokens, own, name, 0, thinking))
+            self._ask(Row(ticket, i, tokens, len(tokens), own.max_tokens, own, name, 0, thinking))
         self.tickets += 1
-        return self.tickets - 1
+        return ticket
 
     def step(self) -> list[tuple[int, int, Reply]]:
         """What landed: (ticket, sample, reply). A server that went away is waited for and asked again;
@@ -103,27 +103,22 @@ class Rollouts:
         return landed
 
     def close(self) -> None:
-        """Forget every request."""
-        if self.endpoint:
-            self.endpoint.close()
-        self.endpoint, self.asked, self.scores = None, {}, {}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-        for adapter in self.weights:
-            self._drop(adapter)
+        """Forget every request. Once no rank has any, the server forgets the adapters."""
+        self._forget()
+        ranks.barrier()
+        for adapter in lora.names(self.policy) if ranks.rank() == 0 else ():
+            with contextlib.suppress(Away):
+                self._call("unload_lora_adapter", {"lora_name": self.names[adapter]})
+            shutil.rmtree(self.folder / self.names[adapter], ignore_errors=True)
 
     # ---- requests and replies ----------------------------------------------------------------------------
 
-    def _open(self, tries: int) -> Endpoint:
+    def _open(self) -> Endpoint:
         fields = FIELDS | {"stop_token_ids": sorted(self.tokenizer.stop_ids)}
-        return Endpoint(self.url, self.names[None], workers=256, tries=tries, fields=fields)
+        return Endpoint(self.url, self.names[None], workers=256, tries=4, fields=fields)
 
     def _ask(self, row: Row) -> None:
-        self.endpoint = self.endpoint or self._open(4)
+        self.endpoint = self.endpoint or self._open()
         request = Request(None, row.sampling, row.adapter, ids=row.tokens + row.given,
                           continuations=(row.words,) if row.given else ())
         self.asked[self.endpoint.submit(request)] = row
@@ -148,44 +143,37 @@ class Rollouts:
         self.gone, rows = self.gone + 1, list(self.asked.values())
         if self.gone > GONE:
             raise BadInput(f"{lost}; it came back {GONE} times and answered nothing")
-        self.close()
+        self._forget()
         self._wait(lost)
         for row in rows:
             self._ask(row)
 
+    def _forget(self) -> None:
+        if self.endpoint:
+            self.endpoint.close()
+        self.endpoint, self.asked = None, {}
+
     # ---- adapters ----------------------------------------------------------------------------------------
 
     def refresh(self, temperature: float) -> None:
-        """Have the server use the adapters as they are now, and check that it does. All ranks call it, with
-        nothing under way, where the weights are whole. temperature: of the run's sampling."""
+        """Have the server load the adapters as they are now, and check that it did. All ranks call it before
+        they sample at this temperature, with whole weights. Each load has a new name: what the server cached
+        for an old one may be stale."""
         self.temperature, wrong = temperature, ""
-        ranks.barrier()
         if ranks.rank() == 0:
+            self.loads += 1
+            for adapter in lora.names(self.policy):
+                self.names[adapter] = f"slm-{self.run}-{adapter}-{self.loads}"
+                lora_files.save(self.policy, self.folder / self.names[adapter], adapter)
             try:
-                self._write()
                 self._wait()
             except BadInput as e:
                 wrong = str(e)
-        self.names, self.room, self.told, wrong = ranks.gather([(self.names, self.room, self.told, wrong)])[0]
+        state = ranks.gather([(self.names, self.room, self.told, wrong)])[0]
+        self.names, self.room, self.told, wrong = state
         if wrong:
             raise BadInput(wrong)
         self.worked = True
-
-    def _write(self) -> None:
-        """Write each adapter that changed, under a new name: what a server cached for a name may be stale."""
-        for adapter in lora.names(self.policy):
-            now = [p.detach().clone() for p in lora.parameters(self.policy, adapter)]
-            if adapter not in self.weights or not all(map(torch.equal, now, self.weights[adapter])):
-                self._drop(adapter)
-                self.loads += 1
-                self.names[adapter], self.weights[adapter] = f"slm-{self.run}-{adapter}-{self.loads}", now
-                lora_files.save(self.policy, self.folder / self.names[adapter], adapter)
-
-    def _drop(self, adapter: str) -> None:
-        if adapter in self.names:
-            with contextlib.suppress(Away):
-                self._call("unload_lora_adapter", {"lora_name": self.names[adapter]})
-            shutil.rmtree(self.folder / self.names[adapter], ignore_errors=True)
 
     def _wait(self, cause: str = "") -> None:
         """Return once the server has all adapters and its canaries are well. BadInput if patience ends."""
@@ -196,56 +184,54 @@ class Rollouts:
                 self._load()
                 return self._check()
             except Away as e:
+                cause = cause or str(e)
                 if time.monotonic() > deadline:
-                    raise BadInput(f"{self.url}: {e}, for {patience:.0f} seconds; when the server is well, "
-                                   "--resume goes on from the last checkpoint") from None
-                cause = cause or f"{self.url}: {e}"
+                    more = "; when it is well, --resume goes on from the last checkpoint" * self.worked
+                    raise BadInput(f"{self.url}: {e}, for {patience:.0f} seconds{more}") from None
             if 1 <= pause < 2:
-                tqdm.write(f"note: {cause}; trying for {patience:.0f} seconds", file=sys.stderr)
+                tqdm.write(f"note: {self.url}: {cause}; trying for {patience:.0f} seconds", file=sys.stderr)
             time.sleep(pause)
             pause = min(2 * pause, 8.0)
 
     def _load(self) -> None:
         """Have the server load what it lacks. Away if it can't: a folder may become visible later."""
-        there = self._models()
-        base = next((row for row in there.values() if not row.get("parent")), {"id": ""})
-        self.names[None] = base["id"]
-        self.room = min(self.policy.config.positions, base.get("max_model_len") or self.room)
-        for name in set(self.names.values()) - set(there):
+        for name in self._missing():
             folder = str(self.folder / name)
             status, said = self._call("load_lora_adapter", {"lora_name": name, "lora_path": folder})
             if status != 200 and "already" not in said:  # another rank was first
-                raise Away(f"can't load the adapter in {folder} (HTTP {status} {said}); vLLM needs to see the "
-                           "folder, --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
+                raise Away(f"can't load {folder} (HTTP {status} {short(said)}); vLLM must see the folder, "
+                           "and needs --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
 
     def _lacks(self) -> str:
         """Why the server can't be asked now, or nothing."""
         try:
-            lacking = set(self.names.values()) - set(self._models())
+            return ", ".join(f"it lost {name}" for name in self._missing())
         except Away as e:
-            return f"{self.url}: {e}"
-        return f"{self.url}: it lost {', '.join(lacking)}" if lacking else ""
+            return str(e)
 
-    def _models(self) -> dict[str, dict]:
-        """What the server has, by name. BadInput if it is no such server."""
+    def _missing(self) -> set[str]:
+        """The adapters that the server lacks. BadInput if it is no such server."""
         status, said = self._call("models")
         if status >= 500:
-            raise Away(f"HTTP {status} {said}")
+            raise Away(f"HTTP {status} {short(said)}")
         try:
-            return {row["id"]: row for row in json.loads(said)["data"]}
-        except (ValueError, KeyError, TypeError):
-            raise BadInput(f"{self.url}/models: HTTP {status} {said!r}; expected a vLLM server, such as "
-                           "http://localhost:8000/v1") from None
+            there = {row["id"]: row for row in json.loads(said)["data"]}
+            base = next(row for row in there.values() if not row.get("parent"))
+        except (ValueError, KeyError, TypeError, StopIteration):
+            raise BadInput(f"{self.url}/models: HTTP {status} {short(said)!r}; expected a vLLM server, such "
+                           "as http://localhost:8000/v1") from None
+        self.names[None] = base["id"]
+        self.room = min(self.policy.config.positions, base.get("max_model_len") or self.room)
+        return set(self.names.values()) - set(there)
 
     def _call(self, path: str, body: dict | None = None) -> tuple[int, str]:
-        """(status, text on one line). Away without an answer."""
+        """(status, body) of the answer. Away without one."""
         try:
             answer = self.session.request("POST" if body else "GET", f"{self.url}/{path}", json=body,
                                           timeout=120, allow_redirects=False)
         except requests.RequestException as e:
             raise Away(f"no answer ({type(e).__name__})") from None
-        text = answer.text if answer.status_code == 200 else answer.text[:300]
-        return answer.status_code, " ".join(text.split())
+        return answer.status_code, answer.text
 
     # ---- canaries ----------------------------------------------------------------------------------------
 
@@ -254,49 +240,47 @@ class Rollouts:
         """Compare the server's log-probs with the trainer's, for each adapter. BadInput if they differ."""
         prompt, gaps, t = self.tokenizer.chat([user(SOLVER(question=QUESTION))]), [], self.temperature
         fixed = (prompt + self.tokenizer.encode(SOLUTION))[:self.room // 2]
+        prompt = prompt[:len(fixed)]
         for adapter in lora.names(self.policy):
-            name, prompt = self.names[adapter], prompt[:len(fixed)]
-            read, drawn = self._answers(
-                Request(ids=fixed, adapter=name, continuations=("",)),
-                Request(ids=prompt, adapter=name, sampling=replace(DRAWN, temperature=t)))
+            name, older = self.names[adapter], self.earlier.setdefault(adapter, [])
+            read = self._answer(Request(ids=fixed, adapter=name, continuations=("",)))
+            drawn = self._answer(Request(None, Sampling(DRAWN, t), name, ids=prompt))
             if len(read.logprobs) < len(fixed) - 1 or not drawn.ids or drawn.prompt_ids != prompt:
-                raise BadInput(f"{self.url}: no ids and log-probs in its answers; expected vLLM 0.10.2 or later")
+                raise BadInput(f"{self.url}: no ids and log-probs in its answers; expected vLLM 0.10.2 or "
+                               "later")
             with lora.use(self.policy, adapter):
                 meant, right, plain = (
                     losses.score(self.policy, [ids], [[0] * start + [1] * (len(ids) - start)], x)[0].tolist()
                     for ids, start, x in ((fixed, 1, 1.0), (prompt + drawn.ids, len(prompt), t),
                                           (prompt + drawn.ids, len(prompt), 1.0)))
-            others = self.earlier.setdefault(adapter, {})
-            gaps += [self._gap(read.logprobs, meant, others.values(), "an earlier adapter"),
+            gaps += [self._gap(read.logprobs, meant, older, "an earlier adapter"),
                      self._gap(drawn.logprobs, right, [plain] if t != 1 else [], "temperature 1, and needs "
                                "--logprobs-mode processed_logprobs", min(1.0, t))]
-            others[name] = meant
+            older.append(meant)
         self.told = {"canary": max(gaps)}
 
     def _gap(self, said, meant, others, what: str, scale: float = 1.0) -> float:
-        """The mean |said - meant|, times scale. BadInput if it is large, or if one of `others` fits better."""
-        gap = distance(said, meant) * scale
-        better = gap > CLEAR and any(distance(said, other) * scale < gap / 2 for other in others)
+        """The mean |said - meant|, times scale. BadInput if that is large, or one of `others` fits better."""
+        gap, *rest = (fmean(map(abs, map(sub, said, x))) * scale for x in (meant, *others))
+        better = gap > CLEAR and min(rest, default=gap) < gap / 2
         if better or gap > BOUND:
-            why = f"those of {what}" if better else "those of another base model or adapter"
-            raise BadInput(f"{self.url}: its log-probs are {gap:.4f} nats a token from the trainer's, like {why}")
+            raise BadInput(f"{self.url}: its log-probs are {gap:.4f} nats a token from the trainer's, like "
+                           f"those of {what if better else 'another base model or adapter'}")
         return gap
 
-    def _answers(self, *wanted: Request) -> list[Reply]:
-        """The replies to a few requests, at once. Away if one has none."""
-        endpoint, replies = self._open(2), {}
+    def _answer(self, request: Request) -> Reply:
+        endpoint = self._open()
         with contextlib.closing(endpoint):
+            endpoint.submit(request)
             try:
-                tickets = [endpoint.submit(request) for request in wanted]
-                while endpoint.pending:
-                    replies |= {ticket: reply for ticket, _, reply in endpoint.step()}
+                while not (landed := endpoint.step()):
+                    pass
             except BadInput as e:
                 raise Away(str(e)) from None
-        error = next((reply.error for reply in replies.values() if reply.error), None)
-        if error:
-            raise Away(error)
-        return [replies[ticket] for ticket in tickets]
+        if landed[0][2].error:
+            raise Away(landed[0][2].error)
+        return landed[0][2]
 
 
-def distance(a: list[float], b: list[float]) -> float:
-    return fmean(abs(x - y) for x, y in zip(a, b))
+def short(text: str) -> str:
+    return " ".join(text.split())[:200]

@@ -39,7 +39,7 @@ class RunDir:
     rows, and its data may have grown. log=False: this process only reads, and saves its part of checkpoints.
     """
 
-    FREE = frozenset({"out", "resume", "save_every", "rollouts"})  # what may differ between a run and its continuation
+    FREE = frozenset({"out", "resume", "save_every", "rollouts"})  # what may differ in its continuation
 
     def __init__(self, path, settings: dict, data: str = "", resume: bool = False, log: bool = True,
                  goes_on: bool = False):
