@@ -5,6 +5,7 @@
     python train_grpo.py --workflow python_tools --adapter ...       trains what agents.py runs
     python train_grpo.py --workflow solver_verifier --credit role --reward own     trains a team
     python train_grpo.py --model Qwen/Qwen2.5-Math-1.5B --adapter DIR --data gsm8k
+    python train_grpo.py --model MODEL --data gsm8k --rollouts URL    samples on a vLLM server
 
 A step is roll_out, give_credit, update_policy. roll_out samples K episodes of each problem and rewards them
 (--reward: 1 for a right box, else -1). give_credit compares each reward with the others of its problem, or of
@@ -504,6 +505,9 @@ def prepare(out, claim, device, dtype, args):
     the reference is the base. A run that goes on without a checkpoint merges again: so it makes the same
     random draws before the new adapter's."""
     merged = args.adapter or checkpoint.is_adapter(checkpoint.resolve(args.model))
+    if merged and args.rollouts:
+        raise BadInput(f"--rollouts: the server can't know {args.adapter or args.model} merged into its "
+                       "model; python -m slm.checkpoint export RUN DIR, serve DIR, and give --model DIR")
     base = str((out / "base").resolve()) if merged else args.model
     made = merged and not (args.resume and any(out.glob(CHECKPOINTS)))
     if made:

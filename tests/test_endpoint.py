@@ -9,11 +9,13 @@ from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from faulty_server import QUIRKS, Faults, first, serve
 
 from slm import BadInput
+from slm.backends import open_backend
 from slm.episode import Request, Sampling, jobs_for, run_episodes
 from slm.problems import load
 from slm.teachers import endpoint
@@ -551,3 +553,80 @@ def test_a_workflow_runs_against_a_server_unchanged():
     with serve() as server:
         episodes = run_episodes(jobs_for(problems, solver), Endpoint(server.url, "perfect"))
     assert all("\\boxed" in e.response for e in episodes)
+
+
+# ---- token ids and log-probs -----------------------------------------------------------------------------
+
+TOLD = [("hi", 5, -0.5), ("!", 6, -0.25), ("<end>", 2, -0.125)]  # token, id, log-prob
+CONTENT = [{"token": token, "logprob": logprob, "bytes": list(token.encode())} for token, _, logprob in TOLD]
+IDS = [i for _, i, _ in TOLD]
+
+
+@pytest.mark.parametrize("choice, top, prompt", [
+    ({"logprobs": {"content": CONTENT}, "token_ids": IDS}, {"prompt_token_ids": [1, 7]}, [1, 7]),  # vLLM
+    ({"logprobs": {"content": CONTENT}, "token_ids": IDS, "prompt_token_ids": [1, 7]}, {}, [1, 7]),  # SGLang
+    ({"logprobs": {"content": [c | {"id": i} for c, i in zip(CONTENT, IDS)]}}, {}, []),  # llama.cpp
+], ids=["vllm", "sglang", "llama.cpp"])
+def test_a_reply_has_the_ids_and_log_probs_that_the_server_gives(choice, top, prompt):
+    answer = lambda *_: (200, {**top, "choices": [{"message": {"content": "hi!"}, **choice}]})
+    with scripted(answer) as (url, seen):
+        fields = {"logprobs": True, "return_token_ids": True}
+        reply, = collect(quick(url, fields=fields), ask(temperature=0.7))
+    assert (reply.text, reply.ids, reply.logprobs) == ("hi!", IDS, [-0.5, -0.25, -0.125])
+    assert reply.prompt_ids == prompt
+    assert fields.items() <= seen[0][1].items() and reply.tokens_out == 3
+
+
+@pytest.mark.parametrize("choice", [{}, {"logprobs": None}, {"logprobs": {"content": CONTENT}},
+                                    {"logprobs": {"content": CONTENT[:1]}, "token_ids": IDS},
+                                    {"logprobs": {"content": "x"}, "token_ids": IDS}])
+def test_without_both_a_reply_has_neither(choice):
+    answer = lambda *_: (200, {"choices": [{"message": {"content": "hi!"}, **choice}]})
+    with scripted(answer) as (url, _):
+        reply, = collect(quick(url), ask())
+    assert (reply.text, reply.ids, reply.logprobs, reply.prompt_ids) == ("hi!", [], [], [])
+
+
+def test_a_server_that_knows_no_token_ids_is_asked_without_them():
+    def answer(number, body, headers):
+        if "return_token_ids" in body:
+            return 400, {"error": {"message": "Unrecognized request argument supplied: return_token_ids"}}
+        return chat()
+    with scripted(answer) as (url, seen):
+        replies = collect(quick(url, workers=1, fields={"return_token_ids": True}), ask(n=3))
+    assert [r.text for r in replies] == ["hi"] * 3 and len(seen) == 4
+
+
+def test_token_ids_go_out_as_they_are_and_a_reply_of_the_stop_token_alone_is_one():
+    choice = {"text": "", "finish_reason": "stop", "token_ids": [2], "prompt_token_ids": [5, 6],
+              "logprobs": {"token_logprobs": [-0.5]}}
+    with scripted(lambda *_: (200, {"choices": [choice]})) as (url, seen):
+        reply, = collect(quick(url), Request(None, Sampling(9, 0.7, seed=4), "the-adapter", ids=[5, 6]))
+    _, body, _, path = seen[0]
+    assert path == "/v1/completions" and body == {"model": "the-adapter", "prompt": [5, 6], "max_tokens": 9,
+                                                  "temperature": 0.7, "seed": 4}
+    assert (reply.ids, reply.logprobs, reply.prompt_ids, reply.finish) == ([2], [-0.5], [5, 6], "stop")
+
+
+def test_given_ids_are_scored_from_the_second_on():
+    choice = {"text": "x", "finish_reason": "length", "prompt_token_ids": [5, 6, 7], "prompt_logprobs": [
+        None, {"6": {"logprob": -0.5, "rank": 2}, "9": {"logprob": -0.25}}, {"7": {"logprob": -1.5}}]}
+    with scripted(lambda *_: (200, {"choices": [choice]})) as (url, seen):
+        reply, = collect(quick(url), Request(ids=[5, 6, 7], continuations=("any",)))
+    assert reply.logprobs == [-0.5, -1.5] and reply.ids == []
+    assert seen[0][1]["prompt_logprobs"] == 0 and seen[0][1]["max_tokens"] == 1
+
+
+@pytest.mark.parametrize("text, kept", [("so \\boxed{4}.\n", True), ("so \\boxed{4}.\nAnd on", False)])
+def test_a_reply_that_is_cut_after_its_box_has_no_ids_that_its_text_lacks(text, kept):
+    answer = lambda *_: (200, {"choices": [{"message": {"content": text}, "token_ids": IDS,
+                                            "logprobs": {"content": CONTENT}}]})
+    with scripted(answer) as (url, _):
+        reply, = collect(quick(url), ask(stop_at_box=True))
+    assert (reply.finish, reply.text.strip(), reply.ids) == ("box", "so \\boxed{4}.", IDS if kept else [])
+
+
+def test_evaluations_ask_a_server_for_token_ids():
+    options = SimpleNamespace(endpoint="http://localhost:1/v1", model="m", key_env=None)
+    endpoint, _ = open_backend(options)
+    assert endpoint.body(ask()).items() >= {"logprobs": True, "return_token_ids": True}.items()

@@ -16,6 +16,7 @@ from test_train_grpo import odd, train, untimed
 import train_grpo
 from slm import BadInput, checkpoint, lora, losses, rewards
 from slm.episode import Request, Sampling, jobs_for, run_episodes, user
+from slm.formats import lora_files
 from slm.problems import load
 from slm.prompts import SOLVER
 from slm.rollouts import Rollouts, remote
@@ -287,7 +288,7 @@ def test_a_server_that_stays_away_ends_a_run_that_another_can_resume(small, tmp_
         whole = train(small, tmp_path / "whole", "--rollouts", served.url)
     with serve(small) as served:
         served.quirk = Killed(served, 10**9)
-        with pytest.raises(BadInput, match=r"no answer \(.*\), for 0 seconds; when it is well, --resume goes"):
+        with pytest.raises(BadInput, match=r"no answer \(.*\), for 0 seconds; when it is well, --resume"):
             train(small, tmp_path / "run", "--rollouts", served.url, "--save-every", "1")
     with serve(small) as served:
         rows = train(small, tmp_path / "run", "--rollouts", served.url, "--save-every", "1", "--resume")
@@ -309,3 +310,12 @@ def test_a_server_that_can_not_do_it_ends_the_run_in_one_sentence(small, tmp_pat
         with pytest.raises(BadInput, match=words) as e:
             train(small, tmp_path / "run", "--rollouts", served.url)
     assert str(e.value).startswith(served.url) and "\n" not in str(e.value)
+
+
+def test_an_adapter_that_would_be_merged_is_refused_before_the_run_begins(small, tmp_path):
+    model, _ = policy(small)
+    lora_files.save(model, tmp_path / "sft", base=small)
+    for words in (("--adapter", str(tmp_path / "sft")), ("--model", str(tmp_path / "sft"))):
+        with pytest.raises(BadInput, match=r"^--rollouts: the server can't know .*/sft merged .* serve DIR"):
+            train(small, tmp_path / "run", "--rollouts", "http://localhost:1/v1", *words)
+    assert not (tmp_path / "run").exists()

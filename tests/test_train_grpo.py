@@ -132,7 +132,7 @@ def test_an_sft_adapter_is_merged_and_the_reference_is_the_merged_model(small, t
     ids, masks = [[5, 6, 7, 8, 9]], [[0, 1, 1, 1, 1]]
     expected = losses.score(model, ids, masks)[0]
     args = SimpleNamespace(model=small, adapter=str(tmp_path / "sft"), resume=False, recompute=False, rank=4,
-                           alpha=8, targets="qv", adapters="shared", roles=None)
+                           rollouts=None, alpha=8, targets="qv", adapters="shared", roles=None)
     policy, _, base, _ = train_grpo.prepare(tmp_path / "run", Path, torch.device("cpu"), torch.float32, args)
     assert "merged" in capsys.readouterr().out
     with lora.off(policy):

@@ -1,7 +1,6 @@
 """A vLLM server behind the Sampler's protocol; it answers with the adapters that are being trained."""
 
 import contextlib
-import json
 import shutil
 import sys
 import time
@@ -9,7 +8,6 @@ from dataclasses import replace
 from operator import sub
 from pathlib import Path
 from statistics import fmean
-from urllib.parse import urlsplit
 
 import requests
 import torch
@@ -21,18 +19,17 @@ from slm.formats import lora_files
 from slm.prompts import SOLVER
 from slm.runs import ranks
 from slm.sampling import Endings, Row
-from slm.teachers import Endpoint
+from slm.teachers import Endpoint, open_session, told_tokens
 
 PATIENCE = 60.0, 600.0  # seconds that a server may fail before it has worked once, and after
-PAUSE = 0.25            # seconds before the next look; doubled after each
+PAUSE = 0.25            # seconds to the next try; doubled after each
 GONE = 3                # times in a row that it may come back and go away again without an answer
 BOUND = 0.15            # nats a token that rounding may put between the server's log-probs and the trainer's
-CLEAR = 1e-3            # a gap below this is rounding, whatever else fits
+CLEAR = 1e-3            # a smaller gap is rounding, whatever fits better
 QUESTION = "A baker packs 7 boxes with 12 rolls each. He sells 39 rolls before noon. How many rolls are left?"
-SOLUTION = ("The baker packs 7 * 12 = 84 rolls. After he sells 39 of them, 84 - 39 = 45 rolls are left.\n"
-            "Therefore, the answer is \\boxed{45}.")
+SOLUTION = "He packs 7 * 12 = 84 rolls. Then 84 - 39 = 45 rolls are left.\nThe answer is \\boxed{45}."
 DRAWN = 32              # tokens of the second canary
-# The last four stand here because vLLM takes what a request leaves out from generation_config.json.
+# vLLM takes what a request leaves out from the model's generation_config.json, a repetition penalty for one.
 FIELDS = {"logprobs": 0, "return_token_ids": True, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
           "repetition_penalty": 1.0}
 
@@ -47,19 +44,15 @@ class Rollouts:
 
     def __init__(self, policy, tokenizer, url: str, folder: str | Path):
         self.policy, self.tokenizer, self.endings = policy, tokenizer, Endings(tokenizer)
-        self.url, self.folder, self.session = url.rstrip("/"), Path(folder).resolve(), requests.Session()
-        self.session.trust_env = urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
-        self.run, self.loads, self.worked, self.gone = f"{time.time_ns() >> 20:x}", 0, False, 0
-        self.names: dict[str | None, str] = {}  # adapter -> its name on the server; None: the base model
-        self.earlier: dict[str, list] = {}      # adapter -> the fixed text's log-probs in earlier steps
-        self.told: dict[str, float] = {}        # for metrics.jsonl
-        self.room, self.temperature = policy.config.positions, 1.0
+        self.url, self.folder, self.run = url.rstrip("/"), Path(folder).resolve(), f"{time.time_ns() >> 20:x}"
+        self.room, self.temperature, self.worked = policy.config.positions, 1.0, False
+        self.names: dict[str | None, str] = {}    # adapter -> its name on the server; None: the base model
+        self.earlier: dict[str, list] = {}        # adapter -> the fixed text's log-probs in earlier steps
+        self.told: dict[str, float] = {}          # for metrics.jsonl
         self.endpoint: Endpoint | None = None
-        self.asked: dict[int, Row] = {}         # the endpoint's ticket -> the reply under way
-        self.scores: dict[int, dict] = {}       # our ticket -> continuation -> its score
-        self.tickets = 0
-
-    # ---- the Sampler's protocol --------------------------------------------------------------------------
+        self.asked: dict[int, Row] = {}           # the endpoint's ticket -> the reply under way
+        self.scores: dict[int, dict] = {}         # our ticket -> continuation -> its score
+        self.tickets = self.loads = self.gone = 0
 
     @property
     def pending(self) -> bool:
@@ -90,16 +83,17 @@ class Rollouts:
         found, lost, landed = [], "", []
         try:
             found = self.endpoint.step() if self.asked else []
-        except BadInput as e:
+            if any(reply.error for *_, reply in found) and self._missing():
+                lost = "it has lost adapters"
+        except (Away, BadInput) as e:
             lost = str(e)
         for key, _, reply in found:
-            lost = lost or (self._lacks() if reply.error else "")
             if key in self.asked and not (lost and reply.error):
                 row = self.asked.pop(key)
                 landed += [(row.ticket, row.sample, r) for r in self._replies(row, reply)]
-        self.gone = 0 if landed else self.gone
+        self.gone = (0 if landed else self.gone) + bool(lost)
         if lost:
-            self._return(lost)
+            self._ask_again(lost)
         return landed
 
     def close(self) -> None:
@@ -110,8 +104,6 @@ class Rollouts:
             with contextlib.suppress(Away):
                 self._call("unload_lora_adapter", {"lora_name": self.names[adapter]})
             shutil.rmtree(self.folder / self.names[adapter], ignore_errors=True)
-
-    # ---- requests and replies ----------------------------------------------------------------------------
 
     def _open(self) -> Endpoint:
         fields = FIELDS | {"stop_token_ids": sorted(self.tokenizer.stop_ids)}
@@ -138,11 +130,11 @@ class Rollouts:
         text = self.endings.text(ids, finish, row.sampling)
         return [Reply(text, ids, found.logprobs[:count], finish, row.tokens)]
 
-    def _return(self, lost: str) -> None:
+    def _ask_again(self, lost: str) -> None:
         """Wait until the server is back, and ask for all that was under way."""
-        self.gone, rows = self.gone + 1, list(self.asked.values())
         if self.gone > GONE:
-            raise BadInput(f"{lost}; it came back {GONE} times and answered nothing")
+            raise BadInput(f"{self.url}: {lost}; it came back {GONE} times and answered nothing")
+        rows = list(self.asked.values())
         self._forget()
         self._wait(lost)
         for row in rows:
@@ -152,8 +144,6 @@ class Rollouts:
         if self.endpoint:
             self.endpoint.close()
         self.endpoint, self.asked = None, {}
-
-    # ---- adapters ----------------------------------------------------------------------------------------
 
     def refresh(self, temperature: float) -> None:
         """Have the server load the adapters as they are now, and check that it did. All ranks call it before
@@ -198,42 +188,36 @@ class Rollouts:
         for name in self._missing():
             folder = str(self.folder / name)
             status, said = self._call("load_lora_adapter", {"lora_name": name, "lora_path": folder})
-            if status != 200 and "already" not in said:  # another rank was first
-                raise Away(f"can't load {folder} (HTTP {status} {short(said)}); vLLM must see the folder, "
-                           "and needs --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
-
-    def _lacks(self) -> str:
-        """Why the server can't be asked now, or nothing."""
-        try:
-            return ", ".join(f"it lost {name}" for name in self._missing())
-        except Away as e:
-            return str(e)
+            if status != 200 and "already" not in str(said):  # another rank was first
+                raise Away(f"can't load {folder} (HTTP {status} {said}); vLLM must see the folder, and needs "
+                           "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
 
     def _missing(self) -> set[str]:
         """The adapters that the server lacks. BadInput if it is no such server."""
         status, said = self._call("models")
         if status >= 500:
-            raise Away(f"HTTP {status} {short(said)}")
+            raise Away(f"HTTP {status} {said}")
         try:
-            there = {row["id"]: row for row in json.loads(said)["data"]}
+            there = {row["id"]: row for row in said["data"]}
             base = next(row for row in there.values() if not row.get("parent"))
-        except (ValueError, KeyError, TypeError, StopIteration):
-            raise BadInput(f"{self.url}/models: HTTP {status} {short(said)!r}; expected a vLLM server, such "
-                           "as http://localhost:8000/v1") from None
+        except (KeyError, TypeError, StopIteration):
+            raise BadInput(f"{self.url}/models: HTTP {status} {said}; expected a vLLM server, such as "
+                           "http://localhost:8000/v1") from None
         self.names[None] = base["id"]
         self.room = min(self.policy.config.positions, base.get("max_model_len") or self.room)
         return set(self.names.values()) - set(there)
 
-    def _call(self, path: str, body: dict | None = None) -> tuple[int, str]:
-        """(status, body) of the answer. Away without one."""
+    def _call(self, path: str, body: dict | None = None):
+        """(status, JSON or the beginning of a text) of the answer. Away without one."""
         try:
-            answer = self.session.request("POST" if body else "GET", f"{self.url}/{path}", json=body,
-                                          timeout=120, allow_redirects=False)
+            with open_session(self.url) as session:
+                answer = session.request("POST" if body else "GET", f"{self.url}/{path}", json=body,
+                                         timeout=120, allow_redirects=False)
         except requests.RequestException as e:
             raise Away(f"no answer ({type(e).__name__})") from None
-        return answer.status_code, answer.text
-
-    # ---- canaries ----------------------------------------------------------------------------------------
+        with contextlib.suppress(ValueError):
+            return answer.status_code, answer.json()
+        return answer.status_code, " ".join(answer.text.split())[:200]
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -243,21 +227,27 @@ class Rollouts:
         prompt = prompt[:len(fixed)]
         for adapter in lora.names(self.policy):
             name, older = self.names[adapter], self.earlier.setdefault(adapter, [])
-            read = self._answer(Request(ids=fixed, adapter=name, continuations=("",)))
-            drawn = self._answer(Request(None, Sampling(DRAWN, t), name, ids=prompt))
-            if len(read.logprobs) < len(fixed) - 1 or not drawn.ids or drawn.prompt_ids != prompt:
-                raise BadInput(f"{self.url}: no ids and log-probs in its answers; expected vLLM 0.10.2 or "
-                               "later")
+            _, read = self._canary(Request(ids=fixed, adapter=name, continuations=("",)))
+            ids, drawn = self._canary(Request(None, Sampling(DRAWN, t), name, ids=prompt))
             with lora.use(self.policy, adapter):
                 meant, right, plain = (
-                    losses.score(self.policy, [ids], [[0] * start + [1] * (len(ids) - start)], x)[0].tolist()
-                    for ids, start, x in ((fixed, 1, 1.0), (prompt + drawn.ids, len(prompt), t),
-                                          (prompt + drawn.ids, len(prompt), 1.0)))
-            gaps += [self._gap(read.logprobs, meant, older, "an earlier adapter"),
-                     self._gap(drawn.logprobs, right, [plain] if t != 1 else [], "temperature 1, and needs "
+                    losses.score(self.policy, [x], [[0] * start + [1] * (len(x) - start)], heat)[0].tolist()
+                    for x, start, heat in ((fixed, 1, 1.0), (ids, len(prompt), t), (ids, len(prompt), 1.0)))
+            gaps += [self._gap(read, meant, older, "an earlier adapter"),
+                     self._gap(drawn, right, [plain] if t != 1 else [], "temperature 1, and needs "
                                "--logprobs-mode processed_logprobs", min(1.0, t))]
             older.append(meant)
         self.told = {"canary": max(gaps)}
+
+    def _canary(self, request: Request) -> tuple[list[int], list[float]]:
+        """(all ids, log-probs of those given or drawn) of one request."""
+        status, said = self._call("completions", self._open().body(request))
+        if status != 200:
+            raise Away(f"HTTP {status} {said}")
+        told = told_tokens(said)
+        if told.get("prompt_ids") != request.ids:
+            raise BadInput(f"{self.url}: no ids and log-probs in its answers; expected vLLM 0.10.2 or later")
+        return request.ids + told.get("ids", []), told["logprobs"]
 
     def _gap(self, said, meant, others, what: str, scale: float = 1.0) -> float:
         """The mean |said - meant|, times scale. BadInput if that is large, or one of `others` fits better."""
@@ -267,20 +257,3 @@ class Rollouts:
             raise BadInput(f"{self.url}: its log-probs are {gap:.4f} nats a token from the trainer's, like "
                            f"those of {what if better else 'another base model or adapter'}")
         return gap
-
-    def _answer(self, request: Request) -> Reply:
-        endpoint = self._open()
-        with contextlib.closing(endpoint):
-            endpoint.submit(request)
-            try:
-                while not (landed := endpoint.step()):
-                    pass
-            except BadInput as e:
-                raise Away(str(e)) from None
-        if landed[0][2].error:
-            raise Away(landed[0][2].error)
-        return landed[0][2]
-
-
-def short(text: str) -> str:
-    return " ".join(text.split())[:200]

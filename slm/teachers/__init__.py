@@ -11,6 +11,6 @@ records.jsonl and rejected.jsonl, so a killed run goes on where it was. Imports 
 """
 
 from slm.teachers import cascade, records
-from slm.teachers.endpoint import Endpoint
+from slm.teachers.endpoint import Endpoint, open_session, told_tokens
 
-__all__ = ["Endpoint", "cascade", "records"]
+__all__ = ["Endpoint", "cascade", "open_session", "records", "told_tokens"]

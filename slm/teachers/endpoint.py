@@ -107,6 +107,15 @@ CONNECTIONS = {"http": type("Plain", (HTTPConnection,), {"response_class": _Resp
                "https": type("Encrypted", (HTTPSConnection,), {"response_class": _Response})}
 
 
+def open_session(url: str) -> requests.Session:
+    """An HTTP session. A server on this machine is not looked for behind a proxy."""
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, _Adapter())
+    session.trust_env = urlsplit(url).hostname not in ("localhost", "127.0.0.1", "::1")
+    return session
+
+
 class Limiter:
     """Requests and tokens a minute, shared by all workers: each start books the next free moment.
 
@@ -218,10 +227,7 @@ class Endpoint:
     # ---- a worker ----------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        with requests.Session() as session:
-            for scheme in ("http://", "https://"):
-                session.mount(scheme, _Adapter())
-            session.trust_env = urlsplit(self.url).hostname not in ("localhost", "127.0.0.1", "::1")
+        with open_session(self.url) as session:
             while job := self._jobs.get():
                 ticket, sample, request = job
                 reply = self._answer(session, self.body(request, sample))
@@ -419,7 +425,7 @@ def read(data) -> Reply:
         tokens = _tokens(data.get("usage"))
         choice = data["choices"][0]
         message = {"content": choice["text"]} if "text" in choice else choice["message"]
-        reason, told = choice.get("finish_reason", "stop"), told_tokens(data, choice)
+        reason, told = choice.get("finish_reason", "stop"), told_tokens(data)
         text, thinking = _written(message.get("content"))
         thinking += "".join(_written(message.get("reasoning_content") or message.get("reasoning")))
         word = "refused" if message.get("refusal") else str(reason).lower()
@@ -438,10 +444,11 @@ def read(data) -> Reply:
                  scores=first_tokens(choice), **told)
 
 
-def told_tokens(data: dict, choice: dict) -> dict:
-    """prompt_ids, ids and logprobs of a Reply if a server gives both of these; or, where the log-probs of a
-    prompt were asked for, the prompt_ids and theirs."""
-    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+def told_tokens(data) -> dict:
+    """prompt_ids, ids and logprobs of a Reply if the JSON of a response has both of these; or, where the
+    log-probs of a prompt were asked for, the prompt_ids and theirs. Else nothing."""
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, IndexError):
+        choice = data["choices"][0]
         prompt = list(choice.get("prompt_token_ids") or data.get("prompt_token_ids") or [])
         if given := choice.get("prompt_logprobs"):
             pairs = zip(prompt[1:], given[1:], strict=True)
