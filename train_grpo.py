@@ -252,7 +252,7 @@ def roll_out(batch, spare, step, policy, workflow, sampler, sandbox, seconds, ar
     rules = rewards.rules_of(args, step)
     wanted, groups, replaced = range(ranks.rank(), len(batch), ranks.world()), {}, []
     with ranks.whole(policy):
-        if args.rollouts:
+        if isinstance(sampler, Rollouts):
             with timed(seconds, "generate"):
                 sampler.refresh(args.temperature)
         for turn in range(args.resample + 1):
@@ -425,7 +425,7 @@ def evaluate(held_out, workflow, policy, sampler, sandbox, args) -> dict:
     own = held_out[ranks.rank()::ranks.world()]
     sampling = Sampling(args.max_tokens, stop_at_box=True, step_rule=args.step_rule)
     with ranks.whole(policy):
-        if args.rollouts:
+        if isinstance(sampler, Rollouts):
             sampler.refresh(args.temperature)
         episodes = run_episodes(jobs_for(own, workflow), sampler, sandbox, sampling=sampling, seed=args.seed,
                                 adapters=by_role(policy))
