@@ -85,10 +85,10 @@ def test_replies_of_a_server_are_those_of_our_own_sampler(tmp_path):
         (-logp.mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
-    requests = [Request(question, Sampling(60, stop_at_box=True)), Request(question, Sampling(60)),
-                Request(question, Sampling(5)), Request(question, Sampling(60, 0.7, seed=3), n=3),
-                Request(question, Sampling(60, stop=("\n",), keep_stop=True)),
-                Request(question, Sampling(60, stop=(".",))),
+    requests = [Request(question, Sampling(40, stop_at_box=True)), Request(question, Sampling(40)),
+                Request(question, Sampling(5)), Request(question, Sampling(40, 0.7, seed=3), n=3),
+                Request(question, Sampling(40, stop=("\n",), keep_stop=True)),
+                Request(question, Sampling(40, stop=(".",))),
                 Request(question, continuations=("Yes", "No, it is not"))]
     with opened(model, tokenizer, tmp_path) as (served, rollouts):
         rollouts.refresh(0.7)
@@ -97,12 +97,12 @@ def test_replies_of_a_server_are_those_of_our_own_sampler(tmp_path):
             reply.finish for reply in ours}
         for a, b in zip(ours, theirs):
             alike(a, b)
-        talk = Request([*question, theirs[1].message(), user("And twice that?")], Sampling(20))
+        talk = Request([*question, theirs[1].message(), user("And twice that?")], Sampling(9))
         alike(*collect(Sampler(model, tokenizer), [talk]), *collect(rollouts, [talk]))
         before = theirs[1].prompt_ids + theirs[1].ids
         assert served.of("completions")[-1]["prompt"][:len(before)] == before
-        told = load("tiny", "test", 6)
-        a, b = (run_episodes(jobs_for(told, solver), backend, sampling=Sampling(60, stop_at_box=True))
+        told = load("tiny", "test", 2)
+        a, b = (run_episodes(jobs_for(told, solver), backend, sampling=Sampling(40, stop_at_box=True))
                 for backend in (Sampler(model, tokenizer), rollouts))
         assert [(e.answer, *(r.ids for r in e.records())) for e in a] == [
             (e.answer, *(r.ids for r in e.records())) for e in b]
@@ -157,16 +157,17 @@ def close(a, b):
 
 
 def test_a_run_on_a_server_takes_the_same_steps_and_leaves_the_server_as_it_was(small, tmp_path):
-    whole = train(small, tmp_path / "own", "--evaluate", "3", "--kl", "0.1")
+    whole = train(small, tmp_path / "own", "--evaluate", "3", "--kl", "0.1", steps=2)
     with serve(small) as served:
-        rows = train(small, tmp_path / "run", "--rollouts", served.url, "--evaluate", "3", "--kl", "0.1")
+        words = "--rollouts", served.url, "--evaluate", "3", "--kl", "0.1"
+        rows = train(small, tmp_path / "run", *words, steps=2)
     close(metrics(whole), metrics(rows))
     assert all(row["canary"] < 1e-5 and row["dlogp_max"] < 1e-4 for row in rows if row["step"])
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())["settings"]
     assert settings["importance_cap"] == 2 and settings["rollouts"] == served.url
     assert not served.loaded and not any((tmp_path / "run" / "rollouts").iterdir())
     loads = [body["lora_name"] for body in served.of("load_lora_adapter")]
-    assert len(loads) == len(set(loads)) == 4 + 5  # one before each sampling, one before each evaluation
+    assert len(loads) == len(set(loads)) == 2 + 3  # before each sampling and each evaluation
     assert [body["lora_name"] for body in served.of("unload_lora_adapter")] == loads
     a, b = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("own", "run"))
     assert all((a[k] - b[k]).norm() < 1e-3 * a[k].norm() for k in a)
@@ -181,6 +182,7 @@ def test_the_gradient_is_weighted_by_the_servers_log_probs(small, tmp_path):
     assert rows[0]["grad_norm"] == pytest.approx(1.10517 * plain[0]["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_two_ranks_on_a_server_take_the_same_steps_as_one(small, tmp_path):
     words = ["--data", "tiny", "--limit", "12", "--batch", "3", "--samples", "4", "--steps", "2", "--device",
              "cpu", "--max-tokens", "9", "--evaluate", "2", "--model", small, "--reward", "correct:0,random"]
@@ -274,10 +276,10 @@ class Killed:
 
 def test_a_server_killed_and_started_again_in_the_middle_changes_nothing(small, tmp_path, capsys):
     with serve(small) as served:
-        whole = train(small, tmp_path / "whole", "--rollouts", served.url, steps=3)
+        whole = train(small, tmp_path / "whole", "--rollouts", served.url, steps=2)
         served.bodies = []
         served.quirk = Killed(served, 25)
-        close(metrics(whole), metrics(train(small, tmp_path / "run", "--rollouts", served.url, steps=3)))
+        close(metrics(whole), metrics(train(small, tmp_path / "run", "--rollouts", served.url, steps=2)))
         assert served.quirk.left == 0
     assert "connection reset" in capsys.readouterr().err
 
@@ -285,13 +287,14 @@ def test_a_server_killed_and_started_again_in_the_middle_changes_nothing(small, 
 def test_a_server_that_stays_away_ends_a_run_that_another_can_resume(small, tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "PATIENCE", (0.2, 0.2))
     with serve(small) as served:
-        whole = train(small, tmp_path / "whole", "--rollouts", served.url)
+        whole = train(small, tmp_path / "whole", "--rollouts", served.url, steps=2)
     with serve(small) as served:
         served.quirk = Killed(served, 10**9)
         with pytest.raises(BadInput, match=r"no answer \(.*\), for 0 seconds; when it is well, --resume"):
-            train(small, tmp_path / "run", "--rollouts", served.url, "--save-every", "1")
+            train(small, tmp_path / "run", "--rollouts", served.url, "--save-every", "1", steps=2)
     with serve(small) as served:
-        rows = train(small, tmp_path / "run", "--rollouts", served.url, "--save-every", "1", "--resume")
+        words = "--rollouts", served.url, "--save-every", "1", "--resume"
+        rows = train(small, tmp_path / "run", *words, steps=2)
     close(metrics(whole), metrics(rows))
 
 
