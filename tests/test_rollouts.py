@@ -322,3 +322,25 @@ def test_an_adapter_that_would_be_merged_is_refused_before_the_run_begins(small,
         with pytest.raises(BadInput, match=r"^--rollouts: the server can't know .*/sft merged .* serve DIR"):
             train(small, tmp_path / "run", "--rollouts", "http://localhost:1/v1", *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sample_or_a_score_that_fails_takes_no_other_with_it(tmp_path):
+    model, tokenizer = policy()
+    short, longer = [user("2 + 2?")], [user("3 + 3 + 3?")]
+    wanted = [Request(short, Sampling(4, 1.0, seed=10), n=3), Request(short, continuations=("Yes", "No")),
+              Request(longer, continuations=("Yes", "No"))]
+    refused = tokenizer.chat(longer) + tokenizer.encode("No")
+
+    def quirk(path, body, count):
+        if body.get("seed") == 11:
+            return RESET
+        if body.get("seed") == 12 or body.get("prompt") == refused:  # without log-probs it is no reply
+            return 200, {"choices": [{"text": "hi", "finish_reason": "stop"}]}
+
+    with opened(model, tokenizer, tmp_path) as (served, rollouts):
+        rollouts.refresh(1.0)
+        served.quirk = quirk
+        one, two, three, *scored = collect(rollouts, wanted)
+    assert [bool(reply.error) for reply in (one, two, three)] == [False, True, True] and len(one.ids) == 4
+    assert [bool(reply.error) for reply in scored] == [False, True]
+    assert scored[0].scores.keys() == {"Yes", "No"}

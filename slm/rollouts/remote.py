@@ -117,9 +117,10 @@ class Rollouts:
 
     def _replies(self, row: Row, found: Reply) -> list[Reply]:
         """The reply as the Sampler would have given it; none as long as other scores of the request lack."""
-        if found.error:
-            self.asked = {key: other for key, other in self.asked.items() if other.ticket != row.ticket}
-            return [Reply("", finish="error", prompt_ids=row.tokens, error=found.error)]
+        error = found.error or ("" if found.logprobs else "no log-probs in the answer")
+        if error:
+            self.asked = {key: x for key, x in self.asked.items() if x.ticket != row.ticket or not x.given}
+            return [Reply("", finish="error", prompt_ids=row.tokens, error=error)]
         if row.given:
             scores = self.scores.setdefault(row.ticket, {})
             scores[row.words] = sum(found.logprobs[-len(row.given):])
