@@ -344,3 +344,11 @@ def test_a_sample_or_a_score_that_fails_takes_no_other_with_it(tmp_path):
     assert [bool(reply.error) for reply in (one, two, three)] == [False, True, True] and len(one.ids) == 4
     assert [bool(reply.error) for reply in scored] == [False, True]
     assert scored[0].scores.keys() == {"Yes", "No"}
+
+
+def test_a_server_that_is_well_but_answers_nothing_ends_the_run(small, tmp_path):
+    def quirk(path, body, count):
+        return (500, PAGE) if path == "completions" and body["seed"] else None  # canaries have seed 0
+    with serve(small, quirk=quirk) as served:
+        with pytest.raises(BadInput, match="HTTP 500 .*; it came back 3 times and answered nothing"):
+            train(small, tmp_path / "run", "--rollouts", served.url)

@@ -84,7 +84,7 @@ class Rollouts:
         try:
             found = self.endpoint.step() if self.asked else []
             if any(reply.error for *_, reply in found) and self._missing():
-                lost = "it has lost adapters"
+                lost = f"{self.url}: it has lost adapters"
         except (Away, BadInput) as e:
             lost = str(e)
         for key, _, reply in found:
@@ -134,7 +134,7 @@ class Rollouts:
     def _ask_again(self, lost: str) -> None:
         """Wait until the server is back, and ask for all that was under way."""
         if self.gone > GONE:
-            raise BadInput(f"{self.url}: {lost}; it came back {GONE} times and answered nothing")
+            raise BadInput(f"{lost}; it came back {GONE} times and answered nothing")
         rows = list(self.asked.values())
         self._forget()
         self._wait(lost)
@@ -175,12 +175,12 @@ class Rollouts:
                 self._load()
                 return self._check()
             except Away as e:
-                cause = cause or str(e)
+                cause = cause or f"{self.url}: {e}"
                 if time.monotonic() > deadline:
                     more = "; when it is well, --resume goes on from the last checkpoint" * self.worked
                     raise BadInput(f"{self.url}: {e}, for {patience:.0f} seconds{more}") from None
             if 1 <= pause < 2:
-                tqdm.write(f"note: {self.url}: {cause}; trying for {patience:.0f} seconds", file=sys.stderr)
+                tqdm.write(f"note: {cause}; trying for {patience:.0f} seconds", file=sys.stderr)
             time.sleep(pause)
             pause = min(2 * pause, 8.0)
 
