@@ -350,5 +350,5 @@ def test_a_server_that_is_well_but_answers_nothing_ends_the_run(small, tmp_path)
     def quirk(path, body, count):
         return (500, PAGE) if path == "completions" and body["seed"] else None  # canaries have seed 0
     with serve(small, quirk=quirk) as served:
-        with pytest.raises(BadInput, match="HTTP 500 .*; it came back 3 times and answered nothing"):
+        with pytest.raises(BadInput, match=r"HTTP 500 .*; it came back 3 times and answered nothing"):
             train(small, tmp_path / "run", "--rollouts", served.url)

@@ -91,7 +91,7 @@ class Rollouts:
             if key in self.asked and not (lost and reply.error):
                 row = self.asked.pop(key)
                 landed += [(row.ticket, row.sample, r) for r in self._replies(row, reply)]
-        self.gone = (0 if landed else self.gone) + bool(lost)
+        self.gone = (self.gone if all(reply.error for *_, reply in landed) else 0) + bool(lost)
         if lost:
             self._ask_again(lost)
         return landed
