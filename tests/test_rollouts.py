@@ -290,7 +290,7 @@ def test_a_server_that_stays_away_ends_a_run_that_another_can_resume(small, tmp_
         whole = train(small, tmp_path / "whole", "--rollouts", served.url, steps=2)
     with serve(small) as served:
         served.quirk = Killed(served, 10**9)
-        with pytest.raises(BadInput, match=r"no answer \(.*\), for 0 seconds; when it is well, --resume"):
+        with pytest.raises(BadInput, match=r"still no answer \(.*\); when it is well, --resume"):
             train(small, tmp_path / "run", "--rollouts", served.url, "--save-every", "1", steps=2)
     with serve(small) as served:
         words = "--rollouts", served.url, "--save-every", "1", "--resume"

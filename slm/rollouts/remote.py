@@ -178,7 +178,7 @@ class Rollouts:
                 cause = cause or f"{self.url}: {e}"
                 if time.monotonic() > deadline:
                     more = "; when it is well, --resume goes on from the last checkpoint" * self.worked
-                    raise BadInput(f"{self.url}: {e}, for {patience:.0f} seconds{more}") from None
+                    raise BadInput(f"{self.url}: after {patience:.0f} seconds still {e}{more}") from None
             if 1 <= pause < 2:
                 tqdm.write(f"note: {cause}; trying for {patience:.0f} seconds", file=sys.stderr)
             time.sleep(pause)
