@@ -163,6 +163,7 @@ class Rollouts:
         state = ranks.gather([(self.names, self.room, self.told, wrong)])[0]
         self.names, self.room, self.told, wrong = state
         if wrong:
+            self.close()
             raise BadInput(wrong)
         self.worked = True
 
@@ -235,8 +236,8 @@ class Rollouts:
                     losses.score(self.policy, [x], [[0] * start + [1] * (len(x) - start)], heat)[0].tolist()
                     for x, start, heat in ((fixed, 1, 1.0), (ids, len(prompt), t), (ids, len(prompt), 1.0)))
             gaps += [self._gap(read, meant, older, "an earlier adapter"),
-                     self._gap(drawn, right, [plain] if t != 1 else [], "temperature 1, and needs "
-                               "--logprobs-mode processed_logprobs", min(1.0, t))]
+                     self._gap(drawn, right, [plain] if t != 1 else [], "temperature 1 (vLLM needs "
+                               "--logprobs-mode processed_logprobs)", min(1.0, t))]
             older.append(meant)
         self.told = {"canary": max(gaps)}
 
