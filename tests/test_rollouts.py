@@ -222,10 +222,11 @@ def test_a_server_with_another_base_model_stops_the_run(small, tmp_path, monkeyp
             train(small, tmp_path / "run", "--rollouts", served.url)
 
 
-def test_a_server_without_token_ids_is_no_server_for_rollouts(small, tmp_path):
-    def quirk(path, body, count):
-        if path == "completions":
-            return 200, {"choices": [{"text": "hi", "finish_reason": "stop"}]}
+@pytest.mark.parametrize("quirk", [
+    lambda path, body, count: body.pop("prompt_logprobs", None) and None,
+    lambda path, body, count: (200, {"choices": [{"text": "hi"}]}) if path == "completions" else None,
+], ids=["no log-probs of prompts", "no ids"])
+def test_a_server_without_token_ids_is_no_server_for_rollouts(small, tmp_path, quirk):
     with serve(small, quirk=quirk) as served, pytest.raises(BadInput, match="no ids and log-probs"):
         train(small, tmp_path / "run", "--rollouts", served.url)
 

@@ -83,8 +83,8 @@ class Rollouts:
         found, lost, landed = [], "", []
         try:
             found = self.endpoint.step() if self.asked else []
-            if any(reply.error for *_, reply in found) and self._missing():
-                lost = f"{self.url}: it has lost adapters"
+            if any(reply.error for *_, reply in found) and self._load():
+                lost = f"{self.url}: it had lost adapters"
         except (Away, BadInput) as e:
             lost = str(e)
         for key, _, reply in found:
@@ -185,17 +185,9 @@ class Rollouts:
             time.sleep(pause)
             pause = min(2 * pause, 8.0)
 
-    def _load(self) -> None:
-        """Have the server load what it lacks. Away if it can't: a folder may become visible later."""
-        for name in self._missing():
-            folder = str(self.folder / name)
-            status, said = self._call("load_lora_adapter", {"lora_name": name, "lora_path": folder})
-            if status != 200 and "already" not in str(said):  # another rank was first
-                raise Away(f"can't load {folder} (HTTP {status} {said}); vLLM must see the folder, and needs "
-                           "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
-
-    def _missing(self) -> set[str]:
-        """The adapters that the server lacks. BadInput if it is no such server."""
+    def _load(self) -> set[str]:
+        """Have the server load the adapters that it lacks -> their names. Away if it can't: a folder may
+        become visible later. BadInput if it is no such server."""
         status, said = self._call("models")
         if status >= 500:
             raise Away(f"HTTP {status} {said}")
@@ -207,7 +199,14 @@ class Rollouts:
                            "http://localhost:8000/v1") from None
         self.names[None] = base["id"]
         self.room = min(self.policy.config.positions, base.get("max_model_len") or self.room)
-        return set(self.names.values()) - set(there)
+        lacking = set(self.names.values()) - set(there)
+        for name in lacking:
+            folder = str(self.folder / name)
+            status, said = self._call("load_lora_adapter", {"lora_name": name, "lora_path": folder})
+            if status != 200 and "already" not in str(said):  # another rank was first
+                raise Away(f"can't load {folder} (HTTP {status} {said}); vLLM must see the folder, and needs "
+                           "--enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
+        return lacking
 
     def _call(self, path: str, body: dict | None = None):
         """(status, JSON or the beginning of a text) of the answer. Away without one."""
@@ -247,7 +246,7 @@ class Rollouts:
         if status != 200:
             raise Away(f"HTTP {status} {said}")
         told = told_tokens(said)
-        if told.get("prompt_ids") != request.ids:
+        if told.get("prompt_ids") != request.ids or bool(request.continuations) == ("ids" in told):
             raise BadInput(f"{self.url}: no ids and log-probs in its answers; expected vLLM 0.10.2 or later")
         return request.ids + told.get("ids", []), told["logprobs"]
 
