@@ -152,11 +152,12 @@ def table(results: dict[str, dict], n: int) -> str:
 def against_control(results: dict[str, dict]) -> str:
     """A line for each budget: how much more is right than by the control with as many tokens, which is the
     smallest of its budgets that takes at least these, else the largest."""
-    votes = sorted((r["tokens"], name) for name, r in results.items() if name.partition("@")[0] == CONTROL)
+    plain = {name: name.partition("@")[0] for name in results}
+    votes = sorted((r["tokens"], name) for name, r in results.items() if plain[name] == CONTROL)
     lines = [f"\nat the same tokens (written, and read by a verifier to judge), over {CONTROL}, 95 %"]
     for name, r in results.items():
         tokens, vote = next((vote for vote in votes if vote[0] >= r["tokens"]), votes[-1])
-        if name.partition("@")[0] not in ("solver", CONTROL):
+        if plain[name] not in ("solver", CONTROL):
             gain = stats.points(*stats.difference(results[vote]["right"], r["right"]))
             lines.append(f"{name:26}{r['tokens']:>8.0f} tokens{gain:>24}  over {vote}, {tokens:.0f} tokens")
     return "\n".join(lines)

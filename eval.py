@@ -60,7 +60,7 @@ from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
-from slm import BadInput, checkpoint, problems, prompts, workflows
+from slm import BadInput, checkpoint, problems, workflows
 from slm.answers import GROUPS, finished, right_answer, run_graded
 from slm.backends import asked_with, open_backend
 from slm.episode import Sampling
@@ -120,8 +120,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def identity(args: argparse.Namespace) -> dict:
-    """What identifies a run beside its options: the prompt, and hashes of the grader and of the weights."""
-    found = {"prompt": prompts.SOLVER.id, "grader": version()}
+    """What identifies a run beside its options: hashes of the grader and of the weights."""
+    found = {"grader": version()}
     if not args.endpoint:
         folders = [args.model, *(given.rpartition("=")[2] for given in args.adapter)]
         weights = (file for name in folders for file in checkpoint.resolve(name).glob("*.safetensors"))
@@ -230,7 +230,7 @@ class Saved:
 
     def __init__(self, path: Path, rows: list[dict], seconds: dict[str, float], workflow: str = ""):
         about = read_json(path / "settings.json")
-        self.path, self.settings = path, DECODING | about["settings"]
+        self.path, self.settings = path, {"prompt": "solver/1"} | DECODING | about["settings"]
         self.problems = about["data"], {row["id"] for row in rows}
         self.name = f"{path.name or path}{'/' * bool(workflow)}{workflow}"
         self.rows, self.seconds = by(rows, "data") or {",".join(self.settings["data"]): rows}, seconds
@@ -277,7 +277,8 @@ def table(runs: list[Saved], markdown: bool = False) -> str:
                 lines.append(stats.line("run", {heading: heading for heading in texts}, markdown))
                 lines += ["|" + " --- |" * (len(texts) + 1)] * markdown
             lines.append(stats.line(run.name if markdown else f"  {run.name}", texts, markdown))
-    return "\n".join(lines)
+    return "\n".join(lines + [f"note: {run.name} was asked with another prompt than {first.name}"
+                              for run in runs if run.settings["prompt"] != first.settings["prompt"]])
 
 
 def refuse_unlike(a: Saved, b: Saved) -> None:

@@ -29,6 +29,7 @@ def options():
     g.add_argument("--data", nargs="+", action=cli.Names, default=["tiny"], metavar="A,B",
                    help="tiny, gsm8k, math, ... or JSON lines files (default tiny; the report: gsm8k,math)")
     g.add_argument("--limit", type=cli.positive, help="problems of each (tiny: default 400)")
+    cli.prompt_option(g)
     g = p.add_argument_group("teachers")
     g.add_argument("--cascade", metavar="TOML", help="who is asked (default recipes/tiny.toml, a stand-in)")
     g.add_argument("--teacher", choices=("self",), help="ask --model, on this machine")
@@ -88,7 +89,8 @@ def make_solutions(args) -> None:
     """Ask the teachers, and file every attempt as a record or as rejected."""
     teachers = who(args)
     problems, asked, dropped, compared = choose(args)
-    identity = {"data": args.data, "seed": args.seed, "teachers": [t.identity for t in teachers]}
+    identity = {"data": args.data, "seed": args.seed, "prompt": args.prompt,
+                "teachers": [t.identity for t in teachers]}
     with contextlib.ExitStack() as stack:
         run = open_run(args, "data", identity, problems, stack)
         journals = run.journal("records"), run.journal("rejected")
@@ -118,7 +120,7 @@ def make_solutions(args) -> None:
         print(f"ended early: {why}; open: {cli.count(left, 'problem')}; the same command goes on")
     if asking.counts["kept"] and not asking.why:
         made = shlex.quote(f"{run.path}/records.jsonl")
-        print(f"next: python train_sft.py --model {args.model} --data {made}")
+        print(f"next: python train_sft.py --model {args.model} --data {made}{prompts.option()}")
     if asking.dead:
         raise asking.dead
     if asking.why == "stopped":
@@ -232,7 +234,8 @@ def policy(args, stack):
 
 def identity(args, *more: str) -> dict:
     """What shapes such a run; it goes on only with the same."""
-    return {name: getattr(args, name) for name in ("data", "seed", "model", "samples", "max_tokens", *more)}
+    names = ("data", "seed", "prompt", "model", "samples", "max_tokens", *more)
+    return {name: getattr(args, name) for name in names}
 
 
 # ---- records for a verifier of solutions -----------------------------------------------------------------

@@ -42,6 +42,7 @@ def options():
     g.add_argument("--data", nargs="+", action=cli.Names, metavar="A,B",
                    help="problem sets or JSON lines files (default tiny; gsm8k for other models)")
     g.add_argument("--limit", type=cli.positive, help="only the first problems")
+    cli.prompt_option(g)
     g.add_argument("--evaluate", type=lambda text: cli.positive(text, 0), metavar="N",
                    help=f"problems not trained on, answered ten times on the way ({both('evaluate')})")
     g.add_argument("--workflow", default="solver",
@@ -109,7 +110,7 @@ from statistics import fmean
 
 import torch
 
-from slm import BadInput, checkpoint, lora, losses, problems, rewards, training, workflows
+from slm import BadInput, checkpoint, lora, losses, problems, prompts, rewards, training, workflows
 from slm.credit import give_credit, mark_steps
 from slm.episode import Episode, Reply, Sampling, TokenRecord, Turn, jobs_for, run_episodes, seed_of, user
 from slm.formats import lora_files
@@ -428,7 +429,8 @@ def checked(args):
     for folder in (args.model, args.adapter, args.teacher, args.judge):
         if folder and not args.resume:
             checkpoint.resolve(folder)
-    workflows.refuse_roles("--roles", args.roles or ())
+    workflow = workflows.workflow(args.workflow)
+    workflows.refuse_roles("--roles", args.roles or (), args.workflow)
     if args.adapters == "role" and not args.roles:
         raise BadInput("--adapters role: no --roles; expected those that get an adapter")
     algorithm = ALGORITHMS.get(args.algorithm)
@@ -450,7 +452,7 @@ def checked(args):
     if algorithm.taught and not args.teacher and (args.workflow, args.adapters) != ("solver", "shared"):
         raise BadInput(f"--workflow {args.workflow} --adapters {args.adapters}: distill without --teacher is "
                        "for the solver with a shared adapter only")
-    return algorithm, workflows.workflow(args.workflow)
+    return algorithm, workflow
 
 
 def check_rewards(pool, args) -> str:
@@ -580,7 +582,8 @@ def finish(policy, base: str, out, workflow: str):
             for role, folder in folders.items():
                 words += ["--adapter", f"{role}={folder}"]
         print(f"peak memory {peak_memory(policy):.1f} GB; the result is {out / 'adapter'}\n"
-              f"curves and samples: {out / 'report.html'}\nnext: python eval.py {shlex.join(words)}")
+              f"curves and samples: {out / 'report.html'}\nnext: python eval.py {shlex.join(words)}"
+              f"{prompts.option()}")
     ranks.barrier()
 
 

@@ -33,6 +33,7 @@ def options():
     g.add_argument("--data", nargs="+", action=cli.Names, metavar="A,B",
                    help="JSON lines; for tiny: default the newest run of make_data.py")
     g.add_argument("--limit", type=cli.positive, help="only the first rows")
+    cli.prompt_option(g)
     g.add_argument("--max-length", type=cli.positive, help=f"tokens a row may have ({both('max_length')})")
     g.add_argument("--validate", type=lambda text: cli.positive(text, 0), metavar="N",
                    help=f"problems held out, a tenth of all at most ({both('validate')})")
@@ -69,12 +70,11 @@ from statistics import fmean
 
 import torch
 
-from slm import BadInput, checkpoint, lora, losses, problems, training
+from slm import BadInput, checkpoint, lora, losses, problems, prompts, training
 from slm.episode import Request, Sampling, TokenRecord, user
 from slm.formats import lora_files
 from slm.formats.rows import read as read_row
 from slm.grading import extract, grade
-from slm.prompts import SOLVER
 from slm.report import write as write_report
 from slm.runs import files, ranks
 from slm.runs.device import memory, parameter_counts, peak_memory
@@ -232,7 +232,7 @@ def read(data: str, limit: int | None) -> list[tuple[str, list[dict]]]:
 
 
 def conversation(question: str, response: str) -> list[dict]:
-    return [user(SOLVER(question=question)), {"role": "assistant", "content": response}]
+    return [user(prompts.SOLVER(question=question)), {"role": "assistant", "content": response}]
 
 
 def written_out(problem) -> str:
@@ -334,7 +334,8 @@ def finish(model, save, out, args):
         print(verdict(rows, out))
         result = shlex.quote(str(result))
         policy = f"--model {result}" if args.full else f"--model {args.model} --adapter {result}"
-        print(f"next: python eval.py --model {result}\n  or: python train_grpo.py {policy}")
+        print(f"next: python eval.py --model {result}{prompts.option()}\n"
+              f"  or: python train_grpo.py {policy}{prompts.option()}")
     ranks.barrier()
 
 

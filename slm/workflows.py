@@ -9,6 +9,7 @@ the start.
 import inspect
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from slm import BadInput, prompts
 from slm.episode import Ask, Draft, Reply, Run, user
@@ -319,7 +320,7 @@ def workflow(name: str):
     """A workflow by its name, or FILE.py:NAME for one of yours; dvts@8 is dvts with a budget of 8: its second
     argument. BadInput for an unknown name."""
     plain, at, budget = name.partition("@")
-    found = WORKFLOWS.get(plain) or yours(plain)
+    found = yours(plain) if ".py:" in plain else WORKFLOWS.get(plain)
     if not found:
         raise BadInput(f"--workflow {name!r}: no such workflow; expected FILE.py:NAME or one of "
                        f"{', '.join(WORKFLOWS)}")
@@ -335,18 +336,11 @@ def workflow(name: str):
     return limited if at else found
 
 
-def yours(name: str) -> Callable | None:
-    """The function that FILE.py:NAME names, None if it is no such name. BadInput if it can't be loaded."""
-    file, _, function = name.rpartition(":")
-    if not file.endswith(".py"):
-        return None
-    try:
-        found = files.load(file)[function]
+def yours(name: str) -> Callable:
+    """The function that FILE.py:NAME names. BadInput if it can't be loaded or yields nothing."""
+    with files.yours(name, "(question) that yields what it asks") as found:
         if not inspect.isgeneratorfunction(found):
             raise TypeError("this is no function with a yield")
-    except (Exception, SystemExit) as e:
-        raise BadInput(f"--workflow {name}: {type(e).__name__}: {e}; expected a file with a generator "
-                       f"function {function}(question)") from None
     return found
 
 
@@ -355,8 +349,12 @@ def has_budget(found: Callable) -> bool:
     return found.__code__.co_argcount > 1
 
 
-def refuse_roles(option: str, roles) -> None:
-    """BadInput for a role that no workflow has."""
+def refuse_roles(option: str, roles: Iterable[str], workflows: str) -> None:
+    """BadInput for a role that no workflow has: one that isn't ours, and stands nowhere in quotes in the files
+    of yours that --workflow names. A tensor's name can hold no dot."""
+    own = [Path(file).read_text(encoding="utf-8") for file in re.findall(r"\s*([^,]+\.py):\w", workflows)]
     for role in roles:
-        if role not in ROLES:
-            raise BadInput(f"{option}: no workflow has a role {role!r}; expected {', '.join(ROLES)}")
+        quoted = re.compile(rf"(['\"]){re.escape(role)}\1")
+        if role not in ROLES and ("." in role or not any(map(quoted.search, own))):
+            raise BadInput(f"{option}: no workflow has a role {role!r}; expected {', '.join(ROLES)}, or a word "
+                           "in quotes in a --workflow file of yours")

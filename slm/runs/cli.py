@@ -14,7 +14,7 @@ import textwrap
 from functools import partial
 from pathlib import Path
 
-from slm import BadInput
+from slm import BadInput, prompts
 from slm.runs.files import CONFIG, base_of, read_json
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -123,8 +123,9 @@ def show(settings: dict) -> None:
 
 
 def run(main, args: argparse.Namespace, stopped=None) -> None:
-    """Call main(args). Bad input, a full disk and a locked folder end in one sentence and exit code 2. After
-    Ctrl-C, the first rank calls stopped(args.out) if a run stands there."""
+    """Call main(args), with --prompt in use. Bad input, a full disk and a locked folder end in one sentence and
+    exit code 2. After Ctrl-C, the first rank calls stopped(args.out) if a run stands there."""
+    prompts.use(getattr(args, "prompt", prompts.STANDARD[0]))
     try:
         main(args)
     except BadInput as e:
@@ -189,6 +190,24 @@ def number(low: float, high: float = math.inf):
     return read
 
 
+def prompt_option(g):
+    g.add_argument("--prompt", type=prompt_file, default=prompts.STANDARD[0], metavar="FILE",
+                   help="a text with {question} in it, which the solver is asked (default the standard prompt)")
+
+
+def prompt_file(name: str) -> str:
+    """argparse type: the text of a prompt's file. The id of the standard prompt stays what it is."""
+    if name == prompts.STANDARD[0]:
+        return name
+    try:
+        text = Path(name).read_text(encoding="utf-8-sig").strip("\n")
+    except (OSError, ValueError) as e:
+        raise argparse.ArgumentTypeError(f"{name}: not readable as text ({e})") from None
+    if "{question}" not in text:
+        raise argparse.ArgumentTypeError(f"{name}: no {{question}} in it; expected one where the question goes")
+    return text
+
+
 def backend_options(p):
     """What answers: a model on this machine with its adapters, or a server."""
     g = p.add_argument_group("what answers")
@@ -211,6 +230,7 @@ def answer_options(p, both):
     g.add_argument("--limit", type=positive, help=f"the first N problems of each set ({both('limit')})")
     g.add_argument("--draw", type=lambda text: positive(text, 0), metavar="SEED",
                    help="not the first N, but N drawn at random with this seed")
+    prompt_option(g)
     step_option(g, both)
 
 

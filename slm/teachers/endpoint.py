@@ -16,7 +16,9 @@ A request with continuations asks for one token and its likeliest rivals: the fi
 scores, so each continuation must be a single token. (vLLM's prompt_logprobs would score longer ones, but not
 with an adapter: vllm#29955, #51594.)
 
-Not covered: streaming, images, function calling, log-probs of what was written. Imports no torch.
+With stream=True replies come word by word, if the server can; written(ticket) is what came so far.
+
+Not covered: images, function calling, log-probs of what was written. Imports no torch.
 """
 
 import contextlib
@@ -43,6 +45,7 @@ from slm import BadInput
 from slm.episode import Reply, Request
 from slm.grading import answered
 from slm.runs.files import as_lines
+from slm.teachers.stream import joined
 
 RIVALS = 20          # first tokens whose log-probs are asked for: the most that servers give
 LARGEST = 8 * 2**20  # bytes of one response body; more is refused unread
@@ -65,7 +68,7 @@ ENDS = {"stop": "stop end_turn endturn eos eos_token stop_sequence stop_token co
 _NOT = r"(un(support|known|recogni|expected)|n[o']t (be )?(support|permit|allow|recogni)|extra_forbidden)"
 QUIRKS = {"max_completion_tokens": ("max_tokens", "max_completion_tokens"),
           **{rf"\b{field}\b.*{_NOT}|{_NOT}.*\b{field}\b": (field, None)
-             for field in ("seed", "temperature", "top_p", "top_k")},
+             for field in ("seed", "temperature", "top_p", "top_k", "stream")},
           r"system role|role.{0,30}'system'|roles (must alternate|are supported)": ("system", "user")}
 
 
@@ -144,7 +147,7 @@ class Endpoint:
 
     def __init__(self, base_url: str, model: str, key_env: str | None = None, *, workers: int = 32,
                  timeout: float = 600.0, tries: int = 8, backoff: float = 0.5,
-                 requests_per_minute: float = 0.0, tokens_per_minute: float = 0.0):
+                 requests_per_minute: float = 0.0, tokens_per_minute: float = 0.0, stream: bool = False):
         if "@" in urlsplit(base_url).netloc:
             raise BadInput("the endpoint's address holds a password; expected it in a variable that is named")
         if urlsplit(base_url).scheme not in ("http", "https") or not urlsplit(base_url).netloc:
@@ -155,7 +158,8 @@ class Endpoint:
         if key_env and not self._key:
             raise BadInput(f"{self.url}: the environment variable {key_env} is empty, expected its key in it")
         self.limiter = Limiter(requests_per_minute, tokens_per_minute)
-        self.workers = workers
+        self.workers, self.stream = workers, stream
+        self._streams: dict[int, bytearray] = {}  # ticket -> what has come of its reply
         self._threads: list[threading.Thread] = []
         self._jobs, self._done = SimpleQueue(), SimpleQueue()
         self._stopped = threading.Event()
@@ -194,11 +198,17 @@ class Endpoint:
             while self._outstanding > 0:
                 ticket, sample, reply = self._done.get(timeout=0.001 if landed else 0.05)
                 self._outstanding -= 1
+                self._streams.pop(ticket, None)
                 landed += [(ticket, sample, reply)] if reply else []
         if self._dead and not landed:  # what was answered is handed out first
             self.close()
             raise BadInput(self._dead)
         return landed
+
+    def written(self, ticket: int) -> str:
+        """What a stream has brought of a request's reply so far."""
+        choices = joined(self._streams.get(ticket, b"")).get("choices")
+        return choices[0]["message"]["content"] if choices else ""
 
     def stop(self) -> None:
         """Send nothing more. Requests that wait are dropped, those on the wire still come back."""
@@ -220,7 +230,7 @@ class Endpoint:
             session.trust_env = urlsplit(self.url).hostname not in ("localhost", "127.0.0.1", "::1")
             while job := self._jobs.get():
                 ticket, sample, request = job
-                reply = self._answer(session, self.body(request, sample))
+                reply = self._answer(session, self.body(request, sample), ticket)
                 if reply and request.sampling.stop_at_box:
                     reply = cut_after_box(reply)
                 if reply and request.sampling.keep_stop and reply.text.endswith(request.sampling.stop):
@@ -230,7 +240,7 @@ class Endpoint:
                 if reply or not self._dead:
                     self._done.put((ticket, sample, reply))
 
-    def _answer(self, session: requests.Session, body: dict) -> Reply | None:
+    def _answer(self, session: requests.Session, body: dict, ticket: int) -> Reply | None:
         """Try until there is a reply, which counts the tokens of all tries; None when stopped or dead."""
         estimate = sum(len(m["content"]) for m in body["messages"]) / 4
         estimate += self._mean_out or body["max_tokens"] / 2
@@ -240,7 +250,8 @@ class Endpoint:
                 return None
             used = 0
             try:
-                reply = self._succeeded(self._try(session, suited(body, quirks)), body["max_tokens"], quirks)
+                reply = self._try(session, suited(body, quirks), ticket)
+                reply = self._succeeded(reply, body["max_tokens"], quirks)
                 used = reply.tokens_in + reply.tokens_out
             except _Failed as e:
                 used, wait, error = sum(e.tokens), 0.0, self._short(str(e))
@@ -316,13 +327,14 @@ class Endpoint:
                 self._dead = f"{self.url}, model {self.model!r}: {series}{error}"
         return None if self._dead else Reply("", finish="error", error=error)
 
-    def _try(self, session: requests.Session, body: dict) -> Reply:
+    def _try(self, session: requests.Session, body: dict, ticket: int) -> Reply:
         """One HTTP exchange, read to its end within the time-out and the size limit."""
-        deadline = time.monotonic() + self.timeout
+        deadline, raw = time.monotonic() + self.timeout, bytearray()
+        if self.stream:
+            self._streams[ticket] = raw
         try:
             with session.post(self.url, json=body, auth=self._sign, stream=True, allow_redirects=False,
                               timeout=(min(30.0, self.timeout), self.timeout)) as response:
-                raw = bytearray()
                 while block := response.raw.read1(65536, decode_content=True):
                     raw += block
                     if len(raw) > LARGEST:
@@ -334,6 +346,8 @@ class Endpoint:
         except (requests.ConnectionError, HTTPError) as e:  # the second: a body ends early or is badly packed
             reset = isinstance(e, HTTPError) or re.search("reset|aborted|Disconnected|timed out", str(e))
             raise _Failed("connection reset" if reset else "no connection", fatal=not reset) from None
+        if response.headers.get("Content-Type", "").startswith("text/event-stream"):
+            raw = json.dumps(joined(raw)).encode()
         return self._judge(response.status_code, response.headers, bytes(raw))
 
     def _judge(self, status: int, headers, raw: bytes) -> Reply:
@@ -384,6 +398,7 @@ class Endpoint:
         others = {"top_p": (s.top_p, 1.0), "top_k": (s.top_k, 0), "stop": (list(s.stop), [])}
         body |= {name: value for name, (value, neutral) in others.items() if value != neutral}
         body |= {"include_stop_str_in_output": True} if s.keep_stop else {}  # vLLM's name
+        body |= {"stream": True} if self.stream and not request.continuations else {}
         if request.continuations:
             body |= {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": RIVALS}
         if messages and messages[-1]["role"] == "assistant":  # go on with it (vLLM's names)
