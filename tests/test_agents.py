@@ -500,7 +500,7 @@ def test_an_adapter_serves_its_role_and_no_other(tiny, tmp_path):
     texts = {}
     for given in ((), (f"checker={tmp_path}",), (str(tmp_path),)):
         backend, adapters = agents.open_backend(SimpleNamespace(
-            endpoint=None, model="tiny", device="cpu", dtype="float32", adapter=given))
+            endpoint=None, model="tiny", device="cpu", dtype="float32", adapter=given, workflow="all"))
         episode, = run_episodes(jobs_for([problem("p", "2 + 2?")], WORKFLOWS["solver"]), backend,
                                 sampling=Sampling(12), adapters=adapters)
         texts[given and given[0][:7]] = episode.turns[0].reply.ids
