@@ -277,7 +277,7 @@ def encode(tokenizer, messages: list[dict], train_on: str = "response") -> Token
         prompt = tokenizer.chat(messages[:i], generation=True)
         if prompt[:len(ids)] != ids:
             raise BadInput("the chat template rewrites earlier turns: several of them can't be one sequence")
-        reply = [*tokenizer.encode(tokenizer.after_prompt(message["content"])), tokenizer.end_of_turn]
+        reply = [*tokenizer.following(tokenizer.after_prompt(message["content"])), tokenizer.end_of_turn]
         mask += [int(train_on == "all")] * (len(prompt) - len(ids)) + [trained(message)] * len(reply)
         ids = prompt + reply
     return TokenRecord(ids, [0] + mask[1:])

@@ -99,7 +99,7 @@ class Sampler:
         can't be sampled. If the context or the cache ends first, a reply ends with "length". With
         continuations there is one Reply, with their scores; each is tokenized by itself."""
         tokens = self.tokenizer.chat(request.messages) if request.ids is None else request.ids
-        given = {words: self.tokenizer.encode(words) for words in request.continuations}
+        given = {words: self.tokenizer.following(words) for words in request.continuations}
         room = min(self.model.config.positions, self.slots.max_tokens) - len(tokens)
         self._validate(request, tokens, room, given)
         if not self.pending:
