@@ -27,3 +27,8 @@ def test_what_troubleshooting_quotes_is_what_the_code_says(text):
 def test_the_tour_s_numbers_come_out():
     found = doctest.testfile(str(ROOT / "docs/tour.md"), module_relative=False)
     assert found.failed == 0 and found.attempted > 20
+
+
+def test_the_library_s_lines_in_the_readme_work():
+    found = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
+    assert found.failed == 0 and found.attempted > 10
