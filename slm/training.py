@@ -95,15 +95,15 @@ def steps(total: int, rundir: RunDir, trained: dict, optimizer, args, extra: dic
     state = rundir.load(device) if args.resume else None
     first, saved = restore(state, trained, optimizer, extra) if state else 0, time.monotonic()
     bar = tqdm(total=total, initial=first, unit="step", disable=ranks.rank() > 0)
-    words = ("\nfinishing this step, then saving; Ctrl-C again stops at once, and --resume then goes on from "
-             "the last checkpoint")
-    with Interrupt(lambda: print(words, file=sys.stderr)) as stop, bar:
+    ends = [time.monotonic()]  # the start, and when each step ended
+    with Interrupt(lambda: print(stopping(ends), file=sys.stderr)) as stop, bar:
         for step in range(first, total):
             torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + ranks.rank())  # for dropout
             if look and step == 0:
                 rundir.log("metrics", {"step": 0, **look()})
             yield step, args.lr * cosine(step, total, args.warmup), bar
             bar.update()
+            ends.append(time.monotonic())
             late = time.monotonic() - saved > SAVE_SECONDS
             stopped, late = ranks.summed({"stop": stop.asked, "late": late}).values()  # on any rank
             if stopped or late or (step + 1) % args.save_every == 0 or step + 1 == total:
@@ -111,6 +111,16 @@ def steps(total: int, rundir: RunDir, trained: dict, optimizer, args, extra: dic
                 saved = time.monotonic()
             if stopped:
                 raise KeyboardInterrupt
+
+
+def stopping(ends: list[float]) -> str:
+    """What Ctrl-C says in the middle of a step, which may be long."""
+    *before, began = ends
+    ran = time.monotonic() - began
+    left = (f"about {max(0, began - before[-1] - ran):.0f} s more if it takes as long as the one before"
+            if before else f"the first one, {ran:.0f} s so far")
+    return (f"\nfinishing this step ({left}), then saving; Ctrl-C again stops at once, and --resume then goes "
+            "on from the last checkpoint")
 
 
 def cosine(step: int, total: int, warmup: float) -> float:

@@ -108,6 +108,12 @@ def test_numbers_and_names_that_make_no_sense_are_refused(call, tmp_path, script
         refused(call(script, *WITH_MODEL[script], "--data", data, name, value), f"{name}.*{value}")
 
 
+@pytest.mark.parametrize("more, said", [([], "lora=True"), (["--full"], "lora=False")])
+def test_the_settings_say_whether_lora_is_trained(call, tmp_path, more, said):
+    code, out, err = call("train_sft.py", *WITH_MODEL["train_sft.py"], "--data", "tiny", "--limit", 4, *more)
+    assert code == 0 and said in out.split("device:")[0] and "full=" not in out, err
+
+
 @pytest.mark.parametrize("script", ["train_sft.py", "train_grpo.py", "agents.py", "eval.py"])
 def test_several_data_sets_are_named_with_commas_or_spaces(call, tmp_path, script):
     a, b = (rows(tmp_path / f"{name}.jsonl", GOOD, GOOD) for name in "ab")
