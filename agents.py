@@ -58,7 +58,7 @@ from slm.grading import version
 from slm.problems import fingerprint, load_all, refuse_long
 from slm.report import write as write_report
 from slm.runs import stats
-from slm.runs.files import write_json
+from slm.runs.files import read_json, write_json
 from slm.runs.rundir import RunDir, name_of, new_path
 from slm.sandbox import Sandbox
 from slm.search import SEARCHES
@@ -75,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
                  args.resume)
     done = finished(run.journal("episodes")) if args.resume else []
     sampling = Sampling(args.max_tokens, stop_at_box=True, step_rule=args.step_rule)
-    memo, results = {}, {}
+    memo, results, earlier = {}, {}, read_json(run.path / "table.json", {})
     with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox:
         for name, fn in wanted.items():
             start = time.monotonic()
@@ -84,7 +84,8 @@ def main(args: argparse.Namespace) -> None:
                               write=partial(run.log, "episodes"), sampling=sampling, seed=args.seed,
                               adapters=adapters, memo=memo, bar=name)
             alone = results["solver"]["right"] if results else None
-            results[name] = {**summary(rows, alone), "seconds": time.monotonic() - start}
+            seconds = time.monotonic() - start  # a finished run that is resumed keeps its own
+            results[name] = {**summary(rows, alone), "seconds": earlier.get(name, {}).get("seconds", seconds)}
             for row in rows[:args.show]:
                 print(transcript(row))
     write_json(run.path / "table.json", results)

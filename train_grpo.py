@@ -475,15 +475,17 @@ def check_rewards(pool, args) -> str:
         paid[name], _ = rewards.reward_of(Episode(problem.id, turns=[turn], response=text), problem, rules)
     right = paid.pop("right")
     worst = max(paid, key=paid.get)
-    told = f"a right answer earns {right:g}, {len(paid)} hacks at most {paid[worst]:g} ({worst})"
+    told = (f"a right answer earns {right:g}, {len(paid)} wrong texts at most {paid[worst]:g} "
+            f"({worst})")
     if any(weight and (part in ("random", "judge") or ":" in part)
            for part, weight in rules.weights.items()):
         told = "a coin, a verifier or a function of yours decides what a hack earns"
     elif paid[worst] >= right:
         raise BadInput(f"--reward {','.join(rules.weights)}: {told}; give the part correct more weight")
     others = sum(equal(p.gold, q.gold) for p, q in pairwise(some))
-    return (f"reward check: {'/'.join(accepted)} of {len(some)} golds are right in 3 spellings, {others} for "
-            f"the next problem; {told}; a reply cut short {rewards.TRUNCATED[args.truncated]}")
+    return (f"reward check: the grader takes {'/'.join(accepted)} of {len(some)} gold answers, written in 3 "
+            f"ways, and {others} of them for the next problem's; {told}; a reply cut short "
+            f"{rewards.TRUNCATED[args.truncated]}")
 
 
 def prepare(out, claim, device, dtype, args):

@@ -15,13 +15,13 @@ def open_backend(options, batch: int | None = None,
                  stream: bool = False) -> tuple[Sampler | Endpoint, dict[str, str]]:
     """(what answers, role -> name of the adapter that serves it, "*" for the other roles).
 
-    options: those of cli.answer_options and cli.run_options. batch: replies drawn at once (None: as many as
-    the backend chooses). stream: a server sends replies word by word. Both kinds of backend have
+    options: those of cli.answer_options and cli.run_options, and workflow. batch: replies drawn at once
+    (None: as many as the backend chooses). stream: a server sends replies word by word. Both backends have
     submit(Request) -> ticket, step() -> [(ticket, sample, Reply)], pending, written(ticket) and close().
     """
     if options.endpoint:
-        workers = {"workers": batch} if batch else {}
-        return Endpoint(options.endpoint, options.model, key_env=options.key_env, stream=stream, **workers), {}
+        how = {"stream": stream, **({"workers": batch} if batch else {})}
+        return Endpoint(options.endpoint, options.model, key_env=options.key_env, **how), {}
     names, folders = {}, []
     for given in options.adapter:
         role, _, folder = given.rpartition("=")

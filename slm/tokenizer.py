@@ -91,7 +91,7 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def following(self, text: str, before: str = "\n") -> list[int]:
-        """Ids of a text that goes on behind another. A tokenizer like Llama 2's puts a space before each text,
+        """Ids of a text that goes on behind another. A tokenizer like Llama 2's puts a space before a text,
         so it gets both, and the ids of `before` are cut off."""
         if len(self.encode("\n")) == 1:
             return self.encode(text)
@@ -131,8 +131,8 @@ class Tokenizer:
         """Ids of the conversation. If a message carries its Reply, and the text before it is still the prompt
         of that reply, then the reply's ids are kept and only what follows is tokenized."""
         text = self.render(messages, generation)
-        replies = [i for i, m in enumerate(messages) if "reply" in m and m["reply"].ids]  # a server has no ids
-        ids = self._continue(messages[:replies[-1] + 1], text) if replies else None
+        replies = [n for n, m in enumerate(messages, 1) if "reply" in m and m["reply"].ids]  # no server's
+        ids = self._continue(messages[:replies[-1]], text) if replies else None
         if replies and ids is None and not self._warned:
             self._warned = True
             why = "a message was edited" if self.appends else "its chat template rewrites earlier turns"

@@ -119,8 +119,8 @@ def stopping(ends: list[float]) -> str:
     ran = time.monotonic() - began
     left = (f"about {max(0, began - before[-1] - ran):.0f} s more if it takes as long as the one before"
             if before else f"the first one, {ran:.0f} s so far")
-    return (f"\nfinishing this step ({left}), then saving; Ctrl-C again stops at once, and --resume then goes "
-            "on from the last checkpoint")
+    return (f"\nfinishing this step ({left}), then saving; Ctrl-C again stops at once, and --resume then "
+            "goes on from the last checkpoint")
 
 
 def cosine(step: int, total: int, warmup: float) -> float:

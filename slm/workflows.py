@@ -350,11 +350,11 @@ def has_budget(found: Callable) -> bool:
 
 
 def refuse_roles(option: str, roles: Iterable[str], workflows: str) -> None:
-    """BadInput for a role that no workflow has: one that isn't ours, and stands nowhere in quotes in the files
-    of yours that --workflow names. A tensor's name can hold no dot."""
+    """BadInput for a role that no workflow has: it isn't ours, and stands nowhere in quotes in the files of
+    yours that --workflow names. (A dot can't be in the name of an adapter's tensor.)"""
     own = [Path(file).read_text(encoding="utf-8") for file in re.findall(r"\s*([^,]+\.py):\w", workflows)]
     for role in roles:
         quoted = re.compile(rf"(['\"]){re.escape(role)}\1")
         if role not in ROLES and ("." in role or not any(map(quoted.search, own))):
-            raise BadInput(f"{option}: no workflow has a role {role!r}; expected {', '.join(ROLES)}, or a word "
-                           "in quotes in a --workflow file of yours")
+            raise BadInput(f"{option}: no workflow has a role {role!r}; expected {', '.join(ROLES)}, or one "
+                           "that stands in quotes in your --workflow file")

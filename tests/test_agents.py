@@ -477,6 +477,10 @@ def test_a_stopped_comparison_goes_on_without_asking_twice(tmp_path, monkeypatch
 
     whole = run("whole")
     assert len(asked) == 5 + 5 * 4  # the greedy call is shared
+    table = tmp_path / "whole" / "table.json"
+    table.write_text(table.read_text().replace('"seconds": ', '"seconds": 1000'))
+    assert run("whole", "--resume") == whole and not asked
+    assert all(row["seconds"] >= 1000 for row in json.loads(table.read_text()).values())  # a finished run's
     run("cut")
     log = tmp_path / "cut" / "episodes.jsonl"
     log.write_bytes(b"\n".join(log.read_bytes().split(b"\n")[:7]) + b'\n{"problem_id": "dou')

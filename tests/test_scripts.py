@@ -146,12 +146,12 @@ def team(question):
              "--out", "run"]
     for roles in ("planer", "solver,plan", "pl.nner"):
         refused(call("train_grpo.py", *words, "--roles", roles), "no workflow has a role")
-    code, out, err = call("train_grpo.py", *words, "--roles", "planner,doer")
+    code, _, err = call("train_grpo.py", *words, "--roles", "planner,doer")
     assert code == 0, err
     asked = ["--data", data, "--max-tokens", "8", "--adapter", f"planner={tmp_path / 'run/adapter/planner'}"]
     assert call("eval.py", *asked, "--workflow", "team.py:team")[0] == 0
     assert call("agents.py", *asked, "--workflow", "solver, team.py:team")[0] == 0
-    refused(call("eval.py", *asked, "--workflow", "solver"), "no workflow has a role 'planner'; expected solver")
+    refused(call("eval.py", *asked, "--workflow", "solver"), "no workflow has a role 'planner'; expected")
     refused(call("eval.py", *asked, "--workflow", "nowhere.py:team"), "nowhere.py: FileNotFoundError")
 
 
@@ -164,7 +164,8 @@ def test_a_prompt_s_file_is_asked_kept_in_the_settings_and_held_to_by_resume(cal
     words = [*WITH_MODEL[script], "--data", data, "--out", "run", "--limit", 2]
     code, out, err = call(script, *words, "--prompt", tmp_path / "prompt.txt")
     assert code == 0, err
-    assert json.loads(Path("run/settings.json").read_text())["settings"]["prompt"] == "So now.\n{question} Box it."
+    settings = json.loads(Path("run/settings.json").read_text())["settings"]
+    assert settings["prompt"] == "So now.\n{question} Box it."
     tokenizer = checkpoint.load("tiny")[1]
     logs = "".join(path.read_text() for path in Path("run").glob("*.jsonl"))
     ids = [json.loads(line)["prompt_ids"] for line in logs.splitlines() if script == "eval.py"]

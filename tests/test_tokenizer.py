@@ -113,22 +113,24 @@ ZEPHYR = """{% for m in messages %}<|{{ m.role }}|>
 
 @pytest.fixture(params=["Llama 2", "Llama 2, not legacy"])
 def llama(tmp_path, request):
-    """A tokenizer like Llama 2's: pieces of sentencepiece with bytes for what has none, and a space put before
-    a text: by the older files before each part between special tokens, by the newer ones before the first."""
+    """A tokenizer like Llama 2's: pieces of sentencepiece, bytes for what has none, and a space put before a
+    text: by older files before each part between special tokens, by newer ones before the first."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), "\u2581",
               *(chr(n) for n in range(33, 127)), "Ye", "Yes", "\u2581Yes"]
     merges = [("Y", "e"), ("Ye", "s"), ("\u2581", "Yes")]
     t = Backend(models.BPE({piece: n for n, piece in enumerate(pieces)}, merges, unk_token="<unk>",
                            fuse_unk=True, byte_fallback=True))
     if request.param == "Llama 2":
-        t.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        t.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"),
+                                             normalizers.Replace(" ", "\u2581")])
     else:
         t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     t.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
                                    decoders.Strip(" ", 1, 0)])
     t.add_special_tokens(["<s>", "</s>"])
     t.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": ZEPHYR}))
+    config = {"eos_token": "</s>", "chat_template": ZEPHYR}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     return Tokenizer.load(tmp_path)
 
 

@@ -123,8 +123,8 @@ def show(settings: dict) -> None:
 
 
 def run(main, args: argparse.Namespace, stopped=None) -> None:
-    """Call main(args), with --prompt in use. Bad input, a full disk and a locked folder end in one sentence and
-    exit code 2. After Ctrl-C, the first rank calls stopped(args.out) if a run stands there."""
+    """Call main(args), with --prompt in use. Bad input, a full disk and a locked folder end in one sentence
+    and exit code 2. After Ctrl-C, the first rank calls stopped(args.out) if a run stands there."""
     prompts.use(getattr(args, "prompt", prompts.STANDARD[0]))
     try:
         main(args)
@@ -192,7 +192,7 @@ def number(low: float, high: float = math.inf):
 
 def prompt_option(g):
     g.add_argument("--prompt", type=prompt_file, default=prompts.STANDARD[0], metavar="FILE",
-                   help="a text with {question} in it, which the solver is asked (default the standard prompt)")
+                   help="a text with {question} in it: what the solver is asked (default the report's)")
 
 
 def prompt_file(name: str) -> str:
@@ -204,7 +204,7 @@ def prompt_file(name: str) -> str:
     except (OSError, ValueError) as e:
         raise argparse.ArgumentTypeError(f"{name}: not readable as text ({e})") from None
     if "{question}" not in text:
-        raise argparse.ArgumentTypeError(f"{name}: no {{question}} in it; expected one where the question goes")
+        raise argparse.ArgumentTypeError(f"{name}: no {{question}} in it; expected it where that goes")
     return text
 
 

@@ -14,11 +14,11 @@ def chunks(raw: bytes | bytearray) -> Iterator[dict]:
 
 
 def joined(raw: bytes | bytearray) -> dict:
-    """What a server that does not stream had sent: one message, or the error that came between. Without a
-    reason for its end the message broke off, if the stream has no [DONE].
+    """What a server that does not stream would have sent: one message, or the error that came between. The
+    message broke off if neither a reason for its end came nor [DONE].
 
     >>> joined(b'data: {"choices": [{"delta": {"content": "Y"}}]}\\n\\n'
-    ...        b'data: {"choices": [{"delta": {"content": "es"}, "finish_reason": "stop"}]}\\n\\ndata: [DONE]\\n\\n')
+    ...        b'data: {"choices": [{"delta": {"content": "es"}}]}\\n\\ndata: [DONE]\\n\\n')
     {'choices': [{'message': {'content': 'Yes'}, 'finish_reason': 'stop'}], 'usage': None}
     """
     message, usage, reason = {"content": ""}, None, "stop" if b"data: [DONE]" in raw else None
