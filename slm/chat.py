@@ -103,17 +103,11 @@ class Screen:
         self.backend.close()
 
 
-class Tools:
+class Tools(Sandbox):
     """A sandbox that prints what its programs printed."""
 
-    def __init__(self):
-        self.sandbox = Sandbox()
-
-    def submit(self, code, timeout: float) -> int:
-        return self.sandbox.submit(code, timeout)
-
-    def poll(self, wait: float):
-        outcomes = self.sandbox.poll(wait)
+    def poll(self, wait: float = 0.0):
+        outcomes = super().poll(wait)
         for _, outcome in outcomes:
             print(f"    [the code printed: {shown(outcome)}]", flush=True)
         return outcomes
@@ -156,7 +150,7 @@ class Talk:
         """Drop what is under way. An Endpoint that was closed stays closed, so there is a new one."""
         self.screen.close()
         if self.tools:
-            self.tools.sandbox.close()
+            self.tools.close()
         if self.args.endpoint:
             self.screen = Screen(open_backend(self.args, stream=True)[0])
 

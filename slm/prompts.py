@@ -32,9 +32,10 @@ class Prompt:
 def use(prompt: str) -> None:
     """Ask the solver as this text says from here on, with the question for each {question}. STANDARD's id
     stands for the standard prompt."""
-    text = prompt.replace("$", "$$").replace("{question}", "${question}")
-    own = f"yours/{fingerprint(prompt)[:8]}", text
-    SOLVER.id, SOLVER.text = STANDARD if prompt == STANDARD[0] else own
+    SOLVER.id, SOLVER.text = STANDARD
+    if prompt != SOLVER.id:
+        SOLVER.id = f"yours/{fingerprint(prompt)[:8]}"
+        SOLVER.text = prompt.replace("$", "$$").replace("{question}", "${question}")
 
 
 def option() -> str:

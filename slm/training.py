@@ -115,10 +115,10 @@ def steps(total: int, rundir: RunDir, trained: dict, optimizer, args, extra: dic
 
 def stopping(ends: list[float]) -> str:
     """What Ctrl-C says in the middle of a step, which may be long."""
-    *before, began = ends
-    ran = time.monotonic() - began
-    left = (f"about {max(0, began - before[-1] - ran):.0f} s more if it takes as long as the one before"
-            if before else f"the first one, {ran:.0f} s so far")
+    left = f"the first one, {time.monotonic() - ends[-1]:.0f} s so far"
+    if len(ends) > 1:
+        more = max(0, 2 * ends[-1] - ends[-2] - time.monotonic())
+        left = f"about {more:.0f} s more if it takes as long as the one before"
     return (f"\nfinishing this step ({left}), then saving; Ctrl-C again stops at once, and --resume then "
             "goes on from the last checkpoint")
 

@@ -318,9 +318,13 @@ WORKFLOWS = {fn.__name__: fn for fn in (
 
 def workflow(name: str):
     """A workflow by its name, or FILE.py:NAME for one of yours; dvts@8 is dvts with a budget of 8: its second
-    argument. BadInput for an unknown name."""
+    argument. BadInput for an unknown name or a file that can't be used."""
     plain, at, budget = name.partition("@")
-    found = yours(plain) if ".py:" in plain else WORKFLOWS.get(plain)
+    found = WORKFLOWS.get(plain)
+    if ".py:" in plain:
+        with files.yours(plain, "(question) that yields what it asks") as found:
+            if not inspect.isgeneratorfunction(found):
+                raise TypeError("this is no function with a yield")
     if not found:
         raise BadInput(f"--workflow {name!r}: no such workflow; expected FILE.py:NAME or one of "
                        f"{', '.join(WORKFLOWS)}")
@@ -334,14 +338,6 @@ def workflow(name: str):
 
     limited.__name__ = f"{found.__name__}@{budget}"
     return limited if at else found
-
-
-def yours(name: str) -> Callable:
-    """The function that FILE.py:NAME names. BadInput if it can't be loaded or yields nothing."""
-    with files.yours(name, "(question) that yields what it asks") as found:
-        if not inspect.isgeneratorfunction(found):
-            raise TypeError("this is no function with a yield")
-    return found
 
 
 def has_budget(found: Callable) -> bool:

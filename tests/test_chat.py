@@ -240,11 +240,11 @@ def test_a_stop_while_code_runs_leaves_no_outcome_for_the_next_turn(monkeypatch,
     backend = Backend(lambda *_: f"```python\n{next(code)}\n```")
     backend.close = lambda: None
     talk = talk_with(backend, monkeypatch, workflow="python_tools")
-    poll = talk.tools.sandbox.poll
-    monkeypatch.setattr(talk.tools.sandbox, "poll", lambda wait: (_ for _ in ()).throw(KeyboardInterrupt))
+    poll = talk.tools.poll
+    monkeypatch.setattr(talk.tools, "poll", lambda wait: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         talk.say("a")
-    monkeypatch.setattr(talk.tools.sandbox, "poll", poll)
+    monkeypatch.setattr(talk.tools, "poll", poll)
     talk.stop()
     talk.say("b")
     assert "==== answer: 7" in capsys.readouterr().out

@@ -203,9 +203,9 @@ def prompt_file(name: str) -> str:
         text = Path(name).read_text(encoding="utf-8-sig").strip("\n")
     except (OSError, ValueError) as e:
         raise argparse.ArgumentTypeError(f"{name}: not readable as text ({e})") from None
-    if "{question}" not in text:
-        raise argparse.ArgumentTypeError(f"{name}: no {{question}} in it; expected it where that goes")
-    return text
+    if "{question}" in text:
+        return text
+    raise argparse.ArgumentTypeError(f"{name}: no {{question}} in it; expected it where that goes")
 
 
 def backend_options(p):

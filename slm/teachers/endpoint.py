@@ -16,9 +16,8 @@ A request with continuations asks for one token and its likeliest rivals: the fi
 scores, so each continuation must be a single token. (vLLM's prompt_logprobs would score longer ones, but not
 with an adapter: vllm#29955, #51594.)
 
-With stream=True replies come word by word, if the server can; written(ticket) is what came so far.
-
-Not covered: images, function calling, log-probs of what was written. Imports no torch.
+With stream=True replies come word by word, if the server can, and written(ticket) is what came so far. Not
+covered: images, function calling, log-probs of what was written. Imports no torch.
 """
 
 import contextlib
@@ -207,8 +206,7 @@ class Endpoint:
 
     def written(self, ticket: int) -> str:
         """What a stream has brought of a request's reply so far."""
-        choices = joined(self._streams.get(ticket, b"")).get("choices")
-        return choices[0]["message"]["content"] if choices else ""
+        return "".join(c["message"]["content"] for c in joined(self._streams.get(ticket, b""))["choices"])
 
     def stop(self) -> None:
         """Send nothing more. Requests that wait are dropped, those on the wire still come back."""
@@ -330,8 +328,7 @@ class Endpoint:
     def _try(self, session: requests.Session, body: dict, ticket: int) -> Reply:
         """One HTTP exchange, read to its end within the time-out and the size limit."""
         deadline, raw = time.monotonic() + self.timeout, bytearray()
-        if self.stream:
-            self._streams[ticket] = raw
+        self._streams[ticket] = raw
         try:
             with session.post(self.url, json=body, auth=self._sign, stream=True, allow_redirects=False,
                               timeout=(min(30.0, self.timeout), self.timeout)) as response:
