@@ -479,7 +479,7 @@ def check_rewards(pool, args) -> str:
             f"({worst})")
     if any(weight and (part in ("random", "judge") or ":" in part)
            for part, weight in rules.weights.items()):
-        told = "a coin, a verifier or a function of yours decides what a hack earns"
+        told = "a coin, a verifier or a function of yours decides what a wrong text earns"
     elif paid[worst] >= right:
         raise BadInput(f"--reward {','.join(rules.weights)}: {told}; give the part correct more weight")
     others = sum(equal(p.gold, q.gold) for p, q in pairwise(some))

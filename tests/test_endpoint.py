@@ -590,6 +590,7 @@ def test_a_stream_that_breaks_off_is_asked_for_again_and_an_error_in_it_is_said(
     go_on.set()
     with serve(lambda *_: "the whole answer", streams=streams) as server:
         reply, = collect(quick(server.url, stream=True), ask())
+    assert server.bodies[0]["stream_options"] == {"include_usage": True}
     assert reply.text == "the whole answer" and "broke off" in capsys.readouterr().err
     error = b'data: {"choices": [{"delta": {"content": "x"}}]}\n\ndata: {"error": {"message": "gone"}}\n\n'
     assert endpoint.error_in(joined(error)) == (500, "gone ")

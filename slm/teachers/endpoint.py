@@ -67,7 +67,7 @@ ENDS = {"stop": "stop end_turn endturn eos eos_token stop_sequence stop_token co
 _NOT = r"(un(support|known|recogni|expected)|n[o']t (be )?(support|permit|allow|recogni)|extra_forbidden)"
 QUIRKS = {"max_completion_tokens": ("max_tokens", "max_completion_tokens"),
           **{rf"\b{field}\b.*{_NOT}|{_NOT}.*\b{field}\b": (field, None)
-             for field in ("seed", "temperature", "top_p", "top_k", "stream")},
+             for field in ("seed", "temperature", "top_p", "top_k", "stream", "stream_options")},
           r"system role|role.{0,30}'system'|roles (must alternate|are supported)": ("system", "user")}
 
 
@@ -395,7 +395,8 @@ class Endpoint:
         others = {"top_p": (s.top_p, 1.0), "top_k": (s.top_k, 0), "stop": (list(s.stop), [])}
         body |= {name: value for name, (value, neutral) in others.items() if value != neutral}
         body |= {"include_stop_str_in_output": True} if s.keep_stop else {}  # vLLM's name
-        body |= {"stream": True} if self.stream and not request.continuations else {}
+        if self.stream and not request.continuations:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
         if request.continuations:
             body |= {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": RIVALS}
         if messages and messages[-1]["role"] == "assistant":  # go on with it (vLLM's names)
