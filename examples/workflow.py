@@ -1,6 +1,6 @@
 """A workflow of your own: python agents.py --workflow examples/workflow.py:second_thought --limit 50
 
-A role is any word in quotes; --adapter ROLE=DIR gives it an adapter of its own. A workflow can be trained, too:
+A role is any word in quotes; --adapter ROLE=DIR gives it an adapter of its own. To train it:
     python train_grpo.py --workflow examples/workflow.py:second_thought
 """
 
