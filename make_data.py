@@ -88,6 +88,8 @@ def main(args) -> None:
 def make_solutions(args) -> None:
     """Ask the teachers, and file every attempt as a record or as rejected."""
     teachers = who(args)
+    if prompts.option() and all(t.efforts for t in teachers):
+        raise BadInput("--prompt: teachers that think aloud have their own; expected one with efforts = {}")
     problems, asked, dropped, compared = choose(args)
     identity = {"data": args.data, "seed": args.seed, "prompt": args.prompt,
                 "teachers": [t.identity for t in teachers]}

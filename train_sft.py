@@ -4,7 +4,7 @@
     python train_sft.py --model Qwen/Qwen2.5-Math-1.5B --data runs/data-gsm8k-math/records.jsonl
     torchrun --nproc_per_node 8 train_sft.py ...                the same on 8 GPUs
 
-Data: JSON lines. A row has `question` and `response`, as make_data.py writes them (the standard prompt is put
+Data: JSON lines. A row has `question` and `response`, as make_data.py writes them (the solver's prompt is put
 around the question), or it is taken as it is: `messages`, `prompt` and `completion`, Alpaca, ShareGPT (see
 slm/formats/rows.py). Every response or assistant message is trained with the token that ends it, as much as
 its `weight` says (0 to 1; without one 1). Rows over --max-length are left out, counted.

@@ -31,7 +31,7 @@ class Prompt:
 # ---- the solver ------------------------------------------------------------------------------------------
 def use(prompt: str) -> None:
     """Ask the solver as this text says from here on, with the question for each {question}. STANDARD's id
-    stands for the standard prompt."""
+    stands for the standard prompt. All other prompts stay as they are."""
     SOLVER.id, SOLVER.text = STANDARD
     if prompt != SOLVER.id:
         SOLVER.id = f"yours/{fingerprint(prompt)[:8]}"

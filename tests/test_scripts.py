@@ -188,6 +188,8 @@ def test_a_prompt_s_file_that_cannot_be_one_is_named(call, tmp_path):
     for name, said in (("prompt.txt", "prompt.txt: no {question} in it"), ("prompt.bin", "prompt.bin: not"),
                        ("none.txt", "none.txt: not readable")):
         refused(call("eval.py", "--prompt", tmp_path / name), said)
+    (tmp_path / "prompt.txt").write_text("{question}")
+    refused(call("make_data.py", "--prompt", tmp_path / "prompt.txt"), "--prompt: teachers .* have their own")
 
 
 # Models
