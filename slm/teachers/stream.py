@@ -6,12 +6,7 @@ import json
 
 def joined(raw: bytes | bytearray) -> dict:
     """What a server that does not stream would have sent: one message, or the error that came between. The
-    message broke off if neither a reason for its end came nor [DONE]. A line that is not whole waits.
-
-    >>> joined(b'data: {"choices": [{"delta": {"content": "Y"}}]}\\n\\n'
-    ...        b'data: {"choices": [{"delta": {"content": "es"}}]}\\n\\ndata: [DONE]\\n\\n')
-    {'choices': [{'message': {'content': 'Yes'}, 'finish_reason': 'stop'}], 'usage': None}
-    """
+    message broke off if neither a reason for its end came nor [DONE]. A line that is not whole waits."""
     message, usage, reason = {"content": ""}, None, "stop" if b"data: [DONE]" in raw else None
     for line in bytes(raw).split(b"\n"):
         data = None
