@@ -594,3 +594,11 @@ def test_a_stream_that_breaks_off_is_asked_for_again_and_an_error_in_it_is_said(
     assert reply.text == "the whole answer" and "broke off" in capsys.readouterr().err
     error = b'data: {"choices": [{"delta": {"content": "x"}}]}\n\ndata: {"error": {"message": "gone"}}\n\n'
     assert endpoint.error_in(joined(error)) == (500, "gone ")
+
+
+@pytest.mark.parametrize("event", [b"5", b"null", b"[1]", b"[" * 9999, b'{"choices": [null]}',
+                                   b'{"choices": 7}', b'{"choices": [{"delta": [1]}]}',
+                                   b'{"choices": [{"delta": {"content": [1]}}]}'])
+def test_a_strange_event_is_left_out(event):
+    said = b'data: {"choices": [{"delta": {"content": "yes"}, "finish_reason": "stop"}]}\n\n'
+    assert read(joined(b"data: " + event + b"\n\n" + said + b'data: {"cho')).text == "yes"

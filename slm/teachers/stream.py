@@ -9,17 +9,14 @@ def joined(raw: bytes | bytearray) -> dict:
     message broke off if neither a reason for its end came nor [DONE]. A line that is not whole waits."""
     message, usage, reason = {"content": ""}, None, "stop" if b"data: [DONE]" in raw else None
     for line in bytes(raw).split(b"\n"):
-        data = None
-        with contextlib.suppress(ValueError, RecursionError):
+        with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError):  # no event of ours
             data = json.loads(line.removeprefix(b"data:"))
-        if not isinstance(data, dict):
-            continue
-        if data.get("error"):
-            return {**data, "choices": []}
-        usage = data.get("usage") or usage
-        for choice in data.get("choices") or []:
-            reason = choice.get("finish_reason") or reason
-            for name, piece in (choice.get("delta") or {}).items():
-                if isinstance(piece, str) and name != "role":
-                    message[name] = message.get(name, "") + piece
+            if data.get("error"):
+                return {**data, "choices": []}
+            usage = data.get("usage") or usage
+            for choice in data.get("choices") or []:
+                reason = choice.get("finish_reason") or reason
+                for name, piece in (choice.get("delta") or {}).items():
+                    if isinstance(piece, str) and name != "role":
+                        message[name] = message.get(name, "") + piece
     return {"choices": [{"message": message, "finish_reason": reason}], "usage": usage}
