@@ -15,6 +15,7 @@ from exercises.checks import EXERCISES, FOLDER, NotYet, judge
 from slm import prompts
 from slm.episode import Ask, user
 from slm.grading import equal, extract, grade
+from slm.runs import files
 
 ROOT = Path(__file__).parents[1]
 NUMBERS = range(1, len(EXERCISES) + 1)
@@ -187,7 +188,8 @@ def one_place_early(model, prompt, stop_ids, max_tokens):
 
 MODEL = "tests/test_model.py::test"
 WRONG = [  # exercise, what is wrong in it, a part of what the check says
-    (1, {"reward": lambda episode, problem: 1 / (1 + episode.tokens_out)}, "a wrong answer of 3 tokens earns"),
+    (1, {"reward": lambda episode, problem: -episode.tokens_out}, "a wrong answer of 3 tokens earns"),
+    (1, {"reward": files.load(str(ROOT / "examples/reward.py"))["brief"]}, "of 5,000 tokens 0"),
     (1, {"reward": lenient_reward}, "a right answer without a box of 3 tokens earns"),
     (1, {"reward": lambda episode, problem: float(episode.solved)}, "a right answer of 20 tokens earns 1"),
     (2, {"third_if_needed": third_always}, "3 Asks, expected 2"),
@@ -202,7 +204,7 @@ WRONG = [  # exercise, what is wrong in it, a part of what the check says
     (4, {"encode": lambda tokenizer, talk: solutions.encode(tokenizer, talk[:2])}, "the ids say"),
     (5, {"kept": kept_if(lambda reply, gold: grade(reply.text, gold).correct)}, "without a box was kept"),
     (5, {"kept": kept_if(boxed)}, "cut at its limit was kept"),
-    (5, {"kept": kept_if(lambda reply, gold: boxed(reply, gold) and reply.finish == "stop")}, "the same words"),
+    (5, {"kept": kept_if(lambda reply, gold: reply.finish == "stop" and boxed(reply, gold))}, "same words"),
     (6, {"merge": without_r}, "outputs differ"),
     (6, {"merge": in_place}, "the old weight has changed"),
     (6, {"merge": in_bfloat16}, "are not the sum rounded once"),
