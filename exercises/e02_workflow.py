@@ -6,6 +6,6 @@ Then run:      python agents.py --workflow exercises/e02_workflow.py:third_if_ne
 
 
 def third_if_needed(question: str):
-    """Ask the solver twice. Ask it a third time only if the two answers differ."""
+    """Ask the solver twice. Ask it a third time only if the two answers differ or are both missing."""
     raise NotImplementedError
     yield  # a function with a yield is a generator, as a workflow must be

@@ -247,18 +247,21 @@ def test_a_line_says_what_each_file_lacks(tmp_path, capsys):
     for name, source in {"e01_reward.py": "def reward(episode, problem):\n    return 1 + None\n",
                          "e02_workflow.py": "def third_if_needed(\n",
                          "e04_mask.py": "def mask():\n    pass\n",
+                         "e06_merge.py": "def merge(*_):\n    pass\n",
                          "e09_kl.py": "def k3(logp, ref):\n    return (ref - logp).exp() - 1 - (ref - logp)\n"
                                       "def expected(*_):\n    raise NotImplementedError\npull = expected\n",
                          "e08_dr_grpo.py": (ROOT / "tests" / "solutions.py").read_text()}.items():
         (tmp_path / name).write_text(source)
-    assert main(["1", "2", "4", "5", "8", "9"], tmp_path) == 1
+    assert main(["1", "2", "4", "5", "6", "8", "9"], tmp_path) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(" 1  not yet  exercises/e01_reward.py: line 2: TypeError: unsupported")
     assert lines[1].startswith(" 2  not yet  exercises/e02_workflow.py: line 1: SyntaxError: '('")
     assert lines[2] == " 4  not yet  exercises/e04_mask.py: encode is not there any more"
-    assert lines[4] == " 8  solved   exercises/e08_dr_grpo.py"
-    assert lines[5] == " 9  open     exercises/e09_kl.py: expected: nothing is written yet"
-    assert lines[6] == "1 of 6 solved; docs/exercises.md says what to do"
+    assert lines[3] == " 5  open     exercises/e05_records.py: kept: nothing is written yet"
+    assert lines[4].startswith(" 6  not yet  exercises/e06_merge.py: what it returns does not fit: Att")
+    assert lines[5] == " 8  solved   exercises/e08_dr_grpo.py"
+    assert lines[6] == " 9  open     exercises/e09_kl.py: expected: nothing is written yet"
+    assert lines[7] == "1 of 7 solved; docs/exercises.md says what to do"
     assert main(["8"], tmp_path) == 0
     assert main(["13"], tmp_path) == 2 and "expected numbers from 1 to 12" in capsys.readouterr().err
 
