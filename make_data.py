@@ -76,7 +76,7 @@ from slm.tiny import StandIn
 
 TESTS = ("gsm8k", "math500", "aime24", "amc23")  # no record may overlap these
 HERE = Path(__file__).parent
-PART = 64  # problems of each set that --dry-run takes
+PART = 128  # problems of each set that --dry-run takes
 
 
 # ---- a run -----------------------------------------------------------------------------------------------
