@@ -30,7 +30,8 @@ RUNS = {  # name: options on the built-in model, on another one
     "grpo": ("train_grpo.py --limit 400 --steps 24",
              "train_grpo.py --data gsm8k --limit 60 --batch 4 --samples 4 --max-tokens 128 --steps 8 "
              "--evaluate 0"),
-    "eval": ("eval.py --limit 500 --batch 64", "eval.py --data gsm8k --limit 200 --max-tokens 128 --batch 48"),
+    "eval": ("eval.py --limit 500 --batch 64",
+             "eval.py --data gsm8k --limit 200 --max-tokens 128 --batch 48"),
     "data": ("make_data.py --teacher self --limit 400 --samples 2",
              "make_data.py --data gsm8k --teacher self --limit 200 --samples 2 --max-tokens 128"),
 }
