@@ -53,12 +53,22 @@ def rehearse(problems: list, workflows: list[Callable], backend, samples: int = 
 
 def memory(model, tokens: int, cached: int = 0) -> str:
     """Predicted peak memory, in words: of a training step whose largest micro-batch has `tokens` tokens, or
-    of sampling with `cached` tokens in the cache, when gradients and activations are gone.
+    of sampling with `cached` tokens in the cache, when gradients and activations are gone."""
+    parts = needs(model, tokens, cached)
+    now = torch.cuda.memory_allocated() if next(model.parameters()).is_cuda else 1e9 * peak_memory(model)
+    parts["process and weights"] = now + 5e7  # and the libraries that a step loads
+    words = ", ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items() if n)
+    peak = sum(parts.values()) - min(parts["activations"], parts["or cache"])
+    return f"predicted peak {peak / 1e9:.2f} GB ({words})"
+
+
+def needs(model, tokens: int, cached: int = 0) -> dict[str, float]:
+    """Bytes of all that `memory` counts; for the process, of the weights alone.
 
     The backward pass keeps about 7 D + 2 (H + K) E + 4 F numbers for each token and layer (F: feed-forward
     width; with `recompute` D), and twice the inputs that dropout acts on; it works on one layer more. On a
-    CPU, measured peaks were within 10 %, but a sixth less under autocast and 1.7 times as much with
-    `recompute` (LOG.md, 2026-11-30). --dry-run measures.
+    CPU, measured peaks were within 10 %, but a sixth less under autocast, 1.7 times as much with `recompute`
+    and a third more with the small D of SmolLM2 in bfloat16 (LOG.md). --dry-run measures.
     """
     c, weight, dropped = model.config, next(model.parameters()), {}
     for name in lora.names(model):
@@ -68,11 +78,8 @@ def memory(model, tokens: int, cached: int = 0) -> str:
              + sum(dropped.values()) // c.layers)
     kept = layer + (c.hidden if model.recompute else layer) * c.layers
     head = 2 * weight.numel() if weight.requires_grad else 0  # its gradient is made twice, then added
-    now = torch.cuda.memory_allocated() if weight.is_cuda else 1e9 * peak_memory(model)
-    parts = {"process and weights": now + 5e7,  # and the libraries that a step loads
-             "gradients and moments": parameter_counts(model)[1] * 12,
-             "activations": (tokens * kept + head) * weight.element_size(),
-             "or cache": 2 * c.layers * c.kv_heads * c.head_size * cached * weight.element_size()}
-    peak = sum(parts.values()) - min(parts["activations"], parts["or cache"])
-    words = ", ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items() if n)
-    return f"predicted peak {peak / 1e9:.2f} GB ({words})"
+    parameters, trained = parameter_counts(model)
+    return {"process and weights": parameters * weight.element_size(),
+            "gradients and moments": trained * 12,
+            "activations": (tokens * kept + head) * weight.element_size(),
+            "or cache": 2 * c.layers * c.kv_heads * c.head_size * cached * weight.element_size()}
