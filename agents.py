@@ -59,6 +59,7 @@ from slm.problems import fingerprint, load_all, refuse_long
 from slm.report import write as write_report
 from slm.runs import stats
 from slm.runs.files import read_json, write_json
+from slm.runs.forecast import rehearse
 from slm.runs.rundir import RunDir, name_of, new_path
 from slm.sandbox import Sandbox
 from slm.search import SEARCHES
@@ -71,18 +72,20 @@ def main(args: argparse.Namespace) -> None:
     cli.show(vars(args))
     backend, adapters = open_backend(args)
     refuse_long(problems, backend)
+    sampling = Sampling(args.max_tokens, stop_at_box=True, step_rule=args.step_rule)
+    how = {"sampling": sampling, "seed": args.seed, "adapters": adapters, "memo": {}}
+    if args.dry_run:
+        return rehearse(problems, list(wanted.values()), backend, **how)
     run = RunDir(args.out, vars(args) | asked_with(backend) | {"grader": version()}, fingerprint(problems),
                  args.resume)
     done = finished(run.journal("episodes")) if args.resume else []
-    sampling = Sampling(args.max_tokens, stop_at_box=True, step_rule=args.step_rule)
-    memo, results, earlier = {}, {}, read_json(run.path / "table.json", {})
+    results, earlier = {}, read_json(run.path / "table.json", {})
     with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox:
         for name, fn in wanted.items():
             start = time.monotonic()
             rows = run_graded(problems, fn, backend, sandbox, record=whole_record,
                               have=[row for row in done if row["workflow"] == name],
-                              write=partial(run.log, "episodes"), sampling=sampling, seed=args.seed,
-                              adapters=adapters, memo=memo, bar=name)
+                              write=partial(run.log, "episodes"), bar=name, **how)
             alone = results["solver"]["right"] if results else None
             seconds = time.monotonic() - start  # a finished run that is resumed keeps its own
             results[name] = {**summary(rows, alone), "seconds": earlier.get(name, {}).get("seconds", seconds)}

@@ -119,7 +119,8 @@ from slm.prompts import SHOWN, SOLVER
 from slm.report import write as write_report
 from slm.rewards import reward_of
 from slm.runs import files, ranks, stats
-from slm.runs.device import memory, parameter_counts, peak_memory
+from slm.runs.device import parameter_counts, peak_memory
+from slm.runs.forecast import memory
 from slm.runs.rundir import CHECKPOINTS, RunDir, name_of
 from slm.runs.steps import lines, shares, summary, tell, timed
 from slm.sampling import Sampler
@@ -197,8 +198,9 @@ def main(args):
         taken = plan[:2] if args.dry_run else plan
         train(policy, pool, taken, sample, ask, look, tokenizer, algorithm, rundir, trained, optimizer, args)
         if not args.dry_run:
-            finish(policy, base, rundir.path, args.workflow)
-        elif ranks.rank() == 0:
+            return finish(policy, base, rundir.path, args.workflow)
+        fill(policy, len(tokenizer.chat([user(SOLVER(question=pool[0].question))])), args)
+        if ranks.rank() == 0:
             forecast(policy, list(files.readable_rows(rundir.path / "metrics.jsonl")), plan, args)
 
 
@@ -552,6 +554,19 @@ def introduce(policy, sampler, base: str, pool, held_out, plan, device: str, arg
           f"tokens a step; held out: {cli.count(len(held_out), 'problem')}; "
           f"{memory(policy, args.micro_tokens, min(cached, sampler.slots.max_tokens))}")
     print("the solver's prompt for the first problem:\n" + tokenizer.render(prompt))
+
+
+def fill(policy, prompt: int, args) -> None:
+    """Forward and backward pass of the largest micro-batch that a step may have. Two steps need not meet one,
+    and its memory counts. prompt: tokens of one."""
+    most = min(args.micro_tokens, args.batch * args.samples * (prompt + args.max_tokens))
+    length = min(policy.config.positions, prompt + args.max_tokens)
+    records = []
+    for size in [length] * (most // length) + [most % length] * (most % length > 1):
+        values = [1.0] * (size - 1)
+        records.append(TokenRecord([0] * size, [0] + [1] * (size - 1), [0.0] * size, values, values))
+    total, *_ = micro_batch_loss(policy, records, ALGORITHMS[args.algorithm], args)
+    total.backward()
 
 
 def forecast(policy, rows: list[dict], plan: list[list[int]], args) -> None:

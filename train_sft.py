@@ -76,7 +76,8 @@ from slm.formats.rows import read as read_row
 from slm.grading import extract, grade
 from slm.report import write as write_report
 from slm.runs import files, ranks
-from slm.runs.device import memory, parameter_counts, peak_memory
+from slm.runs.device import parameter_counts, peak_memory
+from slm.runs.forecast import memory
 from slm.runs.rundir import RunDir, name_of
 from slm.runs.steps import timed, token_by_token
 from slm.sampling import Sampler

@@ -23,7 +23,6 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from functools import partial
 
 import torch
@@ -34,7 +33,8 @@ from slm.episode import TokenRecord, seed_of
 from slm.losses import pack
 from slm.runs import ranks
 from slm.runs.cli import Interrupt, count
-from slm.runs.device import peak_memory, pick_device
+from slm.runs.device import pick_device, release
+from slm.runs.forecast import say
 from slm.runs.rundir import RunDir, new_path
 
 SAVE_SECONDS = 300  # between two checkpoints at most, if a step is not longer
@@ -153,6 +153,7 @@ def update(optimizer, lr: float, clip: float) -> float:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    release()
     return norm.item()
 
 
@@ -196,9 +197,7 @@ def forecast(model, steps: int, tokens: int, seconds: float, look: float, condit
     """Say what --dry-run found. seconds: of all steps, without looks; look: of one look at held-out rows."""
     seconds += look * (1 + sum(look_due(step, steps) for step in range(steps)))
     if ranks.rank() == 0:
-        print(f"dry run: {count(steps, 'step')}, {count(tokens, 'token')}{condition}; by what was measured "
-              f"they take {timedelta(seconds=round(seconds))} (h:mm:ss), peak memory "
-              f"{peak_memory(model):.2f} GB")
+        say(model, count(steps, "step"), tokens, seconds, condition)
 
 
 def marked(tokenizer, ids: list[int], mask: list[int]) -> str:

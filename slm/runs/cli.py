@@ -70,6 +70,7 @@ def run_options(p: argparse.ArgumentParser, folder: str, resume: bool = True):
         g.add_argument("--resume", action="store_true", help="go on with the stopped run in --out")
     g.add_argument("--seed", type=lambda text: positive(text, 0), default=0,
                    help="of all that is drawn (default 0)")
+    g.add_argument("--dry-run", action="store_true", help="do a part, predict time and memory of all, stop")
     device_options(g)
     return g
 
@@ -258,4 +259,3 @@ def training_options(p, g, both, folder: str):
     g.add_argument("--recompute", action="store_true", help="less memory for a third more time")
     g = run_options(p, folder)
     g.add_argument("--save-every", type=positive, help=f"steps a checkpoint ({both('save_every')})")
-    g.add_argument("--dry-run", action="store_true", help="measure two steps, predict time and memory, stop")

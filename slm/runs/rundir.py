@@ -39,7 +39,7 @@ class RunDir:
     rows, and its data may have grown. log=False: this process only reads, and saves its part of checkpoints.
     """
 
-    FREE = frozenset({"out", "resume", "save_every"})  # what may differ between a run and its continuation
+    FREE = frozenset({"dry_run", "out", "resume", "save_every"})  # may change when a run goes on
 
     def __init__(self, path, settings: dict, data: str = "", resume: bool = False, log: bool = True,
                  goes_on: bool = False):
