@@ -28,7 +28,6 @@ class Prompt:
         return found.groupdict() if found else {}
 
 
-# ---- the solver ------------------------------------------------------------------------------------------
 def use(prompt: str) -> None:
     """Ask the solver as this text says from here on, with the question for each {question}. STANDARD's id
     stands for the standard prompt. All other prompts stay as they are."""
@@ -43,6 +42,7 @@ def option() -> str:
     return "" if SOLVER.id == STANDARD[0] else " --prompt FILE"
 
 
+# ---- the solver ------------------------------------------------------------------------------------------
 BOX = "Please reason step by step, and put your final answer within \\boxed{}."
 
 STANDARD = "solver/1", f"$question\n{BOX}"  # the report's
