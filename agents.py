@@ -58,7 +58,8 @@ from slm.grading import version
 from slm.problems import fingerprint, load_all, refuse_long
 from slm.report import write as write_report
 from slm.runs import stats
-from slm.runs.files import write_json
+from slm.runs.files import read_json, write_json
+from slm.runs.forecast import rehearse
 from slm.runs.rundir import RunDir, name_of, new_path
 from slm.sandbox import Sandbox
 from slm.search import SEARCHES
@@ -71,20 +72,23 @@ def main(args: argparse.Namespace) -> None:
     cli.show(vars(args))
     backend, adapters = open_backend(args)
     refuse_long(problems, backend)
+    sampling = Sampling(args.max_tokens, stop_at_box=True, step_rule=args.step_rule)
+    how = {"sampling": sampling, "seed": args.seed, "adapters": adapters, "memo": {}}
+    if args.dry_run:
+        return rehearse(problems, list(wanted.values()), backend, **how)
     run = RunDir(args.out, vars(args) | asked_with(backend) | {"grader": version()}, fingerprint(problems),
                  args.resume)
     done = finished(run.journal("episodes")) if args.resume else []
-    sampling = Sampling(args.max_tokens, stop_at_box=True, step_rule=args.step_rule)
-    memo, results = {}, {}
+    results, earlier = {}, read_json(run.path / "table.json", {})
     with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox:
         for name, fn in wanted.items():
             start = time.monotonic()
             rows = run_graded(problems, fn, backend, sandbox, record=whole_record,
                               have=[row for row in done if row["workflow"] == name],
-                              write=partial(run.log, "episodes"), sampling=sampling, seed=args.seed,
-                              adapters=adapters, memo=memo, bar=name)
+                              write=partial(run.log, "episodes"), bar=name, **how)
             alone = results["solver"]["right"] if results else None
-            results[name] = {**summary(rows, alone), "seconds": time.monotonic() - start}
+            seconds = time.monotonic() - start  # a finished run that is resumed keeps its own
+            results[name] = {**summary(rows, alone), "seconds": earlier.get(name, {}).get("seconds", seconds)}
             for row in rows[:args.show]:
                 print(transcript(row))
     write_json(run.path / "table.json", results)
@@ -152,11 +156,12 @@ def table(results: dict[str, dict], n: int) -> str:
 def against_control(results: dict[str, dict]) -> str:
     """A line for each budget: how much more is right than by the control with as many tokens, which is the
     smallest of its budgets that takes at least these, else the largest."""
-    votes = sorted((r["tokens"], name) for name, r in results.items() if name.partition("@")[0] == CONTROL)
+    plain = {name: name.partition("@")[0] for name in results}
+    votes = sorted((r["tokens"], name) for name, r in results.items() if plain[name] == CONTROL)
     lines = [f"\nat the same tokens (written, and read by a verifier to judge), over {CONTROL}, 95 %"]
     for name, r in results.items():
         tokens, vote = next((vote for vote in votes if vote[0] >= r["tokens"]), votes[-1])
-        if name.partition("@")[0] not in ("solver", CONTROL):
+        if plain[name] not in ("solver", CONTROL):
             gain = stats.points(*stats.difference(results[vote]["right"], r["right"]))
             lines.append(f"{name:26}{r['tokens']:>8.0f} tokens{gain:>24}  over {vote}, {tokens:.0f} tokens")
     return "\n".join(lines)

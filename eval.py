@@ -20,7 +20,7 @@ from slm.runs import cli
 
 PAPER = {"max_tokens": 2048, "limit": 500, "step_rule": "paragraph"}
 TINY = {"max_tokens": 320, "step_rule": "line"}
-NOT_SETTINGS = ("compare", "markdown", "regrade", "resume")
+NOT_SETTINGS = ("compare", "dry_run", "markdown", "regrade", "resume")
 DECODING = {"samples": 1, "temperature": 0.0, "max_tokens": None}  # agents.py has the first two fixed
 
 
@@ -60,7 +60,7 @@ from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
-from slm import BadInput, checkpoint, problems, prompts, workflows
+from slm import BadInput, checkpoint, problems, workflows
 from slm.answers import GROUPS, finished, right_answer, run_graded
 from slm.backends import asked_with, open_backend
 from slm.episode import Sampling
@@ -68,6 +68,7 @@ from slm.grading import extract, grade, version
 from slm.report import write as write_report
 from slm.runs import stats
 from slm.runs.files import as_lines, read_json, read_rows, write_json, write_whole
+from slm.runs.forecast import rehearse
 from slm.runs.rundir import RunDir, name_of, new_path
 from slm.sandbox import Sandbox
 from slm.search import tally
@@ -96,18 +97,20 @@ def evaluate(args: argparse.Namespace) -> None:
     cli.show(settings)
     backend, adapters = open_backend(args, args.batch)
     problems.refuse_long(everything, backend)
+    sampling = Sampling(args.max_tokens, args.temperature, stop_at_box=True, step_rule=args.step_rule)
+    how = {"samples": args.samples, "sampling": sampling, "seed": args.seed, "adapters": adapters}
+    if args.dry_run:
+        return rehearse(everything, [workflow], backend, **how)
     run = RunDir(args.out, settings | identity(args) | asked_with(backend),
                  problems.fingerprint(everything), args.resume)
     done = finished(run.journal("answers")) if args.resume else []
-    sampling = Sampling(args.max_tokens, args.temperature, stop_at_box=True, step_rule=args.step_rule)
     results, earlier = {}, read_json(run.path / "summary.json", {"data": {}})["data"]
     with contextlib.closing(backend), contextlib.closing(Sandbox()) as sandbox:
         for name, items in sets.items():
             start = time.monotonic()
-            rows = run_graded(items, workflow, backend, sandbox, samples=args.samples,
+            rows = run_graded(items, workflow, backend, sandbox, bar=stats.shorten(name),
                               have=[row for row in done if row["data"] == name],
-                              write=partial(run.log, "answers"), sampling=sampling, seed=args.seed,
-                              adapters=adapters, bar=stats.shorten(name))
+                              write=partial(run.log, "answers"), **how)
             seconds = round(time.monotonic() - start, 1)  # a finished run that is resumed keeps its own
             results[name] = s = {**score(rows), "seconds": earlier.get(name, {}).get("seconds", seconds)}
             texts = {"problems": f"{s['problems']}"} | cells(s, {}, ("truncated", "no_box", "no_answer"))
@@ -120,8 +123,8 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def identity(args: argparse.Namespace) -> dict:
-    """What identifies a run beside its options: the prompt, and hashes of the grader and of the weights."""
-    found = {"prompt": prompts.SOLVER.id, "grader": version()}
+    """What identifies a run beside its options: hashes of the grader and of the weights."""
+    found = {"grader": version()}
     if not args.endpoint:
         folders = [args.model, *(given.rpartition("=")[2] for given in args.adapter)]
         weights = (file for name in folders for file in checkpoint.resolve(name).glob("*.safetensors"))
@@ -230,7 +233,7 @@ class Saved:
 
     def __init__(self, path: Path, rows: list[dict], seconds: dict[str, float], workflow: str = ""):
         about = read_json(path / "settings.json")
-        self.path, self.settings = path, DECODING | about["settings"]
+        self.path, self.settings = path, {"prompt": "solver/1"} | DECODING | about["settings"]
         self.problems = about["data"], {row["id"] for row in rows}
         self.name = f"{path.name or path}{'/' * bool(workflow)}{workflow}"
         self.rows, self.seconds = by(rows, "data") or {",".join(self.settings["data"]): rows}, seconds
@@ -277,7 +280,8 @@ def table(runs: list[Saved], markdown: bool = False) -> str:
                 lines.append(stats.line("run", {heading: heading for heading in texts}, markdown))
                 lines += ["|" + " --- |" * (len(texts) + 1)] * markdown
             lines.append(stats.line(run.name if markdown else f"  {run.name}", texts, markdown))
-    return "\n".join(lines)
+    return "\n".join(lines + [f"note: {run.name} was asked with another prompt than {first.name}"
+                              for run in runs if run.settings["prompt"] != first.settings["prompt"]])
 
 
 def refuse_unlike(a: Saved, b: Saved) -> None:

@@ -29,6 +29,7 @@ def options():
     g.add_argument("--data", nargs="+", action=cli.Names, default=["tiny"], metavar="A,B",
                    help="tiny, gsm8k, math, ... or JSON lines files (default tiny; the report: gsm8k,math)")
     g.add_argument("--limit", type=cli.positive, help="problems of each (tiny: default 400)")
+    cli.prompt_option(g)
     g = p.add_argument_group("teachers")
     g.add_argument("--cascade", metavar="TOML", help="who is asked (default recipes/tiny.toml, a stand-in)")
     g.add_argument("--teacher", choices=("self",), help="ask --model, on this machine")
@@ -55,24 +56,28 @@ import contextlib
 import random
 import shlex
 import sys
-from operator import itemgetter
+import tempfile
+import time
 from pathlib import Path
 
 from slm import BadInput, prompts, workflows
 from slm.backends import own_model
-from slm.episode import Job, Reply, Run, Sampling, run_episodes, seed_of, user
-from slm.grading import blocks_of, equal, grade
+from slm.episode import Job, Sampling, run_episodes, seed_of, user
+from slm.grading import grade
 from slm.problems import fingerprint, load, load_all, origin
 from slm.report import write as write_report
+from slm.runs import forecast
 from slm.runs.files import as_lines, write_json, write_whole
 from slm.runs.rundir import RunDir
+from slm.sampling import Sampler
 from slm.sandbox import Sandbox
-from slm.search import WORDS, Node, chains, step_check
+from slm.search import labels
 from slm.teachers import Endpoint, cascade, records
 from slm.tiny import StandIn
 
 TESTS = ("gsm8k", "math500", "aime24", "amc23")  # no record may overlap these
 HERE = Path(__file__).parent
+PART = 128  # problems of each set that --dry-run takes
 
 
 # ---- a run -----------------------------------------------------------------------------------------------
@@ -81,14 +86,40 @@ def main(args) -> None:
     cli.resolve(args, PAPER, TINY)
     if args.what != "solutions" and (args.cascade or args.teacher or args.budget is not None):
         raise BadInput(f"{args.what}: --model writes; --cascade, --teacher and --budget are for solutions")
-    {"solutions": make_solutions, "verifier": make_verifier, "steps": make_steps}[args.what](args)
+    make = {"solutions": make_solutions, "verifier": make_verifier, "steps": make_steps}[args.what]
+    if args.dry_run:
+        rehearse(make, args)
+    else:
+        make(args)
 
 
-def make_solutions(args) -> None:
-    """Ask the teachers, and file every attempt as a record or as rejected."""
+def rehearse(make, args) -> None:
+    """Make a part of the data in a folder that does not stay, and say what all would take. Servers are asked
+    nothing."""
+    _, asked, *_ = choose(args)
+    if args.what == "solutions" and args.teacher != "self":
+        teachers = who(args)
+        most = sum(t.attempts * cascade.Attempt(p, t, 0, 0).most_dollars for t in teachers for p in asked)
+        print(f"dry run: at most {sum(t.attempts for t in teachers) * len(asked):,} attempts at "
+              f"{cli.count(len(asked), 'problem')}, ${most:,.2f}; no teacher was asked")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        small, start = type(args)(**vars(args) | {"out": folder, "limit": PART}), time.monotonic()
+        sampler = make(small)
+        _, part, *_ = choose(small)
+    took = forecast.scaled(sampler.busy, time.monotonic() - start, len(asked) / len(part))
+    forecast.say(sampler.model, cli.count(len(asked), "problem"), *took)
+
+
+def make_solutions(args):
+    """Ask the teachers, and file every attempt as a record or as rejected. Returns what the first one is
+    asked by."""
     teachers = who(args)
+    if prompts.option() and all(t.efforts for t in teachers):
+        raise BadInput("--prompt: teachers that think aloud have their own; expected one with efforts = {}")
     problems, asked, dropped, compared = choose(args)
-    identity = {"data": args.data, "seed": args.seed, "teachers": [t.identity for t in teachers]}
+    identity = {"data": args.data, "seed": args.seed, "prompt": args.prompt,
+                "teachers": [t.identity for t in teachers]}
     with contextlib.ExitStack() as stack:
         run = open_run(args, "data", identity, problems, stack)
         journals = run.journal("records"), run.journal("rejected")
@@ -118,11 +149,12 @@ def make_solutions(args) -> None:
         print(f"ended early: {why}; open: {cli.count(left, 'problem')}; the same command goes on")
     if asking.counts["kept"] and not asking.why:
         made = shlex.quote(f"{run.path}/records.jsonl")
-        print(f"next: python train_sft.py --model {args.model} --data {made}")
+        print(f"next: python train_sft.py --model {args.model} --data {made}{prompts.option()}")
     if asking.dead:
         raise asking.dead
     if asking.why == "stopped":
         sys.exit(130)
+    return backends[teachers[0].name]
 
 
 def who(args) -> list:
@@ -217,8 +249,8 @@ def print_table(rows: dict[str, dict], title: str) -> None:
 # ---- what our own model writes ---------------------------------------------------------------------------
 
 def policy(args, stack):
-    """run(jobs, bar, ...): our own model works on jobs, closed with the stack. It samples at temperature 1,
-    in steps as slm/search says."""
+    """(sampler, run(jobs, bar, ...)): our own model works on jobs, closed with the stack. It samples at
+    temperature 1, in steps as slm/search says."""
     backend = stack.enter_context(contextlib.closing(own_model(args.model, args.device, args.dtype)))
     sandbox = stack.enter_context(contextlib.closing(Sandbox()))
     sampling = Sampling(args.max_tokens, temperature=1.0, step_rule=args.step_rule)
@@ -227,12 +259,13 @@ def policy(args, stack):
         for at in range(0, len(jobs), 1024):
             run_episodes(jobs[at:at + 1024], backend, sandbox, sampling=sampling, seed=args.seed, bar=bar,
                          on_done=on_done)
-    return run
+    return backend, run
 
 
 def identity(args, *more: str) -> dict:
     """What shapes such a run; it goes on only with the same."""
-    return {name: getattr(args, name) for name in ("data", "seed", "model", "samples", "max_tokens", *more)}
+    names = ("data", "seed", "prompt", "model", "samples", "max_tokens", *more)
+    return {name: getattr(args, name) for name in names}
 
 
 # ---- records for a verifier of solutions -----------------------------------------------------------------
@@ -243,9 +276,9 @@ def with_python(question: str):
     return workflows.printed((yield from workflows.execute(reply))) or reply
 
 
-def make_verifier(args) -> None:
+def make_verifier(args) -> Sampler:
     """Sample --samples solutions of each problem, every second one in Python, grade them, and write records
-    in which right and wrong are balanced; a tenth of the problems is held out."""
+    in which right and wrong are balanced; a tenth of the problems is held out. Returns the sampler."""
     problems, asked, *_ = choose(args)
     known = {p.id: p for p in asked}
     with contextlib.ExitStack() as stack:
@@ -254,11 +287,12 @@ def make_verifier(args) -> None:
         done = {(row["id"], row["sample"]) for row in journal}
         jobs = [Job(p.id, p.question, with_python if k % 2 else workflows.solver, sample=k)
                 for p in known.values() for k in range(args.samples) if (p.id, k) not in done]
-        policy(args, stack)(jobs, "solutions", lambda e: journal.append(
-            sample_row(known[e.problem_id], e, args.model)))
+        sampler, write = policy(args, stack)
+        write(jobs, "solutions", lambda e: journal.append(sample_row(known[e.problem_id], e, args.model)))
         journal.sort(by_problem(problems, "sample"))
         balance(run.path, journal, known, args)
         print(f"page: {write_report(run.path)}")
+    return sampler
 
 
 def sample_row(problem, episode, model: str) -> dict:
@@ -303,88 +337,29 @@ def verifier_record(row: dict) -> dict:
 
 # ---- records for a verifier of steps ---------------------------------------------------------------------
 
-def make_steps(args):
+def make_steps(args) -> Sampler:
     """Sample --samples solutions of each problem and label their steps by what becomes of them: from each
     one --completions are written to the end (Math-Shepherd, arXiv 2312.08935). With --bisect only the first
-    wrong step of a wrong solution is looked for (OmegaPRM, arXiv 2406.06592)."""
+    wrong step of a wrong solution is looked for (OmegaPRM, arXiv 2406.06592). Returns the sampler."""
     problems, asked, *_ = choose(args)
     with contextlib.ExitStack() as stack:
         run = open_run(args, "steps", identity(args, "completions", "bisect", "step_rule"), problems, stack)
-        journal, write = run.journal("completions"), policy(args, stack)
+        journal, (sampler, write) = run.journal("completions"), policy(args, stack)
         while jobs := [
-                Job(f"{p.id}/{row['sample']}", p.question, rest_of(journal, row, step, args), sample=step)
-                for p, row in so_far(journal, asked, args.samples)
-                for step in records.due(len(row["steps"]), row["right"], row["found"], args.bisect)]:
+                Job(f"{p.id}/{row['sample']}", p.question, labels.rest_of(journal, row, step, args),
+                    sample=step)
+                for p, row in labels.so_far(journal, asked, args.samples)
+                for step in labels.due(len(row["steps"]), row["right"], row["found"], args.bisect)]:
             write(jobs, "completions")
         journal.sort(by_problem(problems, "sample", "step"))
-        write_steps(run.path, so_far(journal, asked, args.samples), args)
+        write_steps(run.path, labels.so_far(journal, asked, args.samples), args)
         print(f"page: {write_report(run.path)}")
-
-
-def rest_of(journal, row: dict, step: int, args):
-    """A workflow that writes a solution on from the end of a step (0: one from the start) and files the
-    answers. A new solution is filed with the ids of the prompt and of all `steps`, and how many of them there
-    are at the end of each."""
-    def completion(question: str):
-        text = "".join(row["steps"][:step])
-        reply = Reply(text, row["ids"][:row["ends"][step - 1]]) if step else None
-        blocks = blocks_of(reply) if reply else []
-        outcome = (yield Run(blocks)) if blocks else None
-        node = Node(text=text, reply=reply, outcome=outcome, blocks=len(blocks), depth=step)
-        found = yield from chains(question, [node] * (args.completions if step else 1))
-        filed = {"id": row["id"], "sample": row["sample"], "step": step, "answers": [n.answer for n in found]}
-        if not step:
-            path = found[0].path() if found else []
-            ids = [node.reply.prompt_ids + node.reply.ids for node in path]
-            filed |= {"steps": [node.text[len(node.parent.text):] for node in path],
-                      "ends": list(map(len, ids)), "ids": ids[-1] if ids else []}
-        journal.append(filed)
-        return [None, *filed["answers"]][-1]
-    return completion
-
-
-def so_far(journal, asked: list, samples: int) -> list[tuple]:
-    """(problem, row) of every solution that is wanted. found: step -> how many of the completions are right,
-    or None if there is no solution yet. A solution without an answer has no steps."""
-    known = {p.id: p for p in asked}
-    rows = {(p.id, k): {"id": p.id, "sample": k, "steps": [], "right": False, "found": None}
-            for p in asked for k in range(samples)}
-    for row in sorted(journal, key=itemgetter("step")):
-        key = row["id"], row["sample"]
-        if key in rows:
-            right = sum(equal(answer, known[row["id"]].gold) for answer in row["answers"])
-            if row["step"]:
-                rows[key]["found"][row["step"]] = right
-            else:
-                rows[key] = row | {"right": bool(right), "found": {}}
-    return [(known[id], row) for (id, _), row in rows.items()]
-
-
-def labels_of(row: dict, args) -> dict[str, dict[int, float]]:
-    """{"hard", "soft": {step: its chance to be right}}: whether any of the completions is right, and which
-    share of them. With --bisect the hard labels end with the first wrong step; all before it are right."""
-    soft = {step: right / args.completions for step, right in row["found"].items()}
-    soft[len(row["steps"])] = float(row["right"])
-    hard = {step: float(share > 0) for step, share in soft.items()}
-    if args.bisect:
-        last = min((step for step, share in soft.items() if not share), default=len(row["steps"]))
-        hard = {step: hard.get(step, 1.0) for step in range(1, last + 1)}
-    return {"hard": hard, "soft": soft}
+    return sampler
 
 
 def write_steps(out: Path, solutions: list[tuple], args) -> None:
-    """hard.jsonl and soft.jsonl: is this step right? With the share of right completions as the weight of
-    Yes, and the rest as that of No, both losses add up to the cross-entropy with a soft label."""
-    files = {"hard": [], "soft": []}
-    for problem, row in solutions:
-        for kind, labels in labels_of(row, args).items() if row["steps"] else ():
-            for step, share in sorted(labels.items()):
-                asked = step_check(problem.question, "".join(row["steps"][:step]))
-                said = [{"role": "assistant", "content": word, "weight": weight}
-                        for word, weight in zip(WORDS, (share, 1 - share)) if weight]
-                files[kind] += [{"id": problem.id, "sample": row["sample"], "step": step,
-                                 "prompt": prompts.STEP_CHECK.id, "messages": [*asked, m]} for m in said]
-    for kind, rows in files.items():
+    """hard.jsonl and soft.jsonl: is this step right?"""
+    for kind, rows in labels.step_records(solutions, args).items():
         write_whole(out / f"{kind}.jsonl", as_lines(rows))
         print(f"{out}/{kind}.jsonl: {cli.count(len(rows), 'record')}")
     print(f"next: python train_sft.py --model {args.model} --data {shlex.quote(f'{out}/soft.jsonl')}, or "

@@ -43,6 +43,7 @@ def options():
     g.add_argument("--data", nargs="+", action=cli.Names, metavar="A,B",
                    help="problem sets or JSON lines files (default tiny; gsm8k for other models)")
     g.add_argument("--limit", type=cli.positive, help="only the first problems")
+    cli.prompt_option(g)
     g.add_argument("--evaluate", type=lambda text: cli.positive(text, 0), metavar="N",
                    help=f"problems not trained on, answered ten times on the way ({both('evaluate')})")
     g.add_argument("--workflow", default="solver",
@@ -113,7 +114,7 @@ from statistics import fmean
 
 import torch
 
-from slm import BadInput, checkpoint, lora, losses, problems, rewards, training, workflows
+from slm import BadInput, checkpoint, lora, losses, problems, prompts, rewards, training, workflows
 from slm.credit import give_credit, mark_steps
 from slm.episode import Episode, Reply, Sampling, TokenRecord, Turn, jobs_for, run_episodes, seed_of, user
 from slm.formats import lora_files
@@ -123,7 +124,8 @@ from slm.report import write as write_report
 from slm.rewards import reward_of
 from slm.rollouts import Rollouts
 from slm.runs import files, ranks, stats
-from slm.runs.device import memory, parameter_counts, peak_memory
+from slm.runs.device import parameter_counts, peak_memory
+from slm.runs.forecast import memory
 from slm.runs.rundir import CHECKPOINTS, RunDir, name_of
 from slm.runs.steps import lines, shares, summary, tell, timed
 from slm.sampling import Sampler
@@ -203,8 +205,9 @@ def main(args):
         taken = plan[:2] if args.dry_run else plan
         train(policy, pool, taken, sample, ask, look, sampler, algorithm, rundir, trained, optimizer, args)
         if not args.dry_run:
-            finish(policy, base, rundir.path, args.workflow)
-        elif ranks.rank() == 0:
+            return finish(policy, base, rundir.path, args.workflow)
+        fill(policy, len(tokenizer.chat([user(SOLVER(question=pool[0].question))])), args)
+        if ranks.rank() == 0:
             forecast(policy, list(files.readable_rows(rundir.path / "metrics.jsonl")), plan, args)
 
 
@@ -442,7 +445,8 @@ def checked(args):
     for folder in (args.model, args.adapter, args.teacher, args.judge):
         if folder and not args.resume:
             checkpoint.resolve(folder)
-    workflows.refuse_roles("--roles", args.roles or ())
+    workflow = workflows.workflow(args.workflow)
+    workflows.refuse_roles("--roles", args.roles or (), args.workflow)
     if args.adapters == "role" and not args.roles:
         raise BadInput("--adapters role: no --roles; expected those that get an adapter")
     algorithm = ALGORITHMS.get(args.algorithm)
@@ -464,7 +468,7 @@ def checked(args):
     if algorithm.taught and not args.teacher and (args.workflow, args.adapters) != ("solver", "shared"):
         raise BadInput(f"--workflow {args.workflow} --adapters {args.adapters}: distill without --teacher is "
                        "for the solver with a shared adapter only")
-    return algorithm, workflows.workflow(args.workflow)
+    return algorithm, workflow
 
 
 def check_rewards(pool, args) -> str:
@@ -487,15 +491,17 @@ def check_rewards(pool, args) -> str:
         paid[name], _ = rewards.reward_of(Episode(problem.id, turns=[turn], response=text), problem, rules)
     right = paid.pop("right")
     worst = max(paid, key=paid.get)
-    told = f"a right answer earns {right:g}, {len(paid)} hacks at most {paid[worst]:g} ({worst})"
+    told = (f"a right answer earns {right:g}, {len(paid)} wrong texts at most {paid[worst]:g} "
+            f"({worst})")
     if any(weight and (part in ("random", "judge") or ":" in part)
            for part, weight in rules.weights.items()):
-        told = "a coin, a verifier or a function of yours decides what a hack earns"
+        told = "a coin, a verifier or a function of yours decides what a wrong text earns"
     elif paid[worst] >= right:
         raise BadInput(f"--reward {','.join(rules.weights)}: {told}; give the part correct more weight")
     others = sum(equal(p.gold, q.gold) for p, q in pairwise(some))
-    return (f"reward check: {'/'.join(accepted)} of {len(some)} golds are right in 3 spellings, {others} for "
-            f"the next problem; {told}; a reply cut short {rewards.TRUNCATED[args.truncated]}")
+    return (f"reward check: the grader takes {'/'.join(accepted)} of {len(some)} gold answers, written in 3 "
+            f"ways, and {others} of them for the next problem's; {told}; a reply cut short "
+            f"{rewards.TRUNCATED[args.truncated]}")
 
 
 def prepare(out, claim, device, dtype, args):
@@ -568,6 +574,19 @@ def introduce(policy, sampler, base: str, pool, held_out, plan, device: str, arg
     print("the solver's prompt for the first problem:\n" + tokenizer.render(prompt))
 
 
+def fill(policy, prompt: int, args) -> None:
+    """Forward and backward pass of the largest micro-batch that a step may have. Two steps need not meet one,
+    and its memory counts. prompt: tokens of one."""
+    most = min(args.micro_tokens, args.batch * args.samples * (prompt + args.max_tokens))
+    length = min(policy.config.positions, prompt + args.max_tokens)
+    records = []
+    for size in [length] * (most // length) + [most % length] * (most % length > 1):
+        values = [1.0] * (size - 1)
+        records.append(TokenRecord([0] * size, [0] + [1] * (size - 1), [0.0] * size, values, values))
+    total, *_ = micro_batch_loss(policy, records, ALGORITHMS[args.algorithm], args)
+    total.backward()
+
+
 def forecast(policy, rows: list[dict], plan: list[list[int]], args) -> None:
     """Say what --dry-run found. rows: the metrics of the plan's first two steps, both evaluated. Replies keep
     their length in both; a token takes as long as in the second, as the first paid for caches."""
@@ -598,7 +617,8 @@ def finish(policy, base: str, out, workflow: str):
             for role, folder in folders.items():
                 words += ["--adapter", f"{role}={folder}"]
         print(f"peak memory {peak_memory(policy):.1f} GB; the result is {out / 'adapter'}\n"
-              f"curves and samples: {out / 'report.html'}\nnext: python eval.py {shlex.join(words)}")
+              f"curves and samples: {out / 'report.html'}\nnext: python eval.py {shlex.join(words)}"
+              f"{prompts.option()}")
     ranks.barrier()
 
 

@@ -4,7 +4,7 @@
     python train_sft.py --model Qwen/Qwen2.5-Math-1.5B --data runs/data-gsm8k-math/records.jsonl
     torchrun --nproc_per_node 8 train_sft.py ...                the same on 8 GPUs
 
-Data: JSON lines. A row has `question` and `response`, as make_data.py writes them (the standard prompt is put
+Data: JSON lines. A row has `question` and `response`, as make_data.py writes them (the solver's prompt is put
 around the question), or it is taken as it is: `messages`, `prompt` and `completion`, Alpaca, ShareGPT (see
 slm/formats/rows.py). Every response or assistant message is trained with the token that ends it, as much as
 its `weight` says (0 to 1; without one 1). Rows over --max-length are left out, counted.
@@ -33,6 +33,7 @@ def options():
     g.add_argument("--data", nargs="+", action=cli.Names, metavar="A,B",
                    help="JSON lines; for tiny: default the newest run of make_data.py")
     g.add_argument("--limit", type=cli.positive, help="only the first rows")
+    cli.prompt_option(g)
     g.add_argument("--max-length", type=cli.positive, help=f"tokens a row may have ({both('max_length')})")
     g.add_argument("--validate", type=lambda text: cli.positive(text, 0), metavar="N",
                    help=f"problems held out, a tenth of all at most ({both('validate')})")
@@ -40,9 +41,8 @@ def options():
                    help="tokens in the loss; `all` is what the report did (default response)")
     g = p.add_argument_group("what is trained")
     how = g.add_mutually_exclusive_group()
-    how.add_argument("--lora", dest="full", action="store_false", default=False,
-                     help="a LoRA adapter (the default)")
-    how.add_argument("--full", action="store_true", help="all weights")
+    how.add_argument("--lora", action="store_true", default=True, help="a LoRA adapter (the default)")
+    how.add_argument("--full", dest="lora", action="store_false", help="all weights")
     cli.adapter_options(g, both)
     g.add_argument("--dropout", type=cli.number(0, 0.99), help=f"on the adapter's input ({both('dropout')})")
     g = p.add_argument_group("optimization")
@@ -69,22 +69,22 @@ from statistics import fmean
 
 import torch
 
-from slm import BadInput, checkpoint, lora, losses, problems, training
+from slm import BadInput, checkpoint, lora, losses, problems, prompts, training
 from slm.episode import Request, Sampling, TokenRecord, user
 from slm.formats import lora_files
 from slm.formats.rows import read as read_row
 from slm.grading import extract, grade
-from slm.prompts import SOLVER
 from slm.report import write as write_report
 from slm.runs import files, ranks
-from slm.runs.device import memory, parameter_counts, peak_memory
+from slm.runs.device import parameter_counts, peak_memory
+from slm.runs.forecast import memory
 from slm.runs.rundir import RunDir, name_of
 from slm.runs.steps import timed, token_by_token
 from slm.sampling import Sampler
 
 
 def main(args):
-    how = "full" if args.full else "lora"
+    how = "lora" if args.lora else "full"
     cli.resolve(args, {**PAPER, "lr": RATES["paper"][how]}, {**TINY, "lr": RATES["tiny"][how]})
     if args.data is None and not cli.is_small(args.model):
         raise BadInput("--data is missing: records of make_data.py, or gsm8k for its worked solutions")
@@ -95,9 +95,9 @@ def main(args):
     every_row = [row for data in args.data for row in read(data, args.limit)]
     train, held_out = training.hold_out(every_row, itemgetter(0), args.validate, args.seed)
     device, dtype, words = training.settle(args, f"sft-{name_of(args.model).lower()}-{how}")
-    model, tokenizer = checkpoint.load(args.model, device, torch.float32 if args.full else dtype)
+    model, tokenizer = checkpoint.load(args.model, device, dtype if args.lora else torch.float32)
     model.recompute = lora.recompute(model) if args.recompute else None
-    if not args.full:
+    if args.lora:
         lora.add(model, args.rank, args.alpha, cli.TARGETS[args.targets], args.dropout)
     longest = min(args.max_length, model.config.positions)
     rows, held_out = fitting(tokenizer, train, longest, args.train_on), fitting(tokenizer, held_out, longest)
@@ -113,9 +113,9 @@ def main(args):
             files.write_json(rundir.path / "tokens.json", token_by_token(rows[0], tokenizer))
 
     trained, optimizer = training.start(model, args.weight_decay)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.full and dtype == torch.bfloat16)
-    save = (partial(checkpoint.save, model, tokenizer) if args.full else
-            partial(lora_files.save, model, base=args.model))
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=not args.lora and dtype == torch.bfloat16)
+    save = (partial(lora_files.save, model, base=args.model) if args.lora else
+            partial(checkpoint.save, model, tokenizer))
     look_once = partial(look, model, Sampler(model, tokenizer), held_out, autocast)
     model.train()
     if args.dry_run:
@@ -232,7 +232,7 @@ def read(data: str, limit: int | None) -> list[tuple[str, list[dict]]]:
 
 
 def conversation(question: str, response: str) -> list[dict]:
-    return [user(SOLVER(question=question)), {"role": "assistant", "content": response}]
+    return [user(prompts.SOLVER(question=question)), {"role": "assistant", "content": response}]
 
 
 def written_out(problem) -> str:
@@ -277,7 +277,7 @@ def encode(tokenizer, messages: list[dict], train_on: str = "response") -> Token
         prompt = tokenizer.chat(messages[:i], generation=True)
         if prompt[:len(ids)] != ids:
             raise BadInput("the chat template rewrites earlier turns: several of them can't be one sequence")
-        reply = [*tokenizer.encode(tokenizer.after_prompt(message["content"])), tokenizer.end_of_turn]
+        reply = [*tokenizer.following(tokenizer.after_prompt(message["content"])), tokenizer.end_of_turn]
         mask += [int(train_on == "all")] * (len(prompt) - len(ids)) + [trained(message)] * len(reply)
         ids = prompt + reply
     return TokenRecord(ids, [0] + mask[1:])
@@ -309,14 +309,14 @@ def introduce(model, tokenizer, rows, held_out, plan, largest, device: str, args
     cli.show(vars(args))
     print(f"device: {device}")
     print(f"model: {args.model}, {parameters:,} parameters, {updated:,} trained "
-          f"({'all' if args.full else f'LoRA rank {args.rank} on {args.targets}'})")
+          f"({f'LoRA rank {args.rank} on {args.targets}' if args.lora else 'all'})")
     print(f"data: {', '.join(args.data)}: {cli.count(len(rows), 'row')}, {cli.count(tokens, 'token')}, "
           f"{trained / tokens:.0%} in the loss; held out: {cli.count(len(held_out), 'row')}")
     print(f"work: {cli.count(args.epochs, 'epoch')}, {cli.count(len(plan), 'step')} of "
           f"{cli.count(args.batch, 'row')}, {cli.count(args.epochs * tokens, 'token')}; "
           f"{memory(model, min(size(largest), args.micro_tokens), size(held_out))}")
     sizes = model.model.embed_tokens.weight.detach().float().norm(dim=1)
-    if not args.full and sizes[tokenizer.end_of_turn] < 0.5 * sizes.median():
+    if args.lora and sizes[tokenizer.end_of_turn] < 0.5 * sizes.median():
         print("note: the token that ends an answer has a small embedding, as if this model never met it. "
               "LoRA does not train embeddings: answers may not end; prefer --full")
     print("the first row, trained tokens marked:\n" + training.marked(tokenizer, rows[0].ids, rows[0].mask))
@@ -324,7 +324,7 @@ def introduce(model, tokenizer, rows, held_out, plan, largest, device: str, args
 
 def finish(model, save, out, args):
     """Write the result under its final name, and print what to do with it."""
-    result = out / ("model" if args.full else "adapter")
+    result = out / ("adapter" if args.lora else "model")
     ranks.unshard(model)
     if ranks.rank() == 0:
         save(result)
@@ -333,8 +333,9 @@ def finish(model, save, out, args):
               f"{peak_memory(model):.2f} GB; the result is {result}; curves: {write_report(out)}")
         print(verdict(rows, out))
         result = shlex.quote(str(result))
-        policy = f"--model {result}" if args.full else f"--model {args.model} --adapter {result}"
-        print(f"next: python eval.py --model {result}\n  or: python train_grpo.py {policy}")
+        policy = f"--model {args.model} --adapter {result}" if args.lora else f"--model {result}"
+        print(f"next: python eval.py --model {result}{prompts.option()}\n"
+              f"  or: python train_grpo.py {policy}{prompts.option()}")
     ranks.barrier()
 
 

@@ -1,4 +1,4 @@
-"""Sampling speed: ours beside transformers, its continuous batching and llama.cpp, on the same prompts.
+"""Sampling speed: ours beside transformers, its continuous batching, llama.cpp and vLLM, on the same prompts.
 
     python bench/sampler.py --repeat 3                             # tiny, 64 sequences: a second of work each
     python bench/sampler.py --model DIR --data gsm8k --prompts 48 --tokens 192
@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -52,7 +53,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--gguf", help="the model as GGUF for llama.cpp (batch 1; needs llama-cpp-python)")
     p.add_argument("--adapter", type=cli.positive, help="measure ours with a LoRA adapter of this rank too")
     p.add_argument("--peers", nargs="*", default=["transformers"],
-                   choices=("transformers", "transformers-continuous", "llama.cpp"))
+                   choices=("transformers", "transformers-continuous", "llama.cpp", "vllm", "vllm-eager"))
+    p.add_argument("--vllm", metavar="PYTHON", help="the Python of vLLM's own environment, for these peers")
     p.add_argument("--repeat", type=cli.positive, default=1, help="runs of each, in turns; the best counts")
     p.add_argument("--seconds", type=cli.positive, default=600, help="a contender is stopped after this long")
     p.add_argument("--only", help=argparse.SUPPRESS)
@@ -267,6 +269,37 @@ def llama_cpp(args) -> dict:
     return {"tokens": sum(map(len, replies)), "seconds": time.perf_counter() - start, "replies": replies}
 
 
+def vllm(args, eager: bool = False) -> dict:
+    """In vLLM's own Python and in one process, so that its peak memory is seen. eager: not compiled."""
+    import torch  # noqa: F401  vLLM finds its operators through it
+    from vllm import LLM, SamplingParams
+
+    from slm import checkpoint
+    from slm.tokenizer import Tokenizer
+    folder = checkpoint.resolve(args.model)
+    tokenizer = Tokenizer.load(folder)
+    ids, limits = prompts(args, tokenizer)
+    longest = max(len(x) + limit for x, limit in zip(ids, limits))
+    model = LLM(model=str(folder), dtype=args.dtype, max_model_len=longest, enforce_eager=eager,
+                max_num_seqs=args.batch or len(ids) * args.samples, disable_log_stats=True)
+    stops, temperature = sorted(tokenizer.stop_ids), 1.0 if args.samples > 1 else 0.0
+
+    def write(some, most):
+        asked = [SamplingParams(n=args.samples, temperature=temperature, max_tokens=n, stop_token_ids=stops,
+                                detokenize=False) for n in most]
+        done = model.generate([{"prompt_token_ids": x} for x in some], asked, use_tqdm=False)
+        return [list(reply.token_ids) for request in done for reply in request.outputs]
+
+    write(ids, [4] * len(ids))
+    model.reset_prefix_cache()  # ours starts without one
+    start = time.perf_counter()
+    if args.batch == 1:
+        replies = [write([x], [limit])[0] for x, limit in zip(ids, limits)]
+    else:
+        replies = write(ids, limits)
+    return {"tokens": sum(map(len, replies)), "seconds": time.perf_counter() - start, "replies": replies}
+
+
 def cut(ids: list[int], stops: list[int]) -> list[int]:
     """The ids up to and with the first stop id."""
     return ids[:next((i + 1 for i, t in enumerate(ids) if t in stops), len(ids))]
@@ -283,16 +316,21 @@ def contender(args) -> None:
     """In the child: run one contender and print its result as the last line."""
     name, *more = (int(x) if x.isdigit() else x for x in args.only.split(":"))
     call = {"ours": ours, "transformers": transformers, "transformers-continuous": transformers_continuous,
-            "llama.cpp": llama_cpp}[name]
+            "llama.cpp": llama_cpp, "vllm": vllm, "vllm-eager": partial(vllm, eager=True)}[name]
     result = call(args, *more)
     print(json.dumps({"peak_gb": peak(args.device), **result}))
 
 
-def measure(name: str, seconds: int) -> dict | None:
+def measure(name: str, args) -> dict | None:
+    seconds, python, more = args.seconds, sys.executable, {}
+    if name.startswith("vllm"):  # as many threads as the others, on all cores that this process may use
+        python = args.vllm or python
+        more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind", "PYTHONPATH": str(Path(__file__).parents[1])}
     try:
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", name], text=True,
+        done = subprocess.run([python, __file__, *sys.argv[1:], "--only", name], text=True,
                               capture_output=True, timeout=seconds,
-                              env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
+                              env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", **more})
     except subprocess.TimeoutExpired:
         print(f"{name}: stopped after {seconds} s")
         return None
@@ -320,7 +358,7 @@ def main(args) -> None:
     names += [p for p in args.peers if p != "transformers"]
     results: dict[str, dict] = {}
     for name in names * args.repeat:
-        r = measure(name, args.seconds)
+        r = measure(name, args)
         if r and r["rate"] > results.get(name, {"rate": 0})["rate"]:
             results[name] = r
     if "ours" not in results:
@@ -332,7 +370,7 @@ def main(args) -> None:
     if with_adapter := results.pop(f"ours:{args.adapter}", None):
         summary["adapter cost"] = round(with_adapter["seconds"] / mine["seconds"] - 1, 3)
         print(f"with an adapter of rank {args.adapter}: {summary['adapter cost']:+.0%} time")
-    for peer in ("transformers", "transformers-continuous", "llama.cpp"):
+    for peer in ("transformers", "transformers-continuous", "llama.cpp", "vllm", "vllm-eager"):
         found = [r for name, r in results.items() if name.split(":")[0] == peer]
         if found:
             best = max(found, key=lambda r: r["rate"])

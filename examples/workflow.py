@@ -1,6 +1,6 @@
 """A workflow of your own: python agents.py --workflow examples/workflow.py:second_thought --limit 50
 
-Its roles are those of slm/workflows.py: solver, checker, verifier, summarizer. It can also be trained:
+A role is any word in quotes; --adapter ROLE=DIR gives it an adapter of its own. To train it:
     python train_grpo.py --workflow examples/workflow.py:second_thought
 """
 

@@ -49,7 +49,8 @@ take() {
 }
 
 if [ "${1:-}" = --dry-run ]; then
-  for script in "train_sft.py --data gsm8k --limit 250 ${SFT[*]}" "train_grpo.py ${GRPO[*]}"; do
+  for script in "make_data.py ${DATA[*]}" "train_sft.py --data gsm8k --limit 250 ${SFT[*]}" \
+      "train_grpo.py ${GRPO[*]}" "eval.py ${GREEDY[*]}" "eval.py ${SAMPLED[*]}"; do
     printf '\n==== %s\n' "$script"
     "$PYTHON" $script --model "$MODEL" --dry-run
   done

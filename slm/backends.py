@@ -11,21 +11,22 @@ from slm.tokenizer import PLAIN
 from slm.workflows import refuse_roles
 
 
-def open_backend(options, batch: int | None = None) -> tuple[Sampler | Endpoint, dict[str, str]]:
+def open_backend(options, batch: int | None = None,
+                 stream: bool = False) -> tuple[Sampler | Endpoint, dict[str, str]]:
     """(what answers, role -> name of the adapter that serves it, "*" for the other roles).
 
-    options: those of cli.answer_options and cli.run_options. batch: replies drawn at once (None: as many as
-    the backend chooses). Both kinds of backend have submit(Request) -> ticket, step() -> [(ticket, sample,
-    Reply)], pending and close().
+    options: those of cli.answer_options and cli.run_options, and workflow. batch: replies drawn at once
+    (None: as many as the backend chooses). stream: a server sends replies word by word. Both backends have
+    submit(Request) -> ticket, step() -> [(ticket, sample, Reply)], pending, written(ticket) and close().
     """
     if options.endpoint:
-        workers = {"workers": batch} if batch else {}
-        return Endpoint(options.endpoint, options.model, key_env=options.key_env, **workers,
-                        fields={"logprobs": True, "return_token_ids": True}), {}
+        how = {"stream": stream, **({"workers": batch} if batch else {})}
+        fields = {} if stream else {"logprobs": True, "return_token_ids": True}
+        return Endpoint(options.endpoint, options.model, key_env=options.key_env, fields=fields, **how), {}
     names, folders = {}, []
     for given in options.adapter:
         role, _, folder = given.rpartition("=")
-        refuse_roles("--adapter", [role] if role else [])
+        refuse_roles("--adapter", [role] if role else [], options.workflow or "")
         names[role or "*"] = role or "all"
         folders.append((role or "all", folder))
     return own_model(options.model, options.device, options.dtype, folders, batch), names

@@ -6,7 +6,7 @@
     python -m slm.chat --workflow solver_verifier          each line is a question of its own
 
 A conversation goes on in its cache: a turn computes what is new. A workflow shows each reply, and what its
-code printed. Replies appear as they are written (a server's when they are there).
+code printed. Replies appear as they are written (a server's, too, if it can stream).
 
     /temperature 0.7   for the next replies
     /reset             forget what was said
@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from slm.runs import cli
 
-COMMANDS = __doc__.partition("are there).\n\n")[2]
+COMMANDS = __doc__.partition("can stream).\n\n")[2]
 
 
 def options() -> argparse.ArgumentParser:
@@ -75,7 +75,12 @@ class Screen:
         while self.open:
             ticket = next(iter(self.open))
             reply = self.landed.pop(ticket, None)
-            self.show(ticket, reply.text or f"({reply.error})" if reply else self.written(ticket))
+            text = reply.text or f"({reply.error or 'nothing'})" if reply else self.written(ticket)
+            seen = self.open[ticket]
+            if reply and not text.startswith(seen) and not seen.startswith(text):  # a server was asked again
+                self.open[ticket] = ""
+                print()
+            self.show(ticket, text)
             if not reply:
                 break
             del self.open[ticket]
@@ -83,8 +88,8 @@ class Screen:
         return replies
 
     def written(self, ticket: int) -> str:
-        """What a model on this machine has written of a reply, less a character that is not whole."""
-        text = self.backend.written(ticket) if hasattr(self.backend, "written") else ""
+        """What is there of a reply, less a character that is not whole."""
+        text = self.backend.written(ticket)
         return text[:text.rfind("\n") + 1] if ticket in self.by_line else text.rstrip("\ufffd")
 
     def show(self, ticket: int, text: str) -> None:
@@ -98,17 +103,11 @@ class Screen:
         self.backend.close()
 
 
-class Tools:
+class Tools(Sandbox):
     """A sandbox that prints what its programs printed."""
 
-    def __init__(self):
-        self.sandbox = Sandbox()
-
-    def submit(self, code, timeout: float) -> int:
-        return self.sandbox.submit(code, timeout)
-
-    def poll(self, wait: float):
-        outcomes = self.sandbox.poll(wait)
+    def poll(self, wait: float = 0.0):
+        outcomes = super().poll(wait)
         for _, outcome in outcomes:
             print(f"    [the code printed: {shown(outcome)}]", flush=True)
         return outcomes
@@ -118,9 +117,9 @@ class Talk:
     """What was said so far, and how the next reply is drawn."""
 
     def __init__(self, args):
-        backend, self.adapters = open_backend(args)
-        self.screen = Screen(backend)
         self.workflow = args.workflow and workflow(args.workflow)
+        backend, self.adapters = open_backend(args, stream=True)
+        self.screen = Screen(backend)
         self.tools = Tools() if args.workflow else None
         greedy = 0.0 if args.workflow else 0.7
         self.sampling = Sampling(args.max_tokens, greedy if args.temperature is None else args.temperature,
@@ -151,9 +150,9 @@ class Talk:
         """Drop what is under way. An Endpoint that was closed stays closed, so there is a new one."""
         self.screen.close()
         if self.tools:
-            self.tools.sandbox.close()
+            self.tools.close()
         if self.args.endpoint:
-            self.screen = Screen(open_backend(self.args)[0])
+            self.screen = Screen(open_backend(self.args, stream=True)[0])
 
     def rows(self) -> list[dict]:
         """What was said, as records: a conversation is one, a workflow's questions are one each."""

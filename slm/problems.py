@@ -8,9 +8,7 @@ Folders are searched in this order: $SLM_DATA, ./data, ../shared/data, then the 
 Imports no torch.
 """
 
-import math
 import random
-import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -18,10 +16,9 @@ from pathlib import Path
 
 from slm import BadInput
 from slm.episode import user
-from slm.formats.rows import Row
+from slm.formats import golds
 from slm.formats.rows import read as read_row
 from slm.formats.sources import SOURCES, find
-from slm.grading import equal, extract
 from slm.prompts import SOLVER
 from slm.runs import files
 from slm.tiny import world
@@ -41,8 +38,6 @@ class Problem:
     data: str = field(default="", compare=False)
 
 
-TEXT = re.compile(r"""\"(?:\\.|[^"\\])*\"|'(?:\\.|[^'\\])*'""")  # in quotes, as JSON or Python has it
-LIST = re.compile(rf"\s*\[\s*(?:(?:{TEXT.pattern})(?:\s*,\s*|\s*(?=\])))+\]\s*")
 NAMES = ("tiny", "tiny-unseen", *SOURCES)
 
 
@@ -87,7 +82,7 @@ def read(path: Path, source: str, split: str = "") -> list[Problem]:
     """The problems of one file. Rows keep their own id where all of them have a different one. A row whose
     question or gold answer is empty, or with several questions, is left out, counted and named."""
     rows = files.read_rows(path)
-    own = [_own_id(row) for _, row in rows]
+    own = [golds.own_id(row) for _, row in rows]
     unique = None not in own and len(set(own)) == len(own)
     prefix = f"{source}-{split}" if split else source
     problems, without, unread = [], [], {}
@@ -95,7 +90,7 @@ def read(path: Path, source: str, split: str = "") -> list[Problem]:
         id = own[n] if unique and not own[n].isdigit() else f"{prefix}-{own[n] if unique else n}"
         found = read_row(row)
         unread |= dict.fromkeys(found.unread)
-        gold, solution = _gold_and_solution(found, row, source, f"{path} line {line}")
+        gold, solution = golds.gold_and_solution(found, row, source, f"{path} line {line}")
         if gold and found.question:
             problems.append(Problem(id, found.question.strip(), gold, source, solution,
                                     str(row.get("level", "")), str(row.get("subject", ""))))
@@ -146,46 +141,3 @@ def origin(path: Path) -> tuple[str, str]:
     if path.stem in ("train", "test") and path.resolve().parent.name:
         return path.resolve().parent.name, path.stem
     return path.stem, ""
-
-
-def _own_id(row: dict) -> str | None:
-    return next((str(row[key]) for key in ("id", "unique_id", "ID") if row.get(key) not in (None, "")), None)
-
-
-def _gold_and_solution(found: Row, row: dict, source: str, where: str) -> tuple[str, str]:
-    """A row's gold answer, '' if it has none, and its worked solution. Where no field holds the answer it is
-    what the solution ends with: its last box, else what its last line calls the answer or holds alone."""
-    names, solution = ", ".join(map(str, row)) or "no fields", found.solution or found.response
-    if found.question is None:
-        raise BadInput(f"{where}: no question; expected a text named question or problem, found {names}")
-    if found.gold is None and not solution:
-        raise BadInput(f"{where}: no gold answer; expected one named answer or gold, found {names}")
-    if isinstance(found.gold, str) and "####" in found.gold:
-        solution = solution or found.gold.rsplit("####", 1)[0].strip()
-    gold = _gold(found.gold, source, where) or extract(solution, strict=True)
-    line = solution.rstrip().rpartition("\n")[2]
-    if not gold and found.gold is None and ("answer" in line.lower() or "####" in line or " " not in line):
-        gold = extract(line, plain_gold=False)
-    return gold or "", solution
-
-
-def _gold(value, source: str, where: str) -> str:
-    """The gold answer: what follows GSM8K's ####, 27 for 27.0, 25 for AIME's 025, '' for an empty one.
-
-    A list, or a text that is a JSON list of texts (OlympiadBench, Skywork), may hold several. Those that are
-    equal are one answer; else they are joined by commas: a response must give all of them, in any order."""
-    if isinstance(value, str) and LIST.fullmatch(value):
-        value = [text[1:-1].replace("\\\\", "\\") for text in TEXT.findall(value)]
-    if isinstance(value, list):
-        golds = [_gold(item, source, where) for item in value]
-        return golds[0] if golds and all(equal(golds[0], gold) for gold in golds) else ", ".join(golds)
-    if isinstance(value, float) and math.isfinite(value):
-        return str(int(value)) if value.is_integer() else repr(value)
-    if isinstance(value, bool) or not isinstance(value, str | int | None):
-        raise BadInput(f"{where}: the gold answer is {str(value)[:40]!r}; expected a text or a number")
-    gold = "" if value is None else str(value).strip()
-    if "####" in gold:
-        gold = gold.rsplit("####", 1)[1].strip().replace(",", "")
-    if source.startswith("aime") and gold.isdigit():
-        gold = str(int(gold))
-    return gold

@@ -8,8 +8,10 @@ import re
 from dataclasses import dataclass
 from string import Template
 
+from slm.runs.files import fingerprint
 
-@dataclass(frozen=True)
+
+@dataclass
 class Prompt:
     """A text with $fields and an id. Calling it with the fields gives the message. The values are inserted as
     they are; a missing field raises KeyError."""
@@ -26,10 +28,25 @@ class Prompt:
         return found.groupdict() if found else {}
 
 
+def use(prompt: str) -> None:
+    """Ask the solver as this text says from here on, with the question for each {question}. STANDARD's id
+    stands for the standard prompt. All other prompts stay as they are."""
+    SOLVER.id, SOLVER.text = STANDARD
+    if prompt != SOLVER.id:
+        SOLVER.id = f"yours/{fingerprint(prompt)[:8]}"
+        SOLVER.text = prompt.replace("$", "$$").replace("{question}", "${question}")
+
+
+def option() -> str:
+    """What the next command needs to ask in the same way."""
+    return "" if SOLVER.id == STANDARD[0] else " --prompt FILE"
+
+
 # ---- the solver ------------------------------------------------------------------------------------------
 BOX = "Please reason step by step, and put your final answer within \\boxed{}."
 
-SOLVER = Prompt("solver/1", f"$question\n{BOX}")  # the report's standard prompt
+STANDARD = "solver/1", f"$question\n{BOX}"  # the report's
+SOLVER = Prompt(*STANDARD)                  # the standard prompt; use() puts another in its place
 CAREFUL = Prompt("careful/1", f"$question\nWork carefully. {BOX}")
 VERY_CAREFUL = Prompt("very-careful/1", f"$question\nWork very carefully and check each step. {BOX}")
 SHOWN = Prompt("shown/1", f"$question\nA right solution: $solution\nSolve it in your own words. {BOX}")

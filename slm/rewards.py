@@ -21,7 +21,6 @@ import itertools
 import math
 import operator
 import re
-import traceback
 from dataclasses import dataclass
 from operator import attrgetter
 from statistics import fmean
@@ -235,16 +234,11 @@ OF_STEPS = {"steps": true_steps, "random": coins,
 
 def yours(word: str, episode: Episode, problem) -> float:
     """What FILE.py:FUNCTION gives. Whatever goes wrong in it ends the run with its file and line."""
-    file, _, name = word.rpartition(":")
-    try:
-        earned = float(files.load(file)[name](episode, problem))
-        if math.isfinite(earned):
-            return earned
-        raise ValueError(f"it returned {earned}")
-    except (Exception, SystemExit) as e:
-        lines = [f":{f.lineno}" for f in traceback.extract_tb(e.__traceback__) if f.filename == file]
-        raise BadInput(f"{file}{''.join(lines[-1:])}: {type(e).__name__}: {e}; expected a function "
-                       f"{name}(episode, problem) that returns a number") from None
+    with files.yours(word, "(episode, problem) that returns a number") as function:
+        earned = float(function(episode, problem))
+        if not math.isfinite(earned):
+            raise ValueError(f"it returned {earned}")
+    return earned
 
 
 # ---- texts for the check before the first step -----------------------------------------------------------

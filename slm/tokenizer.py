@@ -90,6 +90,13 @@ class Tokenizer:
         """Ids of the text. Special tokens written out in it become their ids; none are added."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
+    def following(self, text: str, before: str = "\n") -> list[int]:
+        """Ids of a text that goes on behind another. A tokenizer like Llama 2's puts a space before a text,
+        so it gets both, and the ids of `before` are cut off."""
+        if len(self.encode("\n")) == 1:
+            return self.encode(text)
+        return self.encode(before + text)[len(self.encode(before)):]
+
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         """Text of the ids. Bytes that are no UTF-8 (an answer cut inside a character) become U+FFFD."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special)
@@ -124,8 +131,8 @@ class Tokenizer:
         """Ids of the conversation. If a message carries its Reply, and the text before it is still the prompt
         of that reply, then the reply's ids are kept and only what follows is tokenized."""
         text = self.render(messages, generation)
-        replies = [m["reply"] for m in messages if "reply" in m and m["reply"].ids]  # a server gives no ids
-        ids = self._continue(replies[-1], text) if replies else None
+        replies = [n for n, m in enumerate(messages, 1) if "reply" in m and m["reply"].ids]  # no server's
+        ids = self._continue(messages[:replies[-1]], text) if replies else None
         if replies and ids is None and not self._warned:
             self._warned = True
             why = "a message was edited" if self.appends else "its chat template rewrites earlier turns"
@@ -149,20 +156,26 @@ class Tokenizer:
             raise BadInput(f"{self.directory}: the chat template does not close an answer with a stop token")
         return tail[0]
 
-    def _continue(self, reply, text: str) -> list[int] | None:
-        """The reply's ids and those of the rest of the text, or None if the text does not continue it."""
-        ids = reply.prompt_ids + reply.ids
+    def _continue(self, messages: list[dict], text: str) -> list[int] | None:
+        """The ids of the last message's reply and those of the rest of the text, or None if the text does not
+        continue it."""
+        *earlier, last = messages
+        ids = last["reply"].prompt_ids + last["reply"].ids
         closed = ids[-1] in self.stop_ids
-        so_far = self.decode(ids[:-1] if closed else ids, skip_special=False)
-        if not text.startswith(so_far):
-            return None
+        own = ids[:-1] if closed else ids
+        so_far = self.decode(own, skip_special=False)
+        if not text.startswith(so_far):  # Llama 2's decoder shows spaces that the prompt does not have
+            start = self.chat(earlier)
+            so_far = self.render(earlier) + self.decode(own[len(start):], skip_special=False)
+            if own[:len(start)] != start or not text.startswith(so_far):
+                return None
         rest = text[len(so_far):]
         if closed:  # the model closed its turn itself
             ends = [end for end in self.stop_texts if rest.startswith(end)]
-            if not ends:
-                return ids[:-1] + self.encode(rest)
-            rest = rest[len(max(ends, key=len)):]
-        return ids + self.encode(rest)
+            if ends:
+                end = max(ends, key=len)
+                return ids + self.following(rest[len(end):], end)
+        return own + self.following(rest)
 
     @cached_property
     def stop_texts(self) -> list[str]:

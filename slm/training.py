@@ -23,7 +23,6 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from functools import partial
 
 import torch
@@ -34,7 +33,8 @@ from slm.episode import TokenRecord, seed_of
 from slm.losses import pack
 from slm.runs import ranks
 from slm.runs.cli import Interrupt, count
-from slm.runs.device import peak_memory, pick_device
+from slm.runs.device import pick_device, release
+from slm.runs.forecast import say
 from slm.runs.rundir import RunDir, new_path
 
 SAVE_SECONDS = 300  # between two checkpoints at most, if a step is not longer
@@ -95,15 +95,15 @@ def steps(total: int, rundir: RunDir, trained: dict, optimizer, args, extra: dic
     state = rundir.load(device) if args.resume else None
     first, saved = restore(state, trained, optimizer, extra) if state else 0, time.monotonic()
     bar = tqdm(total=total, initial=first, unit="step", disable=ranks.rank() > 0)
-    words = ("\nfinishing this step, then saving; Ctrl-C again stops at once, and --resume then goes on from "
-             "the last checkpoint")
-    with Interrupt(lambda: print(words, file=sys.stderr)) as stop, bar:
+    ends = [time.monotonic()]  # the start, and when each step ended
+    with Interrupt(lambda: print(stopping(ends), file=sys.stderr)) as stop, bar:
         for step in range(first, total):
             torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + ranks.rank())  # for dropout
             if look and step == 0:
                 rundir.log("metrics", {"step": 0, **look()})
             yield step, args.lr * cosine(step, total, args.warmup), bar
             bar.update()
+            ends.append(time.monotonic())
             late = time.monotonic() - saved > SAVE_SECONDS
             stopped, late = ranks.summed({"stop": stop.asked, "late": late}).values()  # on any rank
             if stopped or late or (step + 1) % args.save_every == 0 or step + 1 == total:
@@ -111,6 +111,16 @@ def steps(total: int, rundir: RunDir, trained: dict, optimizer, args, extra: dic
                 saved = time.monotonic()
             if stopped:
                 raise KeyboardInterrupt
+
+
+def stopping(ends: list[float]) -> str:
+    """What Ctrl-C says in the middle of a step, which may be long."""
+    left = f"the first one, {time.monotonic() - ends[-1]:.0f} s so far"
+    if len(ends) > 1:
+        more = max(0, 2 * ends[-1] - ends[-2] - time.monotonic())
+        left = f"about {more:.0f} s more if it takes as long as the one before"
+    return (f"\nfinishing this step ({left}), then saving; Ctrl-C again stops at once, and --resume then "
+            "goes on from the last checkpoint")
 
 
 def cosine(step: int, total: int, warmup: float) -> float:
@@ -143,6 +153,7 @@ def update(optimizer, lr: float, clip: float) -> float:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    release()
     return norm.item()
 
 
@@ -186,9 +197,7 @@ def forecast(model, steps: int, tokens: int, seconds: float, look: float, condit
     """Say what --dry-run found. seconds: of all steps, without looks; look: of one look at held-out rows."""
     seconds += look * (1 + sum(look_due(step, steps) for step in range(steps)))
     if ranks.rank() == 0:
-        print(f"dry run: {count(steps, 'step')}, {count(tokens, 'token')}{condition}; by what was measured "
-              f"they take {timedelta(seconds=round(seconds))} (h:mm:ss), peak memory "
-              f"{peak_memory(model):.2f} GB")
+        say(model, count(steps, "step"), tokens, seconds, condition)
 
 
 def marked(tokenizer, ids: list[int], mask: list[int]) -> str:

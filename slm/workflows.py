@@ -9,6 +9,7 @@ the start.
 import inspect
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from slm import BadInput, prompts
 from slm.episode import Ask, Draft, Reply, Run, user
@@ -317,9 +318,13 @@ WORKFLOWS = {fn.__name__: fn for fn in (
 
 def workflow(name: str):
     """A workflow by its name, or FILE.py:NAME for one of yours; dvts@8 is dvts with a budget of 8: its second
-    argument. BadInput for an unknown name."""
+    argument. BadInput for an unknown name or a file that can't be used."""
     plain, at, budget = name.partition("@")
-    found = WORKFLOWS.get(plain) or yours(plain)
+    found = WORKFLOWS.get(plain)
+    if ".py:" in plain:
+        with files.yours(plain, "(question) that yields what it asks") as found:
+            if not inspect.isgeneratorfunction(found):
+                raise TypeError("this is no function with a yield")
     if not found:
         raise BadInput(f"--workflow {name!r}: no such workflow; expected FILE.py:NAME or one of "
                        f"{', '.join(WORKFLOWS)}")
@@ -335,28 +340,17 @@ def workflow(name: str):
     return limited if at else found
 
 
-def yours(name: str) -> Callable | None:
-    """The function that FILE.py:NAME names, None if it is no such name. BadInput if it can't be loaded."""
-    file, _, function = name.rpartition(":")
-    if not file.endswith(".py"):
-        return None
-    try:
-        found = files.load(file)[function]
-        if not inspect.isgeneratorfunction(found):
-            raise TypeError("this is no function with a yield")
-    except (Exception, SystemExit) as e:
-        raise BadInput(f"--workflow {name}: {type(e).__name__}: {e}; expected a file with a generator "
-                       f"function {function}(question)") from None
-    return found
-
-
 def has_budget(found: Callable) -> bool:
     """Whether a workflow has a second argument: how many solutions, rounds, beams or rollouts it may have."""
     return found.__code__.co_argcount > 1
 
 
-def refuse_roles(option: str, roles) -> None:
-    """BadInput for a role that no workflow has."""
+def refuse_roles(option: str, roles: Iterable[str], workflows: str) -> None:
+    """BadInput for a role that no workflow has: it isn't ours, and stands nowhere in quotes in the files of
+    yours that --workflow names. (A dot can't be in the name of an adapter's tensor.)"""
+    own = [Path(file).read_text(encoding="utf-8") for file in re.findall(r"\s*([^,]+\.py):\w", workflows)]
     for role in roles:
-        if role not in ROLES:
-            raise BadInput(f"{option}: no workflow has a role {role!r}; expected {', '.join(ROLES)}")
+        quoted = re.compile(rf"(['\"]){re.escape(role)}\1")
+        if role not in ROLES and ("." in role or not any(map(quoted.search, own))):
+            raise BadInput(f"{option}: no workflow has a role {role!r}; expected {', '.join(ROLES)}, or one "
+                           "that stands in quotes in your --workflow file")

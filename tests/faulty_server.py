@@ -178,6 +178,8 @@ class Handler(BaseHTTPRequestHandler):
         if fault is None:
             with server.lock:
                 server.answered[key] += 1
+        if json.loads(raw).get("stream") and server.streams:
+            return self.send_events(json.loads(reply), **server.streams)
         self.send(reply[:len(reply) // 2] if fault == "torn" else reply, reset=fault == "reset")
 
     def reply(self, body: dict, rng: random.Random, tokens_in: int, empty: bool) -> bytes:
@@ -190,6 +192,29 @@ class Handler(BaseHTTPRequestHandler):
         usage = {"prompt_tokens": tokens_in, "completion_tokens": len(spoiled.text) // 4}
         return json.dumps({"object": "chat.completion", "model": body["model"], "usage": usage,
                            "choices": [] if empty else [choice]}).encode()
+
+    def send_events(self, reply: dict, wait: threading.Event, cut: int = 0):
+        """The reply as server-sent events of three characters. The second half waits for an event; `cut`: how
+        many streams break off before it."""
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        text = reply["choices"][0]["message"]["content"]
+        said = [{"delta": {"role": "assistant", "content": ""}},
+                *({"delta": {"content": text[i:i + 3]}} for i in range(0, len(text), 3)),
+                {"delta": {}, "finish_reason": "stop"}]
+        self.wfile.write(b": a comment\r\n\r\n")
+        for n, choice in enumerate(said):
+            if n == len(said) // 2:
+                self.wfile.flush()
+                if len(self.server.bodies) <= cut:
+                    return
+                wait.wait(60)
+            self.wfile.write(f"data: {json.dumps({'choices': [choice], 'usage': None})}\r\n\r\n".encode())
+        usage = {"choices": [], "usage": reply["usage"]}
+        self.wfile.write(f"data: {json.dumps(usage)}\r\n\r\ndata: [DONE]\r\n\r\n".encode())
+        self.wfile.flush()
 
     def send(self, body: bytes, status: int = 200, retry_after: float | None = None, reset: bool = False):
         self.send_response(status)
@@ -215,9 +240,10 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 1024
 
-    def __init__(self, answer: Callable[[dict, random.Random], str], faults: Faults, quirk: Callable | None):
+    def __init__(self, answer: Callable[[dict, random.Random], str], faults: Faults, quirk: Callable | None,
+                 streams: dict | None):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.answer, self.faults, self.quirk, self.bodies = answer, faults, quirk, []
+        self.answer, self.faults, self.quirk, self.bodies, self.streams = answer, faults, quirk, [], streams
         self.seen, self.answered, self.lock = Counter(), Counter(), threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
 
@@ -227,10 +253,10 @@ class Server(ThreadingHTTPServer):
 
 @contextmanager
 def serve(answer: Callable[[dict, random.Random], str] = teacher.answer, faults: Faults = Faults(),
-          quirk: str | Callable | None = None):
+          quirk: str | Callable | None = None, streams: dict | None = None):
     """A Server in a thread of this process, for the length of a with block. quirk: one of QUIRKS, by name, or
-    one of your own."""
-    server = Server(answer, faults, QUIRKS[quirk] if isinstance(quirk, str) else quirk)
+    one of your own. streams: send_events' options, of a server that can stream."""
+    server = Server(answer, faults, QUIRKS[quirk] if isinstance(quirk, str) else quirk, streams)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

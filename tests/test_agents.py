@@ -477,6 +477,10 @@ def test_a_stopped_comparison_goes_on_without_asking_twice(tmp_path, monkeypatch
 
     whole = run("whole")
     assert len(asked) == 5 + 5 * 4  # the greedy call is shared
+    table = tmp_path / "whole" / "table.json"
+    table.write_text(table.read_text().replace('"seconds": ', '"seconds": 1000'))
+    assert run("whole", "--resume") == whole and not asked
+    assert all(row["seconds"] >= 1000 for row in json.loads(table.read_text()).values())  # a finished run's
     run("cut")
     log = tmp_path / "cut" / "episodes.jsonl"
     log.write_bytes(b"\n".join(log.read_bytes().split(b"\n")[:7]) + b'\n{"problem_id": "dou')
@@ -500,7 +504,7 @@ def test_an_adapter_serves_its_role_and_no_other(tiny, tmp_path):
     texts = {}
     for given in ((), (f"checker={tmp_path}",), (str(tmp_path),)):
         backend, adapters = agents.open_backend(SimpleNamespace(
-            endpoint=None, model="tiny", device="cpu", dtype="float32", adapter=given))
+            endpoint=None, model="tiny", device="cpu", dtype="float32", adapter=given, workflow="all"))
         episode, = run_episodes(jobs_for([problem("p", "2 + 2?")], WORKFLOWS["solver"]), backend,
                                 sampling=Sampling(12), adapters=adapters)
         texts[given and given[0][:7]] = episode.turns[0].reply.ids

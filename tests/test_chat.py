@@ -3,12 +3,15 @@
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from faulty_server import serve
 from scripted import Backend
 
 from slm import BadInput, chat
@@ -30,6 +33,7 @@ class Terminal:
     def until(self, end: str) -> str:
         seen = ""
         while not seen.endswith(end):
+            assert select.select([self.ours], [], [], 60)[0], f"{end!r} does not come after {seen!r}"
             seen += os.read(self.ours, 4096).decode()
         return seen.replace("\r\n", "\n")
 
@@ -64,6 +68,28 @@ def test_a_conversation_at_a_terminal_is_shown_saved_and_forgotten(terminal, tmp
     assert [m["role"] for m in said] == ["user", "assistant"] * 2 and said[1]["content"] in first
 
 
+def test_a_server_s_reply_appears_while_it_is_written(terminal):
+    go_on = threading.Event()
+    with serve(lambda body, rng: "It is six, and then seven.", streams={"wait": go_on}) as server:
+        talk = terminal("--endpoint", server.url, "--model", "m")
+        talk.until("> ")
+        assert talk.type("What is it?", end="six, a") == "It is six, a"
+        go_on.set()
+        assert talk.until("> ") == "nd then seven.\n> "
+        assert server.bodies[0]["stream"] is True
+        talk.type("And then?")
+        assert [m["content"] for m in server.bodies[1]["messages"]] == [
+            "What is it?", "It is six, and then seven.", "And then?"]
+
+
+def test_a_workflow_s_code_and_what_it_printed_appear_at_a_terminal(terminal):
+    with serve(lambda body, rng: "So:\n```python\nprint(6 * 7)\n```\n") as server:  # and it can't stream
+        talk = terminal("--endpoint", server.url, "--model", "m", "--workflow", "python_tools")
+        talk.until("> ")
+        said = talk.type("What is 6 * 7?")
+    assert said == "So:\n```python\nprint(6 * 7)\n```\n\n    [the code printed: 42]\n==== answer: 42\n> "
+
+
 # ---- the parts, on scripted replies ------------------------------------------------------------------------
 
 class Growing:
@@ -95,7 +121,7 @@ class Growing:
 
 
 def talk_with(backend, monkeypatch, **more):
-    monkeypatch.setattr(chat, "open_backend", lambda args: (backend, {}))
+    monkeypatch.setattr(chat, "open_backend", lambda args, stream: (backend, {}))
     usual = {"workflow": None, "temperature": 0.5, "max_tokens": 9, "endpoint": None}
     return chat.Talk(SimpleNamespace(**usual | more))
 
@@ -110,6 +136,21 @@ def test_replies_appear_one_after_the_other_whatever_lands_first(capsys):
         seen.append(capsys.readouterr().out)
     assert "".join(seen) == "one is slow\ntwo\nthree\n"
     assert seen[:2] == ["on", "e "]
+
+
+def test_a_reply_that_a_server_began_anew_is_shown_whole_and_one_that_is_cut_is_not_shown_again(capsys):
+    backend = Growing("I think")
+    screen = chat.Screen(backend)
+    for final, end in (("It is 4.", "\nIt is 4.\n"), ("I", "\n"), ("", "\n(no server)\n")):
+        screen.submit(Request([user("?")]))
+        backend.at, backend.texts = [0] * len(backend.at), ["I think"] * len(backend.at)
+        screen.step()
+        ticket = len(backend.at) - 1
+        backend.step = lambda t=ticket, f=final: [(t, 0, Reply(f, error=None if f else "no server"))]
+        seen = capsys.readouterr().out
+        screen.step()
+        assert seen and capsys.readouterr().out == end
+        del backend.step
 
 
 def test_a_line_that_a_stop_string_may_cut_waits_until_it_is_whole(capsys):
@@ -172,7 +213,7 @@ def test_the_temperature_is_the_next_reply_s(monkeypatch):
 def test_after_a_stop_a_server_is_asked_anew_and_an_old_reply_is_nobody_s(monkeypatch):
     talk = talk_with(Growing("late"), monkeypatch, endpoint="http://localhost")
     old = talk.screen
-    monkeypatch.setattr(chat, "open_backend", lambda args: (Growing("new"), {}))
+    monkeypatch.setattr(chat, "open_backend", lambda args, stream: (Growing("new"), {}))
     talk.stop()
     assert talk.screen is not old
     talk.say("a")
@@ -199,11 +240,11 @@ def test_a_stop_while_code_runs_leaves_no_outcome_for_the_next_turn(monkeypatch,
     backend = Backend(lambda *_: f"```python\n{next(code)}\n```")
     backend.close = lambda: None
     talk = talk_with(backend, monkeypatch, workflow="python_tools")
-    poll = talk.tools.sandbox.poll
-    monkeypatch.setattr(talk.tools.sandbox, "poll", lambda wait: (_ for _ in ()).throw(KeyboardInterrupt))
+    poll = talk.tools.poll
+    monkeypatch.setattr(talk.tools, "poll", lambda wait: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         talk.say("a")
-    monkeypatch.setattr(talk.tools.sandbox, "poll", poll)
+    monkeypatch.setattr(talk.tools, "poll", poll)
     talk.stop()
     talk.say("b")
     assert "==== answer: 7" in capsys.readouterr().out

@@ -449,7 +449,7 @@ def test_a_team_learns_an_adapter_a_role_and_the_scripts_load_them(small, tmp_pa
     said = capsys.readouterr().out
     command = f"--adapter solver={files[0]} --adapter verifier={files[1]}"
     assert f"eval.py --model {small} --workflow solver_verifier {command}" in said and "each of" in said
-    options = SimpleNamespace(model=small, device="cpu", dtype="float32", endpoint=None,
+    options = SimpleNamespace(model=small, device="cpu", dtype="float32", endpoint=None, workflow="",
                               adapter=[f"solver={files[0]}", f"verifier={files[1]}"])
     sampler, names = open_backend(options)
     assert names == {"solver": "solver", "verifier": "verifier"}

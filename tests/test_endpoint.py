@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from faulty_server import QUIRKS, Faults, first, serve
+from faulty_server import QUIRKS, Faults, first, refuses, serve
 
 from slm import BadInput
 from slm.backends import open_backend
@@ -20,6 +20,7 @@ from slm.episode import Request, Sampling, jobs_for, run_episodes
 from slm.problems import load
 from slm.teachers import endpoint
 from slm.teachers.endpoint import Endpoint, Limiter, read
+from slm.teachers.stream import joined
 from slm.tiny.teacher import FAULTS, StandIn
 from slm.workflows import solver
 
@@ -630,3 +631,51 @@ def test_evaluations_ask_a_server_for_token_ids():
     options = SimpleNamespace(endpoint="http://localhost:1/v1", model="m", key_env=None)
     endpoint, _ = open_backend(options)
     assert endpoint.body(ask()).items() >= {"logprobs": True, "return_token_ids": True}.items()
+# ---- word by word ------------------------------------------------------------------------------------------
+
+def streaming(**more):
+    go_on = threading.Event()
+    return {"wait": go_on, **more}, go_on
+
+
+def test_a_stream_is_told_as_it_comes_and_counts_like_any_reply():
+    streams, go_on = streaming()
+    with serve(lambda *_: "größer − \u2028 als 5", streams=streams) as server:
+        there = quick(server.url, stream=True)
+        ticket, parts = there.submit(ask()), []
+        while there.pending:
+            landed = there.step()
+            parts.append(there.written(ticket))
+            if len(parts[-1]) > 6:
+                go_on.set()
+    (_, _, reply), = landed
+    assert (reply.text, reply.finish, reply.tokens_out) == ("größer − \u2028 als 5", "stop", 4)
+    assert 6 < max(map(len, parts)) < len(reply.text) and all(reply.text.startswith(part) for part in parts)
+    assert there.written(ticket) == ""  # nothing is kept of it
+
+
+@pytest.mark.parametrize("quirk", [None, refuses("stream", 400, {"error": {
+    "message": "Unsupported parameter: 'stream' is not supported"}})])
+def test_of_a_server_that_cannot_stream_the_reply_is_taken_whole(quirk):
+    with serve(lambda *_: "whole", quirk=quirk) as server:
+        reply, = collect(quick(server.url, stream=True), ask())
+    assert reply.text == "whole"
+
+
+def test_a_stream_that_breaks_off_is_asked_for_again_and_an_error_in_it_is_said(capsys):
+    streams, go_on = streaming(cut=1)
+    go_on.set()
+    with serve(lambda *_: "the whole answer", streams=streams) as server:
+        reply, = collect(quick(server.url, stream=True), ask())
+    assert server.bodies[0]["stream_options"] == {"include_usage": True}
+    assert reply.text == "the whole answer" and "broke off" in capsys.readouterr().err
+    error = b'data: {"choices": [{"delta": {"content": "x"}}]}\n\ndata: {"error": {"message": "gone"}}\n\n'
+    assert endpoint.error_in(joined(error)) == (500, "gone ")
+
+
+@pytest.mark.parametrize("event", [b"5", b"null", b"[1]", b"[" * 9999, b'{"choices": [null]}',
+                                   b'{"choices": 7}', b'{"choices": [{"delta": [1]}]}',
+                                   b'{"choices": [{"delta": {"content": [1]}}]}'])
+def test_a_strange_event_is_left_out(event):
+    said = b'data: {"choices": [{"delta": {"content": "yes"}, "finish_reason": "stop"}]}\n\n'
+    assert read(joined(b"data: " + event + b"\n\n" + said + b'data: {"cho')).text == "yes"

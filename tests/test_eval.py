@@ -298,6 +298,16 @@ def compared(*words):
     return said.getvalue()
 
 
+def test_a_table_says_which_run_was_asked_with_another_prompt(tmp_path, data, model):
+    model(double)
+    run("--data", data, "--out", tmp_path / "a")
+    (tmp_path / "prompt.txt").write_text("{question}\nNow?")
+    run("--data", data, "--out", tmp_path / "b", "--prompt", tmp_path / "prompt.txt")
+    text = compared(tmp_path / "a", tmp_path / "b")
+    assert "note: b was asked with another prompt than a" in text and "note: a " not in text
+    assert "note: a was asked" in compared(tmp_path / "b", tmp_path / "a")
+
+
 def test_a_small_p_is_not_printed_as_zero(tmp_path, data, model):
     data.write_text("".join(json.dumps({"question": f"{i}", "answer": 2 * i}) + "\n" for i in range(30)))
     for limit in (0, 30):

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 from scripted import Backend, problem
 
-from slm import BadInput, problems, workflows
+from slm import BadInput, problems, prompts, workflows
 from slm.episode import jobs_for, run_episodes
 from slm.rewards import Rules, reward_of
+from slm.runs import cli
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WORKFLOW = f"{EXAMPLES / 'workflow.py'}:second_thought"
@@ -44,3 +45,14 @@ def test_the_problems_of_four_shapes_are_read():
     found = problems.load(str(EXAMPLES / "problems.jsonl"))
     assert [p.gold for p in found] == ["42", "15", "16", "32"]
     assert found[3].question == "What is 2 to the power of 5?"
+
+
+def test_the_prompt_is_what_the_solver_is_asked():
+    try:
+        prompts.use(cli.prompt_file(str(EXAMPLES / "prompt.txt")))
+        backend = Backend(lambda *_: "\\boxed{4}")
+        run_episodes(jobs_for([problem("p", "How much is $4?", "4")], workflows.solver), backend)
+    finally:
+        prompts.use("solver/1")
+    assert backend.requests[0].messages[0]["content"] == (
+        "How much is $4?\nLet us think step by step and output the final answer within \\boxed{}.")

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from test_sampler import Letters, build, forward_logprobs, ids_of, run, some_requests
 
-from slm import checkpoint, lora, model
+from slm import lora, model
 from slm.attention import Packed
 from slm.episode import Request, Sampling
+from slm.formats import configs
 from slm.sampling import Sampler, fast
 from slm.sampling.draw import choose
 from slm.sampling.flash import FlashDecode
@@ -56,7 +57,7 @@ def test_fused_drawing_draws_the_same():
 def test_float32_greedy_equals_transformers_on_the_gpu():
     transformers = pytest.importorskip("transformers")
     ours = on_gpu(seed=3, **BIG)
-    config = transformers.Qwen2Config(**checkpoint.config_json(ours.config))
+    config = transformers.Qwen2Config(**configs.write(ours.config))
     theirs = transformers.Qwen2ForCausalLM(config).cuda().eval()
     theirs.load_state_dict(ours.state_dict(), strict=False)
     requests = some_requests(20, seed=3, temperatures=(0.0,))

@@ -25,7 +25,7 @@ from slm.episode import Job, Reply, Sampling, run_episodes
 from slm.problems import Problem
 from slm.runs.files import Journal
 from slm.sampling import Sampler
-from slm.search import Node, judge
+from slm.search import Node, judge, labels
 from slm.teachers import records
 from slm.teachers.cascade import Attempt, Progress, Teacher, read_cascade
 
@@ -731,13 +731,13 @@ def test_halving_finds_every_first_error_with_few_labels():
     for count in range(1, 18):
         for wrong in range(1, count + 1):
             found = {}
-            while todo := records.due(count, False, found, bisect=True):
+            while todo := labels.due(count, False, found, bisect=True):
                 step, = todo
                 found[step] = 3 * (step < wrong)
             assert min([step for step, right in found.items() if not right], default=count) == wrong
             assert 2 ** (len(found) - 1) < count
-        assert records.due(count, True, {}, bisect=True) == []
-        assert records.due(count, False, {1: 0}, bisect=False) == list(range(2, count))
+        assert labels.due(count, True, {}, bisect=True) == []
+        assert labels.due(count, False, {1: 0}, bisect=False) == list(range(2, count))
 
 
 @pytest.mark.parametrize("options", [[], ["--bisect"]], ids=["all", "halves"])
@@ -787,7 +787,7 @@ def test_code_before_the_step_is_run_again_for_what_follows(tmp_path):
     row = {"id": "p", "sample": 0, "steps": steps, "ends": [len(steps[0])], "ids": list(map(ord, steps[0]))}
     args, journal = make_data.options().parse_args(["steps"]), Journal(tmp_path / "completions.jsonl")
     args.completions, sandbox, backend = 1, Sandbox(), Backend(write)
-    run_episodes([Job("p", "Q?", make_data.rest_of(journal, row, 1, args))], backend, sandbox)
+    run_episodes([Job("p", "Q?", labels.rest_of(journal, row, 1, args))], backend, sandbox)
     assert [row["answers"] for row in journal] == [["42"]]
     assert backend.requests[1].messages[1]["content"] == steps[0] + steps[1] + "```output\n42\n```\n"
     assert backend.requests[0].messages[1]["content"] == steps[0] and len(sandbox.codes) == 2
@@ -805,7 +805,7 @@ def test_completions_go_on_from_the_ids_that_were_sampled_and_share_them(tiny, t
     ids = prompt + tokenizer.encode(text)
     row = {"id": "p", "sample": 0, "steps": [text, "more"], "ends": [len(ids)], "ids": [*ids, 5, 6]}
     args.completions = 6
-    episode, = run_episodes([Job("p", question, make_data.rest_of(journal, row, 1, args))], sampler,
+    episode, = run_episodes([Job("p", question, labels.rest_of(journal, row, 1, args))], sampler,
                             sampling=Sampling(8, 3.0), fixed=True)
     first = [turn.reply for turn in episode.turns[:6]]
     assert all(reply.prompt_ids == ids for reply in first)
@@ -817,8 +817,8 @@ def test_completions_go_on_from_the_ids_that_were_sampled_and_share_them(tiny, t
 def test_labels_by_hand():
     row = {"steps": ["3 + 4 = 7\n", "7 * 2 = 15\n", "\\boxed{15}"], "right": False, "found": {1: 2, 2: 0}}
     args = make_data.options().parse_args(["steps", "--completions", "4"])
-    assert make_data.labels_of(row, args) == {"hard": {1: 1, 2: 0, 3: 0}, "soft": {1: 0.5, 2: 0, 3: 0}}
+    assert labels.labels_of(row, args) == {"hard": {1: 1, 2: 0, 3: 0}, "soft": {1: 0.5, 2: 0, 3: 0}}
     args.bisect = True
-    assert make_data.labels_of(row, args)["hard"] == {1: 1, 2: 0}
+    assert labels.labels_of(row, args)["hard"] == {1: 1, 2: 0}
     row |= {"right": True, "found": {}}
-    assert make_data.labels_of(row, args) == {"hard": {1: 1, 2: 1, 3: 1}, "soft": {3: 1}}
+    assert labels.labels_of(row, args) == {"hard": {1: 1, 2: 1, 3: 1}, "soft": {3: 1}}

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from slm import BadInput, checkpoint, lora
+from slm import BadInput, lora
 from slm.attention import Packed
+from slm.formats import configs
 from slm.model import Config, Qwen2, rope, rotate
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -136,16 +137,16 @@ def test_bfloat16_runs_on_the_cpu(random_model):
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
 ])
 def test_configs_of_other_models_are_refused_by_name(change, named):
-    config = checkpoint.config_json(Config(97, 32, 64, 2, 4, 2, 8))
+    config = configs.write(Config(97, 32, 64, 2, 4, 2, 8))
     with pytest.raises(BadInput, match=named):
-        checkpoint.read_config(config | change)
+        configs.read(config | change)
 
 
 def test_config_round_trip():
     for tied, more in ((True, {}), (False, {"bias": False}), (True, {"bias": False, "head_norm": True}),
                        (True, {"bias": False, "rope_scaling": (8.0, 1.0, 4.0, 64)})):
         config = Config(97, 32, 64, 2, 4, 2, 8, positions=77, rope_theta=123.0, tied=tied, **more)
-        assert checkpoint.read_config(checkpoint.config_json(config)) == config
+        assert configs.read(configs.write(config)) == config
 
 
 def test_weights_carry_hugging_face_names(random_model):

@@ -34,3 +34,15 @@ def test_no_prompt_leaves_a_field_open():
                    FEEDBACK NO_ANSWER UNCLEAR DISAGREE RETRY RETRY_PYTHON AGAIN TRANSCRIPT SUMMARY
                    ADVICE""".split():
         assert "$" not in ALL[name](**dict.fromkeys(names, "x"))
+
+
+def test_a_prompt_of_yours_has_an_id_of_its_own_and_keeps_dollars_and_braces():
+    try:
+        prompts.use("Costs $5 {x}? {question}s, {question}")
+        assert prompts.SOLVER(question="$a {question}") == "Costs $5 {x}? $a {question}s, $a {question}"
+        one, more = prompts.SOLVER.id, prompts.option()
+        prompts.use("{question}")
+        assert prompts.SOLVER.id not in (one, "solver/1") and more == " --prompt FILE"
+    finally:
+        prompts.use("solver/1")
+    assert prompts.SOLVER.text.startswith("$question\nPlease") and not prompts.option()

@@ -236,7 +236,7 @@ def test_resume_and_out_are_enough_and_an_option_given_again_must_agree(run, sma
     for name, value in (("lr", "0.02"), ("epochs", "3"), ("dropout", "0"), ("targets", "qv"), ("seed", "1")):
         with pytest.raises(BadInput, match=f"was run with {name}=.*, now it is {value}"):
             run(train_sft, tmp_path / "cut", "--resume", f"--{name}", value)
-    with pytest.raises(BadInput, match="was run with full=False, now it is True"):
+    with pytest.raises(BadInput, match="was run with lora=True, now it is False"):
         run(train_sft, tmp_path / "cut", "--resume", "--full")
     run(train_sft, tmp_path / "cut", "--resume", "--lr", "0.01", "--data", "tiny", "--save-every", "1")
     assert result(tmp_path / "cut") == result(tmp_path / "whole")

@@ -301,8 +301,8 @@ def test_a_file_that_is_not_there_is_named():
                                   "correct,code,agrees"])
 def test_no_hack_earns_as_much_as_a_right_answer(word):
     said = checked(word)
-    assert "12 hacks at most" in said and "50/50/50" in said and "\n" not in said
-    right, most = map(float, re.search(r"right answer earns (\S+), 12 hacks at most (\S+)", said).groups())
+    assert "12 wrong texts at most" in said and "50/50/50" in said and "\n" not in said
+    right, most = map(float, re.search(r"answer earns (\S+), 12 wrong texts at most (\S+)", said).groups())
     assert right > most
 
 
@@ -310,7 +310,7 @@ def test_no_hack_earns_as_much_as_a_right_answer(word):
     (["format"], "true steps to nowhere"), (["steps"], "true steps"), (["length"], "true steps"),
     (["box,correct:0"], "true steps"), (["correct:-1"], ""), (["correct", "--no-box", "1"], "silence")])
 def test_rewards_that_pay_a_hack_are_refused(words, hack):
-    with pytest.raises(BadInput, match=rf"12 hacks at most .*{hack}.*give the part correct more weight"):
+    with pytest.raises(BadInput, match=rf"12 wrong texts at most .*{hack}.*give the part correct"):
         checked(*words)
 
 
@@ -323,7 +323,7 @@ def test_a_coin_is_not_refused_and_said():
 @pytest.mark.parametrize("gold", ["41.5", "12", "\\frac{1}{2}"])
 def test_a_single_problem_is_checked_too(gold):
     args = train_grpo.options().parse_args(["--max-tokens", "9", "--truncated", "keep"])
-    assert "12 hacks at most -1" in train_grpo.check_rewards([replace(TWELVE, gold=gold)], args)
+    assert "12 wrong texts at most -1" in train_grpo.check_rewards([replace(TWELVE, gold=gold)], args)
 
 
 def test_the_twelve_hacks_hold_no_answer_and_the_right_text_does():

@@ -7,6 +7,7 @@ import os
 import runpy
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +172,23 @@ def test_the_first_interrupt_lets_the_step_finish_and_the_second_stops():
         assert stop.asked
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step, said", [(0, "the first one, 12 s so far"), (2, "about 38 s more if it")])
+def test_a_stop_in_a_long_step_says_how_long_it_may_take(tmp_path, monkeypatch, capsys, sign, step, said):
+    now = [100.0]
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    p = torch.nn.Parameter(torch.zeros(2))
+    args = SimpleNamespace(resume=False, seed=0, lr=0.1, warmup=0.0, save_every=9)
+    with pytest.raises(KeyboardInterrupt):
+        for n, _, _ in training.steps(5, rundir.RunDir(tmp_path, {}), {"p": p}, torch.optim.AdamW([p]), args):
+            now[0] += 12
+            if n == step:
+                os.kill(os.getpid(), sign)
+            now[0] += 38
+    assert f"finishing this step ({said}" in capsys.readouterr().err and n == step
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-00000{step + 1}"]
 
 
 @pytest.mark.parametrize("value, alone", [(None, True), ("", True), ("1", True), ("2", False), ("x", False)])

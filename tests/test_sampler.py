@@ -10,9 +10,10 @@ from itertools import chain
 import pytest
 import torch
 
-from slm import BadInput, checkpoint, lora
+from slm import BadInput, lora
 from slm.attention import Packed
 from slm.episode import Request, Sampling
+from slm.formats import configs
 from slm.losses import token_logprobs, warp
 from slm.model import Config, Qwen2
 from slm.sampling import Sampler, drafts, graphs, slots
@@ -94,7 +95,7 @@ COMPANY = [{}, {"max_batch": 1}, {"max_batch": 5}, {"cache_tokens": 300},
 def test_greedy_equals_transformers_token_for_token(shape):
     transformers = pytest.importorskip("transformers")
     model = build(seed=len(shape), **shape)
-    told = checkpoint.config_json(model.config)
+    told = configs.write(model.config)
     config = transformers.AutoConfig.for_model(**told)
     peer = transformers.AutoModelForCausalLM.from_config(config).eval()
     peer.load_state_dict(model.state_dict(), strict=False)

@@ -108,6 +108,12 @@ def test_numbers_and_names_that_make_no_sense_are_refused(call, tmp_path, script
         refused(call(script, *WITH_MODEL[script], "--data", data, name, value), f"{name}.*{value}")
 
 
+@pytest.mark.parametrize("more, said", [([], "lora=True"), (["--full"], "lora=False")])
+def test_the_settings_say_whether_lora_is_trained(call, tmp_path, more, said):
+    code, out, err = call("train_sft.py", *WITH_MODEL["train_sft.py"], "--data", "tiny", "--limit", 4, *more)
+    assert code == 0 and said in out.split("device:")[0] and "full=" not in out, err
+
+
 @pytest.mark.parametrize("script", ["train_sft.py", "train_grpo.py", "agents.py", "eval.py"])
 def test_several_data_sets_are_named_with_commas_or_spaces(call, tmp_path, script):
     a, b = (rows(tmp_path / f"{name}.jsonl", GOOD, GOOD) for name in "ab")
@@ -123,6 +129,67 @@ def test_ctrl_c_is_one_sentence_that_names_resume_where_there_is_one(script, cap
     with pytest.raises(SystemExit, match="130"):
         cli.run(mock.Mock(side_effect=KeyboardInterrupt), args)
     assert ("--resume" in capsys.readouterr().err) == hasattr(args, "resume")
+
+
+# Roles of one's own
+
+def test_a_workflow_of_yours_has_roles_of_its_own_and_a_misspelt_one_is_refused(call, tmp_path):
+    (tmp_path / "team.py").write_text("""
+from slm.episode import Ask, user
+
+def team(question):
+    plan = yield Ask("planner", [user(question)])
+    return (yield Ask('doer', [user(f"{question} {plan.text}")]))
+""")
+    data = rows(tmp_path / "good.jsonl", GOOD, {**GOOD, "question": "And 5 and 6?"})
+    words = [*WITH_MODEL["train_grpo.py"], "--data", data, "--workflow", "team.py:team", "--adapters", "role",
+             "--out", "run"]
+    for roles in ("planer", "solver,plan", "pl.nner"):
+        refused(call("train_grpo.py", *words, "--roles", roles), "no workflow has a role")
+    code, _, err = call("train_grpo.py", *words, "--roles", "planner,doer")
+    assert code == 0, err
+    asked = ["--data", data, "--max-tokens", "8", "--adapter", f"planner={tmp_path / 'run/adapter/planner'}"]
+    assert call("eval.py", *asked, "--workflow", "team.py:team")[0] == 0
+    assert call("agents.py", *asked, "--workflow", "solver, team.py:team")[0] == 0
+    refused(call("eval.py", *asked, "--workflow", "solver"), "no workflow has a role 'planner'; expected")
+    refused(call("eval.py", *asked, "--workflow", "nowhere.py:team"), "nowhere.py: FileNotFoundError")
+
+
+# A prompt of one's own
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_prompt_s_file_is_asked_kept_in_the_settings_and_held_to_by_resume(call, tmp_path, script):
+    (tmp_path / "prompt.txt").write_bytes("\ufeffSo now.\r\n{question} Box it.\r\n".encode())
+    data = rows(tmp_path / "good.jsonl", GOOD, {**GOOD, "question": "And 5 and 6?"})
+    words = [*WITH_MODEL[script], "--data", data, "--out", "run", "--limit", 2]
+    code, out, err = call(script, *words, "--prompt", tmp_path / "prompt.txt")
+    assert code == 0, err
+    settings = json.loads(Path("run/settings.json").read_text())["settings"]
+    assert settings["prompt"] == "So now.\n{question} Box it."
+    tokenizer = checkpoint.load("tiny")[1]
+    logs = "".join(path.read_text() for path in Path("run").glob("*.jsonl"))
+    ids = [json.loads(line)["prompt_ids"] for line in logs.splitlines() if script == "eval.py"]
+    told = out + logs.replace("\\n", "\n") + "".join(map(tokenizer.decode, ids))
+    assert "So now.\nTom has 3 cards and buys 4. How many has he? Box it." in told or '"yours/' in told
+    assert "Please reason step by step" not in told
+    if "next: python" in out and script != "make_data.py":
+        assert re.search("next: .* --prompt FILE", out)
+    (tmp_path / "prompt.txt").write_text("Another: {question}")
+    more = [] if script == "make_data.py" else ["--resume"]
+    refused(call(script, *words, *more, "--prompt", tmp_path / "prompt.txt"),
+            "prompt=So now. {question} Box it., now it is Another: {question}")
+    if more:
+        assert call(script, "--resume", "--out", "run")[0] == 0
+
+
+def test_a_prompt_s_file_that_cannot_be_one_is_named(call, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Solve it.")
+    (tmp_path / "prompt.bin").write_bytes(b"\xff\xfe{question}")
+    for name, said in (("prompt.txt", "prompt.txt: no {question} in it"), ("prompt.bin", "prompt.bin: not"),
+                       ("none.txt", "none.txt: not readable")):
+        refused(call("eval.py", "--prompt", tmp_path / name), said)
+    (tmp_path / "prompt.txt").write_text("{question}")
+    refused(call("make_data.py", "--prompt", tmp_path / "prompt.txt"), "--prompt: teachers .* have their own")
 
 
 # Models

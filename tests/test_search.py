@@ -88,7 +88,7 @@ def test_each_request_is_scored_by_its_own_adapter(random_model):
     class Numbers:
         stop_ids, directory = frozenset([0]), None
         def decode(self, ids, skip_special=True): return " ".join(map(str, ids))
-        def encode(self, text): return [int(word) for word in text.split()]
+        def following(self, text): return [int(word) for word in text.split()]
 
     given = ("9 10 11",)
     with lora.off(model):

@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 import train_sft
 from slm import BadInput
@@ -101,6 +103,61 @@ def test_text_put_into_a_turn_appends_to_the_sampled_ids(tok):
     message = second.message() | {"content": first.text + "Output: 5\nSo 5."}
     again = tok.chat([*ASK, message, AGAIN])
     assert again[:len(ids + second.ids)] == ids + second.ids
+
+
+ZEPHYR = """{% for m in messages %}<|{{ m.role }}|>
+{{ m.content + eos_token }}
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+
+
+@pytest.fixture(params=["Llama 2", "Llama 2, not legacy"])
+def llama(tmp_path, request):
+    """A tokenizer like Llama 2's: pieces of sentencepiece, bytes for what has none, and a space put before a
+    text: by older files before each part between special tokens, by newer ones before the first."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), "\u2581",
+              *(chr(n) for n in range(33, 127)), "Ye", "Yes", "\u2581Yes"]
+    merges = [("Y", "e"), ("Ye", "s"), ("\u2581", "Yes")]
+    t = Backend(models.BPE({piece: n for n, piece in enumerate(pieces)}, merges, unk_token="<unk>",
+                           fuse_unk=True, byte_fallback=True))
+    if request.param == "Llama 2":
+        t.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"),
+                                             normalizers.Replace(" ", "\u2581")])
+    else:
+        t.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    t.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                   decoders.Strip(" ", 1, 0)])
+    t.add_special_tokens(["<s>", "</s>"])
+    t.save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token": "</s>", "chat_template": ZEPHYR}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer.load(tmp_path)
+
+
+def test_a_tokenizer_that_puts_a_space_before_each_text_keeps_the_sampled_ids_too(llama, capsys):
+    """All ids are those that the whole text has, so nothing was added where two parts meet."""
+    whole = lambda talk: llama.backend.encode(llama.render(talk), add_special_tokens=False).ids
+    spelt = [llama.backend.token_to_id(c) for c in "Yes."]
+    first = Reply("Yes.", [*spelt, 2], prompt_ids=llama.chat(ASK))
+    talk = [*ASK, first.message(), AGAIN]
+    ids = llama.chat(talk)
+    assert ids[:len(first.prompt_ids) + 5] == first.prompt_ids + first.ids and ids != whole(talk)
+    assert ids[-20:] == whole(talk)[-20:]
+    code = Reply("Yes: 2\n", whole([*ASK, {"role": "assistant", "content": "Yes: 2\n"}])[len(whole(ASK)):],
+                 prompt_ids=llama.chat(ASK))
+    talk = [*ASK, code.message("```output\n4\n```\n")]  # inside of the turn, and on from there
+    assert llama.chat(talk) == whole(talk)
+    more = Reply("Yes, 4.", [*llama.following("Yes, 4."), 2], prompt_ids=llama.chat(talk))
+    talk = [*ASK, more.message() | {"content": talk[-1]["content"] + more.text}, AGAIN]
+    assert llama.chat(talk) == whole(talk) and not capsys.readouterr().err
+
+
+def test_a_conversation_of_such_a_tokenizer_is_trained_as_it_is_read(llama):
+    talk = [*ASK, {"role": "assistant", "content": "Yes."}, AGAIN, {"role": "assistant", "content": "No."}]
+    record = train_sft.encode(llama, talk)
+    assert record.ids + llama.encode("</s>\n")[1:] == llama.encode(llama.render(talk, generation=False))
+    trained = [i for i, m in zip(record.ids, record.mask) if m]
+    assert [llama.backend.id_to_token(i) for i in trained] == ["Yes", ".", "</s>", "N", "o", ".", "</s>"]
 
 
 def test_an_edited_conversation_is_rendered_from_its_text(tok, capsys):

@@ -351,7 +351,8 @@ def test_a_dry_run_says_what_the_run_would_do_and_leaves_nothing(small, tmp_path
                r"memory \d\.\d\d GB")
     tokens = int(re.search(promise, said)[1].replace(",", ""))
     assert "merged" in said and made == [2]
-    assert not (tmp_path / "run").exists() and not list((tmp_path / "temporary").iterdir())
+    left = {path.name for path in (tmp_path / "temporary").iterdir()}
+    assert not (tmp_path / "run").exists() and not {x for x in left if not x.startswith("torchinductor")}
     words.remove("--dry-run")
     train_grpo.main(train_grpo.options().parse_args(words))
     rows = [json.loads(line) for line in (tmp_path / "run" / "episodes.jsonl").read_text().splitlines()]

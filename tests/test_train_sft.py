@@ -366,7 +366,7 @@ def test_a_run_in_which_nothing_was_learned_says_so(small, data, tmp_path, capsy
 
 @pytest.mark.parametrize("words, full", [([], False), (["--lora"], False), (["--full"], True)])
 def test_the_settings_name_what_is_trained(words, full):
-    assert train_sft.options().parse_args(words).full is full
+    assert train_sft.options().parse_args(words).lora is not full
 
 
 @pytest.mark.parametrize("how", ["--lora", "--full"])

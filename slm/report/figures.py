@@ -136,7 +136,8 @@ def sentence(told: Told, kind: str, settings: dict, rows: list[dict], found: lis
                 f"problems of {data}, {settings['samples']} samples each. "
                 f"{moves(rows, 'evaluated', 'solved', 'reward')}")
     if kind == "sft":
-        what = "all weights" if settings.get("full") else f"a LoRA adapter of rank {settings['rank']}"
+        full = settings.get("full") or not settings.get("lora", True)  # the first in older runs
+        what = "all weights" if full else f"a LoRA adapter of rank {settings['rank']}"
         metrics = [name for name in ("held_out_loss", "held_out_right") if rows and name in rows[0]]
         return (f"{model}, {what} fine-tuned on {data} for {steps:,} steps. "
                 f"{moves(rows, *metrics or ['loss'])}")

@@ -14,7 +14,7 @@ import textwrap
 from functools import partial
 from pathlib import Path
 
-from slm import BadInput
+from slm import BadInput, prompts
 from slm.runs.files import CONFIG, base_of, read_json
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -70,6 +70,7 @@ def run_options(p: argparse.ArgumentParser, folder: str, resume: bool = True):
         g.add_argument("--resume", action="store_true", help="go on with the stopped run in --out")
     g.add_argument("--seed", type=lambda text: positive(text, 0), default=0,
                    help="of all that is drawn (default 0)")
+    g.add_argument("--dry-run", action="store_true", help="do a part, predict time and memory of all, stop")
     device_options(g)
     return g
 
@@ -123,8 +124,9 @@ def show(settings: dict) -> None:
 
 
 def run(main, args: argparse.Namespace, stopped=None) -> None:
-    """Call main(args). Bad input, a full disk and a locked folder end in one sentence and exit code 2. After
-    Ctrl-C, the first rank calls stopped(args.out) if a run stands there."""
+    """Call main(args), with --prompt in use. Bad input, a full disk and a locked folder end in one sentence
+    and exit code 2. After Ctrl-C, the first rank calls stopped(args.out) if a run stands there."""
+    prompts.use(getattr(args, "prompt", prompts.STANDARD[0]))
     try:
         main(args)
     except BadInput as e:
@@ -189,6 +191,24 @@ def number(low: float, high: float = math.inf):
     return read
 
 
+def prompt_option(g):
+    g.add_argument("--prompt", type=prompt_file, default=prompts.STANDARD[0], metavar="FILE",
+                   help="a text with {question} in it: what the solver is asked (default the report's)")
+
+
+def prompt_file(name: str) -> str:
+    """argparse type: the text of a prompt's file. The id of the standard prompt stays what it is."""
+    if name == prompts.STANDARD[0]:
+        return name
+    try:
+        text = Path(name).read_text(encoding="utf-8-sig").strip("\n")
+    except (OSError, ValueError) as e:
+        raise argparse.ArgumentTypeError(f"{name}: not readable as text ({e})") from None
+    if "{question}" in text:
+        return text
+    raise argparse.ArgumentTypeError(f"{name}: no {{question}} in it; expected it where that goes")
+
+
 def backend_options(p):
     """What answers: a model on this machine with its adapters, or a server."""
     g = p.add_argument_group("what answers")
@@ -211,6 +231,7 @@ def answer_options(p, both):
     g.add_argument("--limit", type=positive, help=f"the first N problems of each set ({both('limit')})")
     g.add_argument("--draw", type=lambda text: positive(text, 0), metavar="SEED",
                    help="not the first N, but N drawn at random with this seed")
+    prompt_option(g)
     step_option(g, both)
 
 
@@ -238,4 +259,3 @@ def training_options(p, g, both, folder: str):
     g.add_argument("--recompute", action="store_true", help="less memory for a third more time")
     g = run_options(p, folder)
     g.add_argument("--save-every", type=positive, help=f"steps a checkpoint ({both('save_every')})")
-    g.add_argument("--dry-run", action="store_true", help="measure two steps, predict time and memory, stop")

@@ -1,14 +1,15 @@
-"""Which device and dtype a run uses, and what memory it needs."""
+"""Which device and dtype a run uses, and the memory it took."""
 
+import contextlib
+import ctypes
 import os
-import re
 import resource
 import sys
 import timeit
 
 import torch
 
-from slm import BadInput, lora
+from slm import BadInput
 from slm.runs.cli import count, is_small
 from slm.runs.ranks import STARTED
 
@@ -63,34 +64,15 @@ def peak_memory(model) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def release() -> None:
+    """Return freed memory to the system. On Linux the C library keeps it, often in pieces that are too small
+    for what comes next: a run that samples and learns in turns then holds both at once."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # not every C library can
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def parameter_counts(model) -> tuple[int, int]:
     """(numbers in all of the model's parameters, numbers in those that are trained)."""
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     return sum(p.numel() for p in model.parameters()), sum(trained)
-
-
-def memory(model, tokens: int, cached: int = 0) -> str:
-    """Predicted peak memory, in words: of a training step whose largest micro-batch has `tokens` tokens, or
-    of sampling with `cached` tokens in the cache, when gradients and activations are gone.
-
-    The backward pass keeps about 7 D + 2 (H + K) E + 4 F numbers for each token and layer (F: feed-forward
-    width; with `recompute` D), and twice the inputs that dropout acts on; it works on one layer more. On a
-    CPU, measured peaks were within 10 %, but a sixth less under autocast and 1.7 times as much with
-    `recompute` (LOG.md, 2026-11-30). --dry-run measures.
-    """
-    c, weight, dropped = model.config, next(model.parameters()), {}
-    for name in lora.names(model):
-        for path, part in lora.layers(model, name).items() if lora.spec(model, name).dropout else ():
-            dropped[re.sub("(q|k|v|gate|up)_proj", "", path)] = 2 * part.in_features  # these share inputs
-    layer = (7 * c.hidden + 2 * (c.heads + c.kv_heads) * c.head_size + 4 * c.intermediate
-             + sum(dropped.values()) // c.layers)
-    kept = layer + (c.hidden if model.recompute else layer) * c.layers
-    head = 2 * weight.numel() if weight.requires_grad else 0  # its gradient is made twice, then added
-    now = torch.cuda.memory_allocated() if weight.is_cuda else 1e9 * peak_memory(model)
-    parts = {"process and weights": now + 5e7,  # and the libraries that a step loads
-             "gradients and moments": parameter_counts(model)[1] * 12,
-             "activations": (tokens * kept + head) * weight.element_size(),
-             "or cache": 2 * c.layers * c.kv_heads * c.head_size * cached * weight.element_size()}
-    peak = sum(parts.values()) - min(parts["activations"], parts["or cache"])
-    words = ", ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items() if n)
-    return f"predicted peak {peak / 1e9:.2f} GB ({words})"

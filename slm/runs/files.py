@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import runpy
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -154,7 +155,17 @@ def fingerprint(value) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-@functools.cache
-def load(file: str) -> dict:
-    """What a Python file of a user defines, by name. It runs once."""
-    return runpy.run_path(file)
+load = functools.cache(runpy.run_path)  # a user's file runs once
+
+
+@contextlib.contextmanager
+def yours(word: str, expected: str) -> Iterator[Callable]:
+    """The function that FILE.py:NAME names, for a with block. Whatever goes wrong in it, or on the way to it,
+    is BadInput with the line of the file."""
+    file, _, name = word.rpartition(":")
+    try:
+        yield load(file)[name]
+    except (Exception, SystemExit) as e:
+        lines = [f":{f.lineno}" for f in traceback.extract_tb(e.__traceback__) if f.filename == file]
+        raise BadInput(f"{file}{''.join(lines[-1:])}: {type(e).__name__}: {e}; expected a function "
+                       f"{name}{expected}") from None

@@ -39,7 +39,7 @@ class RunDir:
     rows, and its data may have grown. log=False: this process only reads, and saves its part of checkpoints.
     """
 
-    FREE = frozenset({"out", "resume", "save_every", "rollouts"})  # what may differ in its continuation
+    FREE = frozenset({"dry_run", "out", "resume", "rollouts", "save_every"})  # may change when a run goes on
 
     def __init__(self, path, settings: dict, data: str = "", resume: bool = False, log: bool = True,
                  goes_on: bool = False):
@@ -80,10 +80,10 @@ class RunDir:
             raise BadInput(f"{self.path} is a run of another script, or of another version of this one: "
                            f"{old['command']}")
         for name in sorted(now.keys() - self.FREE):
+            was, is_now = (" ".join(str(x[name]).split()) for x in (old["settings"], now))
             if now[name] != old["settings"][name]:
-                raise BadInput(f"{self.path} was run with {name}={old['settings'][name]}, now it is "
-                               f"{now[name]}; use the same (--resume --out {self.path} takes them), or "
-                               "another --out")
+                raise BadInput(f"{self.path} was run with {name}={was}, now it is {is_now}; use the same "
+                               f"(--resume --out {self.path} takes them), or another --out")
         if data != old["data"]:
             raise BadInput(f"the data changed since {self.path} was started (fingerprint {old['data']}, now "
                            f"{data}); use the same, or another --out")

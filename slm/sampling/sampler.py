@@ -35,7 +35,7 @@ import time
 import warnings
 import zlib
 from array import array
-from collections import deque
+from collections import Counter, deque
 
 import torch
 from tqdm import tqdm
@@ -86,6 +86,7 @@ class Sampler:
         self.burst = BURST if cuda else 1
         self.drafts = None if cuda else Drafts()
         self.steps = self.tickets = self.tokens = 0
+        self.busy = Counter()  # seconds and tokens of all steps, and of those with the batch (nearly) full
         self.scores: dict[int, dict[str, float | None]] = {}  # ticket -> continuation -> log-prob, once known
 
     # ---- the protocol --------------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ class Sampler:
         can't be sampled. If the context or the cache ends first, a reply ends with "length". With
         continuations there is one Reply, with their scores; each is tokenized by itself."""
         tokens = self.tokenizer.chat(request.messages) if request.ids is None else request.ids
-        given = {words: self.tokenizer.encode(words) for words in request.continuations}
+        given = {words: self.tokenizer.following(words) for words in request.continuations}
         room = min(self.model.config.positions, self.slots.max_tokens) - len(tokens)
         self._validate(request, tokens, room, given)
         if not self.pending:
@@ -142,15 +143,21 @@ class Sampler:
     def step(self) -> list[tuple[int, int, Reply]]:
         """Let waiting requests in, decode a round (on a GPU a burst), return what ended: (ticket, sample,
         reply)."""
+        began, tokens, rows = time.perf_counter(), self.tokens, 0
         try:
             with torch.inference_mode():
                 self._admit()
-                if self.slots.running:
+                rows = self.slots.running
+                if rows:
                     with one_thread(self.small):
                         self._decode()
         except RuntimeError as e:
             self._halve_after_oom(e)
         self.steps += 1
+        full = 4 * rows >= 3 * self.slots.max_rows or self.waiting
+        for kind in ("full ", "") if full else ("",):
+            self.busy[kind + "seconds"] += time.perf_counter() - began
+            self.busy[kind + "tokens"] += self.tokens - tokens
         done, self.finished = self.finished, []
         return self._ready(done)
 

@@ -1,6 +1,7 @@
 """Who writes solutions: servers, the cascade that asks them, and the records that are kept.
 
     endpoint   Endpoint: any OpenAI-compatible server as a backend (threads, retries, limits, quirks)
+    stream     replies that a server sends word by word
     cascade    a TOML file of teachers; Attempt: one question to one teacher; Progress: what is due;
                Asking: the loop that keeps all teachers busy and files every attempt as it lands
     records    assess: is this reply a training record, or why not; Leaks: overlap with test sets; summarize

@@ -19,7 +19,8 @@ A Reply has token ids and log-probs if the server gives them: vLLM and SGLang fo
 return_token_ids, llama.cpp for logprobs. A request with token ids in place of messages goes to /completions.
 If it has continuations too, the `logprobs` of its Reply are those of the given ids, from the second one on.
 
-Not covered: streaming, images, function calling. Imports no torch.
+With stream=True replies come word by word, if the server can, and written(ticket) is what came so far. Then
+they have no ids. Not covered: images, function calling. Imports no torch.
 """
 
 import contextlib
@@ -46,6 +47,7 @@ from slm import BadInput
 from slm.episode import Reply, Request
 from slm.grading import answered
 from slm.runs.files import as_lines
+from slm.teachers.stream import joined
 
 RIVALS = 20          # first tokens whose log-probs are asked for: the most that servers give
 LARGEST = 8 * 2**20  # bytes of one response body; more is refused unread
@@ -68,7 +70,8 @@ ENDS = {"stop": "stop end_turn endturn eos eos_token stop_sequence stop_token co
 _NOT = r"(un(support|known|recogni|expected)|n[o']t (be )?(support|permit|allow|recogni)|extra_forbidden)"
 QUIRKS = {"max_completion_tokens": ("max_tokens", "max_completion_tokens"),
           **{rf"\b{field}\b.*{_NOT}|{_NOT}.*\b{field}\b": (field, None)
-             for field in ("seed", "temperature", "top_p", "top_k", "logprobs", "return_token_ids")},
+             for field in ("seed", "temperature", "top_p", "top_k", "stream", "stream_options", "logprobs",
+                           "return_token_ids")},
           r"system role|role.{0,30}'system'|roles (must alternate|are supported)": ("system", "user")}
 
 
@@ -157,7 +160,7 @@ class Endpoint:
 
     def __init__(self, base_url: str, model: str, key_env: str | None = None, *, workers: int = 32,
                  timeout: float = 600.0, tries: int = 8, backoff: float = 0.5,
-                 requests_per_minute: float = 0.0, tokens_per_minute: float = 0.0,
+                 requests_per_minute: float = 0.0, tokens_per_minute: float = 0.0, stream: bool = False,
                  fields: dict | None = None):
         if "@" in urlsplit(base_url).netloc:
             raise BadInput("the endpoint's address holds a password; expected it in a variable that is named")
@@ -170,7 +173,8 @@ class Endpoint:
         if key_env and not self._key:
             raise BadInput(f"{self.url}: the environment variable {key_env} is empty, expected its key in it")
         self.limiter = Limiter(requests_per_minute, tokens_per_minute)
-        self.workers = workers
+        self.workers, self.stream = workers, stream
+        self._streams: dict[int, bytearray] = {}  # ticket -> what has come of its reply
         self._threads: list[threading.Thread] = []
         self._jobs, self._done = SimpleQueue(), SimpleQueue()
         self._stopped = threading.Event()
@@ -207,11 +211,16 @@ class Endpoint:
             while self._outstanding > 0:
                 ticket, sample, reply = self._done.get(timeout=0.001 if landed else 0.05)
                 self._outstanding -= 1
+                self._streams.pop(ticket, None)
                 landed += [(ticket, sample, reply)] if reply else []
         if self._dead and not landed:  # what was answered is handed out first
             self.close()
             raise BadInput(self._dead)
         return landed
+
+    def written(self, ticket: int) -> str:
+        """What a stream has brought of a request's reply so far."""
+        return "".join(c["message"]["content"] for c in joined(self._streams.get(ticket, b""))["choices"])
 
     def stop(self) -> None:
         """Send nothing more. Requests that wait are dropped, those on the wire still come back."""
@@ -230,7 +239,7 @@ class Endpoint:
         with open_session(self.url) as session:
             while job := self._jobs.get():
                 ticket, sample, request = job
-                reply = self._answer(session, self.body(request, sample))
+                reply = self._answer(session, self.body(request, sample), ticket)
                 if reply and request.sampling.stop_at_box and request.ids is None:
                     reply = cut_after_box(reply)
                 if reply and request.sampling.keep_stop and reply.text.endswith(request.sampling.stop):
@@ -240,7 +249,7 @@ class Endpoint:
                 if reply or not self._dead:
                     self._done.put((ticket, sample, reply))
 
-    def _answer(self, session: requests.Session, body: dict) -> Reply | None:
+    def _answer(self, session: requests.Session, body: dict, ticket: int) -> Reply | None:
         """Try until there is a reply, which counts the tokens of all tries; None when stopped or dead."""
         estimate = len(body.get("prompt", ())) + sum(len(m["content"]) for m in body.get("messages", ())) / 4
         estimate += self._mean_out or body["max_tokens"] / 2
@@ -250,7 +259,8 @@ class Endpoint:
                 return None
             used = 0
             try:
-                reply = self._succeeded(self._try(session, suited(body, quirks)), body["max_tokens"], quirks)
+                reply = self._try(session, suited(body, quirks), ticket)
+                reply = self._succeeded(reply, body["max_tokens"], quirks)
                 used = reply.tokens_in + reply.tokens_out
             except _Failed as e:
                 used, wait, error = sum(e.tokens), 0.0, self._short(str(e))
@@ -326,14 +336,14 @@ class Endpoint:
                 self._dead = f"{self.url}, model {self.model!r}: {series}{error}"
         return None if self._dead else Reply("", finish="error", error=error)
 
-    def _try(self, session: requests.Session, body: dict) -> Reply:
+    def _try(self, session: requests.Session, body: dict, ticket: int) -> Reply:
         """One HTTP exchange, read to its end within the time-out and the size limit."""
-        deadline = time.monotonic() + self.timeout
+        deadline, raw = time.monotonic() + self.timeout, bytearray()
         url = self.url.replace("/chat/completions", "/completions") if "prompt" in body else self.url
+        self._streams[ticket] = raw
         try:
             with session.post(url, json=body, auth=self._sign, stream=True, allow_redirects=False,
                               timeout=(min(30.0, self.timeout), self.timeout)) as response:
-                raw = bytearray()
                 while block := response.raw.read1(65536, decode_content=True):
                     raw += block
                     if len(raw) > LARGEST:
@@ -345,6 +355,8 @@ class Endpoint:
         except (requests.ConnectionError, HTTPError) as e:  # the second: a body ends early or is badly packed
             reset = isinstance(e, HTTPError) or re.search("reset|aborted|Disconnected|timed out", str(e))
             raise _Failed("connection reset" if reset else "no connection", fatal=not reset) from None
+        if response.headers.get("Content-Type", "").startswith("text/event-stream"):
+            raw = json.dumps(joined(raw)).encode()
         return self._judge(response.status_code, response.headers, bytes(raw))
 
     def _judge(self, status: int, headers, raw: bytes) -> Reply:
@@ -396,6 +408,8 @@ class Endpoint:
         others = {"top_p": (s.top_p, 1.0), "top_k": (s.top_k, 0), "stop": (list(s.stop), [])}
         body |= {name: value for name, (value, neutral) in others.items() if value != neutral}
         body |= {"include_stop_str_in_output": True} if s.keep_stop else {}  # vLLM's name
+        if self.stream and not request.continuations:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
         if request.continuations:
             asked = {"prompt_logprobs": 0} if request.ids else {"logprobs": True, "top_logprobs": RIVALS}
             body |= {"max_tokens": 1, "temperature": 1.0, **asked}

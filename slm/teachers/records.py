@@ -69,29 +69,6 @@ def _form(reply, text: str, solution: str, max_tokens: int, needs_think: bool) -
     return "text after the box" if re.search(r"\w", re.sub(r"\\\w+(\{\w+\*?\})?", "", more_lines)) else None
 
 
-# ---- labels of steps -------------------------------------------------------------------------------------
-
-def due(count: int, right: bool, found: dict[int, int] | None, bisect: bool) -> list[int]:
-    """From which steps of a solution, 1 to `count`, completions are to be written next; 0: the solution
-    itself. found: step -> how many were right. The label of the last step is whether the answer is `right`.
-    bisect: only the first wrong step of a wrong solution is looked for, by halving.
-
-    >>> due(4, False, {2: 5}, bisect=False), due(4, False, {2: 5}, bisect=True), due(4, True, {}, bisect=True)
-    ([1, 3], [3], [])
-    """
-    if found is None:
-        return [0]
-    if not bisect:
-        return [step for step in range(1, count) if step not in found]
-    low, high = 0, count
-    while not right and high - low > 1:
-        middle = (low + high) // 2
-        if middle not in found:
-            return [middle]
-        low, high = (middle, high) if found[middle] else (low, middle)
-    return []
-
-
 # ---- leaks of test sets ----------------------------------------------------------------------------------
 
 class Leaks:

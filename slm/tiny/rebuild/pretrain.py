@@ -37,8 +37,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from slm import BadInput, checkpoint, prompts
+from slm import BadInput, prompts
 from slm.attention import Packed
+from slm.formats import configs
 from slm.model import Qwen2
 from slm.runs.files import read_json
 from slm.tiny.rebuild.corpus import KINDS, MORE_CHATS, documents
@@ -47,7 +48,7 @@ TOKENS = 2048               # a step
 MUON, ADAM = 0.015, 0.003  # learning rates
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TINY = Path(__file__).parents[1]
-CONFIG = checkpoint.read_config(read_json(TINY / "config.json"))
+CONFIG = configs.read(read_json(TINY / "config.json"))
 # Qwen2.5's pre-tokenizer: words with their space, digits one by one, punctuation, line breaks
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
