@@ -40,4 +40,4 @@ def test_readme_s_table_of_gpus_is_what_its_script_prints(capsys):
     gpus.main()
     printed, readme = capsys.readouterr().out, (ROOT / "README.md").read_text()
     for line in printed.splitlines():
-        assert f"\n  {line}\n" in readme
+        assert f"\n{line}\n" in readme
