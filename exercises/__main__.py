@@ -6,7 +6,8 @@ from exercises.checks import EXERCISES, FOLDER, judge
 
 
 def main(words: list[str], folder=FOLDER) -> int:
-    """Print a line for each exercise asked for; returns 0 if all of them are solved, 2 for a wrong number."""
+    """Print a line for each exercise asked for; returns 0 if all of them are solved, 2 for a wrong number,
+    130 after Ctrl-C."""
     numbers = [str(n) for n in range(1, len(EXERCISES) + 1)]
     if set(words) - set(numbers):
         print(f"exercises: {' '.join(words)}: expected numbers from 1 to {len(EXERCISES)}", file=sys.stderr)
@@ -14,7 +15,11 @@ def main(words: list[str], folder=FOLDER) -> int:
     solved, asked = 0, words or numbers
     for number in asked:
         exercise = EXERCISES[int(number) - 1]
-        state, said = judge(exercise, folder)
+        try:
+            state, said = judge(exercise, folder)
+        except KeyboardInterrupt:
+            print(f"\nstopped in exercises/{exercise.file}", file=sys.stderr)
+            return 130
         print(f"{number:>2}  {state:8} exercises/{exercise.file}{': ' * bool(said)}{said}")
         solved += state == "solved"
     print(f"{solved} of {len(asked)} solved; docs/exercises.md says what to do")

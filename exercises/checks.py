@@ -46,7 +46,7 @@ class Exercise:
 
 def judge(exercise: Exercise, folder: Path = FOLDER) -> tuple[str, str]:
     """("solved" or "open" or "not yet", what is missing or wrong in one line)."""
-    file = str(folder / exercise.file)
+    file, defined = str(folder / exercise.file), None
     try:
         defined = files.load(file)
         for name in exercise.names:
@@ -59,7 +59,8 @@ def judge(exercise: Exercise, folder: Path = FOLDER) -> tuple[str, str]:
         if isinstance(e, NotImplementedError):
             return "open", f"{own[-1].name if own else ' and '.join(exercise.names)}: nothing is written yet"
         line = own[-1].lineno if own else getattr(e, "lineno", None)
-        place = f"line {line}" if line else "what it returns does not fit"
+        unread = "the file can't be read" if defined is None else "what it returns does not fit"
+        place = f"line {line}" if line else unread
         return "not yet", f"{place}: {type(e).__name__}: {e}".splitlines()[0]
     return "solved", ""
 

@@ -413,6 +413,9 @@ def _drive(workflow: Generator, episode: Episode) -> Generator:
                 answer = None
                 continue
             items = wanted if isinstance(wanted, list) else [wanted]
+            for item in items:
+                if not isinstance(item, Run | Ask) or isinstance(getattr(item, "messages", []), str):
+                    workflow.throw(TypeError(f"{str(item)[:60]}; expected Ask(role, [user(text)]) or Run"))
             results = yield items
             for item, result in zip(items, results):
                 _record(episode, item, result, rounds)

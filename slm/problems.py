@@ -97,7 +97,7 @@ def read(path: Path, source: str, split: str = "") -> list[Problem]:
         else:
             without.append(f"line {line}")
     if without and not problems:
-        raise BadInput(f"{path} {without[0]}: the gold answer is empty, or not one question, as in all rows")
+        raise BadInput(f"{path} {without[0]}: the gold answer is empty, or no single question; so in all")
     if without:
         print(f"{path.name}: left out {len(without)} of {len(rows)} rows, without a gold answer or with "
               f"several or no questions: {', '.join(without[:5] + ['...'] * (len(without) > 5))}",

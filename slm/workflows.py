@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from slm import BadInput, prompts
-from slm.episode import Ask, Draft, Reply, Run, user
+from slm.episode import Ask, AskFailed, Draft, Reply, Run, user
 from slm.grading import blocks_of, equal, extract, printed, verdict
 from slm.runs import files
 from slm.sandbox import Outcome
@@ -320,11 +320,8 @@ def workflow(name: str):
     """A workflow by its name, or FILE.py:NAME for one of yours; dvts@8 is dvts with a budget of 8: its second
     argument. BadInput for an unknown name or a file that can't be used."""
     plain, at, budget = name.partition("@")
-    found = WORKFLOWS.get(plain)
-    if ".py:" in plain:
-        with files.yours(plain, "(question) that yields what it asks") as found:
-            if not inspect.isgeneratorfunction(found):
-                raise TypeError("this is no function with a yield")
+    found = (files.your_generator(plain, "(question) that yields what it asks", AskFailed) if ".py:" in plain
+             else WORKFLOWS.get(plain))
     if not found:
         raise BadInput(f"--workflow {name!r}: no such workflow; expected FILE.py:NAME or one of "
                        f"{', '.join(WORKFLOWS)}")
@@ -342,7 +339,7 @@ def workflow(name: str):
 
 def has_budget(found: Callable) -> bool:
     """Whether a workflow has a second argument: how many solutions, rounds, beams or rollouts it may have."""
-    return found.__code__.co_argcount > 1
+    return len(inspect.signature(found).parameters) > 1
 
 
 def refuse_roles(option: str, roles: Iterable[str], workflows: str) -> None:
@@ -353,4 +350,4 @@ def refuse_roles(option: str, roles: Iterable[str], workflows: str) -> None:
         quoted = re.compile(rf"(['\"]){re.escape(role)}\1")
         if role not in ROLES and ("." in role or not any(map(quoted.search, own))):
             raise BadInput(f"{option}: no workflow has a role {role!r}; expected {', '.join(ROLES)}, or one "
-                           "that stands in quotes in your --workflow file")
+                           "without a dot that stands in quotes in your --workflow file")

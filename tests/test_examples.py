@@ -6,7 +6,7 @@ import pytest
 from scripted import Backend, problem
 
 from slm import BadInput, problems, prompts, workflows
-from slm.episode import jobs_for, run_episodes
+from slm.episode import Reply, jobs_for, run_episodes
 from slm.rewards import Rules, reward_of
 from slm.runs import cli
 
@@ -30,6 +30,29 @@ def test_the_workflow_runs_by_the_name_of_its_file(name, asks):
 def test_a_workflow_file_that_is_wrong_is_named(name, said):
     with pytest.raises(BadInput, match=said):
         workflows.workflow(name)
+
+
+@pytest.mark.parametrize("body, said", [
+    ("reply = yield Ask('solver', [user(question)])\n    int('x' + reply.text)", r":4: ValueError: inv"),
+    ("yield 5", r":3: TypeError: 5; expected Ask"),
+    ("yield [Ask('solver', [user(question)]), 'x']", r":3: TypeError: x; expected Ask"),
+    ("yield Ask('solver', question)", r":3: TypeError: .*messages.*\[user\("),
+    ("raise SystemExit(0)\n    yield", r":3: SystemExit")])
+def test_an_error_in_ones_own_workflow_is_one_sentence_with_its_line(tmp_path, body, said):
+    (tmp_path / "mine.py").write_text("from slm.episode import Ask, user\n"
+                                      f"def mine(question):\n    {body}\n")
+    fn = workflows.workflow(f"{tmp_path}/mine.py:mine")
+    with pytest.raises(BadInput, match=r"mine\.py" + said):
+        run_episodes(jobs_for([problem("p", "Q?", "3")], fn), Backend(lambda *_: "no number"))
+
+
+def test_a_failed_ask_is_no_error_of_ones_own_workflow(tmp_path):
+    (tmp_path / "mine.py").write_text("from slm.episode import Ask, user\n"
+                                      "def mine(question):\n    yield Ask('solver', [user(question)])\n")
+    fn = workflows.workflow(f"{tmp_path}/mine.py:mine")
+    backend = Backend(lambda *_: Reply("", finish="error", error="the server is gone"))
+    episode, = run_episodes(jobs_for([problem("p", "Q?", "3")], fn), backend)
+    assert episode.error == "the server is gone"
 
 
 def test_the_reward_is_paid():

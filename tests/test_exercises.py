@@ -266,6 +266,17 @@ def test_a_line_says_what_each_file_lacks(tmp_path, capsys):
     assert main(["13"], tmp_path) == 2 and "expected numbers from 1 to 12" in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_read_is_called_that(tmp_path, capsys):
+    assert main(["1"], tmp_path) == 1
+    assert "e01_reward.py: the file can't be read: FileNotFoundError" in capsys.readouterr().out
+
+
+def test_ctrl_c_in_a_loop_of_ones_own_names_the_file(tmp_path, capsys):
+    (tmp_path / "e01_reward.py").write_text("def reward(episode, problem):\n    raise KeyboardInterrupt\n")
+    assert main(["1"], tmp_path) == 130
+    assert capsys.readouterr().err == "\nstopped in exercises/e01_reward.py\n"
+
+
 def test_the_page_has_a_part_for_each():
     page = (ROOT / "docs/exercises.md").read_text()
     parts = re.split(r"^## (?=\d)", page, flags=re.M)[1:]

@@ -152,7 +152,7 @@ GOOD = {"question": "q", "answer": 1}
     ([GOOD, "", '"text"'], "line 3: 'text' found where a JSON object was expected"),
     ([GOOD, {"question": "q"}], "line 2: no gold answer; expected one named answer or gold, found question"),
     ([{"answer": 1}], "line 1: no question; expected a text named question or problem, found answer"),
-    ([{"question": "  ", "answer": 1}], "line 1: the gold answer is empty, or not one question"),
+    ([{"question": "  ", "answer": 1}], "line 1: the gold answer is empty, or no single question"),
     ([{"question": "q", "answer": "  "}], "line 1: the gold answer is empty"),
     ([{"question": "q", "answer": None}], "line 1: the gold answer is empty"),
     ([GOOD, '{"question": "q", "answer": NaN}'], "line 2: the gold answer is 'nan'; expected a"),

@@ -1,5 +1,6 @@
 """What a person meets at the door of every script: help at once, and bad input in one sentence."""
 
+import argparse
 import errno
 import io
 import json
@@ -369,3 +370,23 @@ def test_how_threads_wait_is_set_before_torch_is_loaded(given, expected):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**env, **given}, text=True,
                           capture_output=True, check=True)
     assert done.stdout.split() == ["False", str(expected)]
+
+
+def test_ctrl_c_promises_a_resume_only_where_a_run_stands(tmp_path, capsys):
+    args = argparse.Namespace(out=str(tmp_path), resume=False)
+    for begun in (False, True):
+        if begun:
+            (tmp_path / "settings.json").write_text("{}")
+        with pytest.raises(SystemExit) as stop:
+            cli.run(mock.Mock(side_effect=KeyboardInterrupt), args)
+        assert stop.value.code == 130
+        assert (f"--resume --out {tmp_path} goes on" in capsys.readouterr().err) == begun
+
+
+def test_ctrl_c_in_the_imports_of_a_script_is_one_word():
+    code = "from slm.runs import cli; cli.parser('x'); raise KeyboardInterrupt"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stderr, done.returncode != 0) == ("\nstopped\n", True)
+    code = code.replace("KeyboardInterrupt", "ZeroDivisionError")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.startswith("Traceback") and "ZeroDivisionError" in done.stderr

@@ -28,8 +28,17 @@ def parser(description: str) -> argparse.ArgumentParser:
     on, a character that the terminal or log can't hold is printed as a question mark."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
+    sys.excepthook = stopped_early
     shape = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=100)
     return Parser(description=description, formatter_class=shape, allow_abbrev=False)
+
+
+def stopped_early(kind, error, trace) -> None:
+    """One word for a Ctrl-C outside of run(): while the heavy imports go on, for one."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\nstopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 class Parser(argparse.ArgumentParser):
@@ -139,10 +148,10 @@ def run(main, args: argparse.Namespace, stopped=None) -> None:
         where = e.filename or getattr(args, "out", None) or "the output"
         give_up(f"cannot write {where}: {e.strerror}; choose another --out")
     except KeyboardInterrupt:
-        begun = stopped and args.out and Path(args.out, "settings.json").is_file()
-        if begun and os.environ.get("RANK", "0") == "0":
+        begun = getattr(args, "out", None) and Path(args.out, "settings.json").is_file()
+        if begun and stopped and os.environ.get("RANK", "0") == "0":
             stopped(args.out)
-        more = f"; --resume --out {args.out or 'DIR'} goes on from there" if hasattr(args, "resume") else ""
+        more = f"; --resume --out {args.out} goes on from there" if begun and hasattr(args, "resume") else ""
         print(f"\nstopped; what was finished is kept{more}", file=sys.stderr)
         sys.exit(130)
 

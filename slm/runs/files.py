@@ -4,12 +4,13 @@ Imports nothing heavy."""
 import contextlib
 import functools
 import hashlib
+import inspect
 import json
 import os
 import runpy
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 
 from slm import BadInput
@@ -159,13 +160,30 @@ load = functools.cache(runpy.run_path)  # a user's file runs once
 
 
 @contextlib.contextmanager
-def yours(word: str, expected: str) -> Iterator[Callable]:
+def yours(word: str, expected: str, *others: type[Exception]) -> Iterator[Callable]:
     """The function that FILE.py:NAME names, for a with block. Whatever goes wrong in it, or on the way to it,
-    is BadInput with the line of the file."""
+    is BadInput with the line of the file; not so the `others`, which pass through."""
     file, _, name = word.rpartition(":")
     try:
         yield load(file)[name]
+    except others:
+        raise
     except (Exception, SystemExit) as e:
         lines = [f":{f.lineno}" for f in traceback.extract_tb(e.__traceback__) if f.filename == file]
         raise BadInput(f"{file}{''.join(lines[-1:])}: {type(e).__name__}: {e}; expected a function "
                        f"{name}{expected}") from None
+
+
+def your_generator(word: str, *rest) -> Callable[..., Generator]:
+    """The generator function that FILE.py:NAME names, whose errors are BadInput while it runs, too. rest: as
+    in yours()."""
+    with yours(word, *rest) as found:
+        if not inspect.isgeneratorfunction(found):
+            raise TypeError("this is no function with a yield")
+
+    @functools.wraps(found)
+    def guarded(*given):
+        with yours(word, *rest):
+            return (yield from found(*given))
+
+    return guarded
