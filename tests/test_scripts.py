@@ -1,6 +1,5 @@
 """What a person meets at the door of every script: help at once, and bad input in one sentence."""
 
-import argparse
 import errno
 import io
 import json
@@ -125,11 +124,15 @@ def test_several_data_sets_are_named_with_commas_or_spaces(call, tmp_path, scrip
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_ctrl_c_is_one_sentence_that_names_resume_where_there_is_one(script, capsys):
-    args = runpy.run_path(str(ROOT / script))["options"]().parse_args([])
-    with pytest.raises(SystemExit, match="130"):
-        cli.run(mock.Mock(side_effect=KeyboardInterrupt), args)
-    assert ("--resume" in capsys.readouterr().err) == hasattr(args, "resume")
+def test_ctrl_c_is_one_sentence_that_names_resume_only_where_a_run_stands(script, tmp_path, capsys):
+    args = runpy.run_path(str(ROOT / script))["options"]().parse_args(["--out", str(tmp_path)])
+    for begun in (False, True):
+        if begun:
+            (tmp_path / "settings.json").write_text("{}")
+        with pytest.raises(SystemExit, match="130"):
+            cli.run(mock.Mock(side_effect=KeyboardInterrupt), args)
+        resumes = f"--resume --out {tmp_path} goes on" in capsys.readouterr().err
+        assert resumes == (begun and hasattr(args, "resume"))
 
 
 # Roles of one's own
@@ -370,17 +373,6 @@ def test_how_threads_wait_is_set_before_torch_is_loaded(given, expected):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**env, **given}, text=True,
                           capture_output=True, check=True)
     assert done.stdout.split() == ["False", str(expected)]
-
-
-def test_ctrl_c_promises_a_resume_only_where_a_run_stands(tmp_path, capsys):
-    args = argparse.Namespace(out=str(tmp_path), resume=False)
-    for begun in (False, True):
-        if begun:
-            (tmp_path / "settings.json").write_text("{}")
-        with pytest.raises(SystemExit) as stop:
-            cli.run(mock.Mock(side_effect=KeyboardInterrupt), args)
-        assert stop.value.code == 130
-        assert (f"--resume --out {tmp_path} goes on" in capsys.readouterr().err) == begun
 
 
 def test_ctrl_c_in_the_imports_of_a_script_is_one_word():
