@@ -28,17 +28,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     on, a character that the terminal or log can't hold is printed as a question mark."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
-    sys.excepthook = stopped_early
     shape = partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=100)
     return Parser(description=description, formatter_class=shape, allow_abbrev=False)
-
-
-def stopped_early(kind, error, trace) -> None:
-    """One word for a Ctrl-C outside of run(): while the heavy imports go on, for one."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("\nstopped", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
 
 
 class Parser(argparse.ArgumentParser):

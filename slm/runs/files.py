@@ -175,8 +175,7 @@ def yours(word: str, expected: str, *others: type[Exception]) -> Iterator[Callab
 
 
 def your_generator(word: str, *rest) -> Callable[..., Generator]:
-    """The generator function that FILE.py:NAME names, whose errors are BadInput while it runs, too. rest: as
-    in yours()."""
+    """The generator function that FILE.py:NAME names; its errors are BadInput, too. rest: as in yours()."""
     with yours(word, *rest) as found:
         if not inspect.isgeneratorfunction(found):
             raise TypeError("this is no function with a yield")
@@ -185,5 +184,4 @@ def your_generator(word: str, *rest) -> Callable[..., Generator]:
     def guarded(*given):
         with yours(word, *rest):
             return (yield from found(*given))
-
     return guarded
