@@ -247,6 +247,9 @@ def test_resume_alone_says_what_to_type(capsys, script):
     with pytest.raises(SystemExit, match="2"):
         importlib.import_module(script).options().parse_args(["--resume", "--seed", "1"])
     assert "error: --resume needs the folder of the run: --resume --out FOLDER" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(script).options().parse_args(["--resume", "--out", "runs/x", "--dry-run"])
+    assert "error: --dry-run and --resume: expected one of them" in capsys.readouterr().err
 
 
 def test_a_run_of_another_script_is_called_one(run, small, tmp_path):

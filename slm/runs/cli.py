@@ -39,6 +39,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, words=None, namespace=None):
         args = super().parse_args(words, namespace)
         if getattr(args, "resume", False):
+            if args.dry_run:
+                self.error("--dry-run and --resume: expected one of them")
             if not args.out:
                 self.error("--resume needs the folder of the run: --resume --out FOLDER, no more options")
             given = super().parse_args(words, argparse.Namespace(**dict.fromkeys(vars(args))))
