@@ -9,9 +9,10 @@ most --tokens tokens, temperature 1, rewards of +1 and -1 in turns (so that ever
 off. The plain loop is what people write, and what trainers on transformers do inside: it pads micro-batches
 of --peer-batch rows, and makes the logits of all their tokens.
 
-The contenders take turns, each in a process of its own, which warms up with a step and measures --steps more;
-the fastest step counts, since others may use the machine as well. Share of the matrix rate: operations of the
-linear layers that the step needs, over what a large product reaches right after. The last line is JSON.
+The contenders take turns, each in a process of its own, which warms up with a step and measures --steps more.
+The step with the most tokens a second counts, since others may use the machine as well. Share of the matrix
+rate: operations of the linear layers that the step needs, over what a large product reaches right after. The
+last line is JSON.
 """
 
 import argparse
@@ -69,8 +70,7 @@ def main(args) -> None:
                 if done.returncode:
                     raise SystemExit(f"{name}, {what}: {done.stderr[-2000:]}")
                 told = json.loads(done.stdout.splitlines()[-1])
-                if told["seconds"] < best.get(name, told)["seconds"] or name not in best:
-                    best[name] = told
+                best[name] = max(told, best.get(name, told), key=lambda x: x["tokens"] / x["seconds"])
                 print(f"{what} {name:20} {told['seconds']:.2f} s a step, {told['tokens']:,} tokens, "
                       f"{told['peak_gb']:.2f} GB, {told['matrix_share']:.0%} of the matrix rate", flush=True)
         ours, peer = (best[name] for name in CONTENDERS)
@@ -93,7 +93,7 @@ def measure(args, what: str) -> dict:
         tokens, passes = one_step(number)
         clock(args)
         steps.append((time.perf_counter() - start, tokens, passes))
-    seconds, tokens, passes = min(steps)
+    seconds, tokens, passes = min(steps, key=lambda step: step[0] / step[1])
     rate = matrix_rate(args.device, torch.bfloat16, 8192 if args.device == "cuda" else 2048)
     memory = (torch.cuda.max_memory_allocated() / 1e9 if args.device == "cuda" else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
