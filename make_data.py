@@ -105,15 +105,14 @@ def rehearse(make, args) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         small, start = type(args)(**vars(args) | {"out": folder, "limit": PART}), time.monotonic()
-        sampler = make(small)
-        _, part, *_ = choose(small)
-    took = forecast.scaled(sampler.busy, time.monotonic() - start, len(asked) / len(part))
+        sampler, part = make(small)
+    took = forecast.scaled(sampler.busy, time.monotonic() - start, len(asked) / part)
     forecast.say(sampler.model, cli.count(len(asked), "problem"), *took)
 
 
 def make_solutions(args):
     """Ask the teachers, and file every attempt as a record or as rejected. Returns what the first one is
-    asked by."""
+    asked by, and how many problems were asked."""
     teachers = who(args)
     if prompts.option() and all(t.efforts for t in teachers):
         raise BadInput("--prompt: teachers that think aloud have their own; expected one with efforts = {}")
@@ -154,7 +153,7 @@ def make_solutions(args):
         raise asking.dead
     if asking.why == "stopped":
         sys.exit(130)
-    return backends[teachers[0].name]
+    return backends[teachers[0].name], len(asked)
 
 
 def who(args) -> list:
@@ -276,9 +275,9 @@ def with_python(question: str):
     return workflows.printed((yield from workflows.execute(reply))) or reply
 
 
-def make_verifier(args) -> Sampler:
+def make_verifier(args) -> tuple[Sampler, int]:
     """Sample --samples solutions of each problem, every second one in Python, grade them, and write records
-    in which right and wrong are balanced; a tenth of the problems is held out. Returns the sampler."""
+    in which right and wrong are balanced; a tenth of the problems is held out. Returns as make_solutions."""
     problems, asked, *_ = choose(args)
     known = {p.id: p for p in asked}
     with contextlib.ExitStack() as stack:
@@ -292,7 +291,7 @@ def make_verifier(args) -> Sampler:
         journal.sort(by_problem(problems, "sample"))
         balance(run.path, journal, known, args)
         print(f"page: {write_report(run.path)}")
-    return sampler
+    return sampler, len(asked)
 
 
 def sample_row(problem, episode, model: str) -> dict:
@@ -337,10 +336,10 @@ def verifier_record(row: dict) -> dict:
 
 # ---- records for a verifier of steps ---------------------------------------------------------------------
 
-def make_steps(args) -> Sampler:
+def make_steps(args) -> tuple[Sampler, int]:
     """Sample --samples solutions of each problem and label their steps by what becomes of them: from each
     one --completions are written to the end (Math-Shepherd, arXiv 2312.08935). With --bisect only the first
-    wrong step of a wrong solution is looked for (OmegaPRM, arXiv 2406.06592). Returns the sampler."""
+    wrong step of a wrong solution is looked for (OmegaPRM, arXiv 2406.06592). Returns as make_solutions."""
     problems, asked, *_ = choose(args)
     with contextlib.ExitStack() as stack:
         run = open_run(args, "steps", identity(args, "completions", "bisect", "step_rule"), problems, stack)
@@ -354,7 +353,7 @@ def make_steps(args) -> Sampler:
         journal.sort(by_problem(problems, "sample", "step"))
         write_steps(run.path, labels.so_far(journal, asked, args.samples), args)
         print(f"page: {write_report(run.path)}")
-    return sampler
+    return sampler, len(asked)
 
 
 def write_steps(out: Path, solutions: list[tuple], args) -> None:

@@ -19,7 +19,8 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from listening import Quiet, Server, listening
 
 from slm.tiny import teacher
 
@@ -147,10 +148,7 @@ QUIRKS = {
 }
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # keeps connections open
-    wbufsize = -1                  # one packet a reply
-
+class Handler(Quiet):
     def do_POST(self):
         raw = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         key = hashlib.sha1(raw).hexdigest()
@@ -230,37 +228,22 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
 
-    def log_message(self, *args):
-        pass
 
-
-class Server(ThreadingHTTPServer):
-    """A thread for each connection. `seen` and `answered` count the requests by the hash of their body;
-    `bodies` are all that came."""
-    daemon_threads = True
-    request_queue_size = 1024
+class Faulty(Server):
+    """`seen` and `answered` count the requests by the hash of their body; `bodies` are all that came."""
 
     def __init__(self, answer: Callable[[dict, random.Random], str], faults: Faults, quirk: Callable | None,
                  streams: dict | None):
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.answer, self.faults, self.quirk, self.bodies, self.streams = answer, faults, quirk, [], streams
         self.seen, self.answered, self.lock = Counter(), Counter(), threading.Lock()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, request, address):
-        pass  # a client that went away
 
 
 @contextmanager
 def serve(answer: Callable[[dict, random.Random], str] = teacher.answer, faults: Faults = Faults(),
           quirk: str | Callable | None = None, streams: dict | None = None):
-    """A Server in a thread of this process, for the length of a with block. quirk: one of QUIRKS, by name, or
+    """A Faulty in a thread of this process, for the length of a with block. quirk: one of QUIRKS, by name, or
     one of your own. streams: send_events' options, of a server that can stream."""
-    server = Server(answer, faults, QUIRKS[quirk] if isinstance(quirk, str) else quirk, streams)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
+    quirk = QUIRKS[quirk] if isinstance(quirk, str) else quirk
+    with listening(Faulty(answer, faults, quirk, streams)) as server:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()

@@ -5,10 +5,10 @@ import json
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
+from listening import Quiet, Server, listening
 
 from slm import checkpoint, lora, losses
 from slm.episode import Request, Sampling
@@ -104,10 +104,7 @@ class Served:
         return losses.score(self.model, [ids], [mask], t)[0].tolist()
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    wbufsize = -1
-
+class Handler(Quiet):
     def do_GET(self):
         self.do_POST()
 
@@ -124,26 +121,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(said)
 
-    def log_message(self, *args):
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads, request_queue_size = True, 512
-
-    def handle_error(self, *args):
-        pass
-
 
 @contextmanager
 def serve(folder, **how):
     """A Served around the model in this folder, for the length of a with block."""
     served = Served(*checkpoint.load(folder), **how)
-    server = Server(("127.0.0.1", 0), Handler)
-    server.served, served.url = served, f"http://127.0.0.1:{server.server_port}/v1"
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
+    server = Server(Handler)
+    server.served, served.url = served, server.url
+    with listening(server):
         yield served
-    finally:
-        server.shutdown()
-        server.server_close()

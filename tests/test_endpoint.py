@@ -6,13 +6,13 @@ import threading
 import time
 from contextlib import contextmanager
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from faulty_server import QUIRKS, Faults, first, refuses, serve
+from listening import Quiet, Server, listening
 
 from slm import BadInput
 from slm.backends import open_backend
@@ -37,10 +37,7 @@ def scripted(answer):
     """A server; answer(number of the request, body, headers) gives (status, JSON or bytes, headers?)."""
     seen, lock = [], threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        wbufsize = -1  # one packet a reply
-
+    class Handler(Quiet):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
@@ -59,22 +56,8 @@ def scripted(answer):
             self.end_headers()
             self.wfile.write(reply)
 
-        def log_message(self, *args):
-            pass
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads, request_queue_size = True, 512
-
-        def handle_error(self, *args):
-            pass
-
-    server = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", seen
-    finally:
-        server.shutdown()
-        server.server_close()
+    with listening(Server(Handler)) as server:
+        yield server.url, seen
 
 
 def ask(text="2 + 2?", n=1, **sampling):
@@ -272,7 +255,7 @@ def test_a_paid_answer_with_strange_usage_is_an_answer(usage):
 
 
 def test_a_server_that_dribbles_is_cut_off_in_time():
-    class Slow(BaseHTTPRequestHandler):
+    class Slow(Quiet):
         def do_POST(self):
             self.send_response(200)
             self.send_header("Content-Length", "100")
@@ -282,16 +265,9 @@ def test_a_server_that_dribbles_is_cut_off_in_time():
                 self.wfile.flush()
                 time.sleep(0.1)
 
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Slow)
-    server.daemon_threads, server.handle_error = True, lambda *_: None
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     start = time.monotonic()
-    endpoint = quick(f"http://127.0.0.1:{server.server_port}/v1", timeout=0.4, tries=2)
-    reply, = collect(endpoint, ask())
-    server.shutdown()
+    with listening(Server(Slow)) as server:
+        reply, = collect(quick(server.url, timeout=0.4, tries=2), ask())
     assert reply.error == "timeout, 2 times" and time.monotonic() - start < 60  # its body takes forever
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from slm import BadInput, lora
-from slm.formats.tensors import SafeTensors, atomic_directory, write_safetensors
+from slm.formats.tensors import SafeTensors, atomic_directory, misfits, write_safetensors
 from slm.model import Qwen2
 from slm.runs.files import ADAPTER, BASE, CONFIG, base_of, fingerprint, read_json, write_json
 
@@ -71,10 +71,7 @@ def load(model: Qwen2, directory: str | Path, name: str = "default") -> None:
         layer = model.get_submodule(path)
         shapes[f"{PREFIX}{path}.lora_A.weight"] = (r, layer.in_features)
         shapes[f"{PREFIX}{path}.lora_B.weight"] = (layer.out_features, r)
-    found = {name: file.shapes[key] for name, key in keys.items()}
-    wrong = [f"{name} is {found.get(name, 'missing')}, expected {shape}" for name, shape in shapes.items()
-             if found.get(name) != shape] + [f"{name} has no place" for name in found.keys() - shapes.keys()]
-    if wrong:
+    if wrong := misfits(shapes, {name: file.shapes[key] for name, key in keys.items()}):
         raise BadInput(f"{directory}: the adapter of another base ({base_of(directory) or '?'}), or not "
                        f"a whole one: {len(wrong)} tensors do not fit, such as {wrong[0]}")
     values = {name: file.read(keys[name]) for name in shapes}

@@ -52,13 +52,17 @@ def write_safetensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
         raise OSError(errno.ENOSPC, str(e), str(path)) from e
 
 
+def misfits(wanted: dict[str, tuple], found: dict[str, tuple]) -> list[str]:
+    """The wrongly shaped, missing and unexpected tensors, a phrase each."""
+    faults = [f"{name} is {found[name]}, expected {shape}" for name, shape in wanted.items()
+              if found.get(name, shape) != shape]
+    faults += [f"missing {name} {shape}" for name, shape in wanted.items() if name not in found]
+    return faults + [f"unexpected {name} {shape}" for name, shape in found.items() if name not in wanted]
+
+
 def check_tensors(where: Path, wanted: dict[str, tuple], found: dict[str, tuple]) -> None:
-    """BadInput that counts the missing, unexpected and wrongly shaped tensors, and lists the first 20."""
-    faults = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in found]
-    faults += [f"unexpected {name} {shape}" for name, shape in found.items() if name not in wanted]
-    faults += [f"{name} is {found[name]}, expected {shape}" for name, shape in wanted.items()
-               if found.get(name, shape) != shape]
-    if faults:
+    """BadInput that counts the misfits, and lists the first 20."""
+    if faults := misfits(wanted, found):
         shown = "; ".join(faults[:20] + ["..."] * (len(faults) > 20))
         raise BadInput(f"{where}: {len(faults)} tensors do not fit the config: {shown}")
 

@@ -68,7 +68,7 @@ class Rollouts:
             raise BadInput(f"request {ticket} has a prompt of {len(tokens)} tokens; expected fewer than "
                            f"{self.room}, what the model and the server hold with the reply")
         name = self.names[request.adapter or lora.active(self.policy)]
-        thinking = s.stop_at_box and self.tokenizer.decode(tokens[-8:], False).rstrip().endswith("<think>")
+        thinking = self.endings.thinking(tokens, s)
         for words, ids in given.items():
             self._ask(Row(ticket, 0, tokens, len(tokens), 1, s, name, 0, words=words, given=ids))
         for i in range(0 if given else request.n):

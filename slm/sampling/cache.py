@@ -12,7 +12,6 @@ from torch import Tensor
 
 from slm.attention import Packed
 from slm.model import Config
-from slm.runs.device import release
 from slm.sampling.graphs import fused
 
 
@@ -35,7 +34,6 @@ class KVCache:
         """Give all memory back."""
         self.slots = self.length = 0
         self.kv = self._zeros()
-        release()
 
     def _zeros(self) -> Tensor:
         shape = 2, self.layers, self.slots, self.heads, self.length + self.spare, self.size

@@ -15,6 +15,10 @@ class Endings:
         self.tokenizer = tokenizer
         self.pieces: dict[int, set[str]] = {}  # characters of single tokens
 
+    def thinking(self, prompt: list[int], sampling) -> bool:
+        """Whether a reply that ends at a box begins inside <think>."""
+        return sampling.stop_at_box and self.tokenizer.decode(prompt[-8:], False).rstrip().endswith("<think>")
+
     def find(self, row, new: list[int]) -> tuple[int, str | None]:
         """How many of the new tokens of a sampler's row still belong to its reply, and why that ends with the
         last of them, if it does: "stop", "stop_string", "box", "length"."""

@@ -44,6 +44,7 @@ from slm import BadInput, lora
 from slm.attention import flash_runs
 from slm.episode import Reply, Request
 from slm.model import Qwen2
+from slm.runs.device import release
 from slm.sampling.cache import Decode, KVCache, Prefill
 from slm.sampling.drafts import Drafts
 from slm.sampling.draw import Controls
@@ -111,7 +112,7 @@ class Sampler:
         self.waiting.extend(Row(self.tickets, 0, tokens + ids[:-1], len(tokens), len(ids), s, adapter, 0,
                                 words=words, given=ids) for words, ids in given.items())
         salt = zlib.crc32(array("q", tokens).tobytes())
-        thinking = s.stop_at_box and self.tokenizer.decode(tokens[-8:], False).rstrip().endswith("<think>")
+        thinking = self.endings.thinking(tokens, s)
         self.waiting.extend(
             Row(self.tickets, i, list(tokens), len(tokens), min(s.max_tokens, room), s, adapter,
                 ((s.seed + i) << 32 ^ salt) % 2 ** 63, thinking) for i in range(0 if given else request.n))
@@ -180,6 +181,7 @@ class Sampler:
             else:
                 self._requeue(row)
         self.slots.clear()
+        release()
         self.drafts = self.drafts and Drafts()
         if self.recorded:  # their memory too
             self.recorded.forget_if_moved(None)
