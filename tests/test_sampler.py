@@ -16,7 +16,7 @@ from slm.episode import Request, Sampling
 from slm.formats import configs
 from slm.losses import token_logprobs, warp
 from slm.model import Config, Qwen2
-from slm.sampling import Sampler, drafts, graphs, slots
+from slm.sampling import Sampler, drafts, draw, graphs, slots
 from slm.sampling import flash as flash_room
 from slm.sampling import sampler as module
 from slm.sampling.cache import KVCache
@@ -151,6 +151,18 @@ def test_truncated_sampling_reports_the_distribution_it_drew_from():
             expected = logits.log_softmax(-1).gather(1, torch.tensor(reply.ids)[:, None]).squeeze(1)
             assert expected.isfinite().all()
             torch.testing.assert_close(torch.tensor(reply.logprobs), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_rows_drawn_in_parts_are_drawn_as_at_once(mixed, monkeypatch):
+    model = build(seed=4)
+    requests = some_requests(12, temperatures=(0.9,), top_k=5, top_p=0.8) + some_requests(8, seed=1)
+    requests = requests if mixed else requests[12:]
+    want = run(model, requests)
+    monkeypatch.setattr(draw, "PART", 3 * model.config.vocab + 1)
+    got = run(model, requests)
+    assert [[(x.ids, x.logprobs) for x in group] for group in got] == [
+        [(x.ids, x.logprobs) for x in group] for group in want]
 
 
 def test_drawing_follows_the_probabilities():

@@ -11,6 +11,7 @@ import torch
 from slm.sampling.graphs import fused
 
 BLOCK = 64  # entries of the vocabulary whose probabilities are summed first
+PART = 2 ** 21  # logits that are drawn from at once on a CPU, whose own caches hold no more
 
 
 class Controls:
@@ -48,18 +49,25 @@ class Controls:
 
     def draw(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """logits (B, V) -> ids (B,), log-probs (B,) float32 under the distribution drawn from."""
-        temperature = self.temperature if self.sampled and self.scaled else None
-        if torch.is_tensor(self.top_k) or torch.is_tensor(self.top_p):
-            logits = warp(logits.float(), self.temperature, self.top_k, self.top_p)
-            temperature = None
-        ids, logprobs = choose(logits, temperature, self.greedy if self.greedy_rows else None,
-                               self.key if self.sampled else None, self.place)
+        logits = logits.contiguous()  # they may lie column by column
+        size = max(1, PART // logits.shape[1]) if logits.is_cpu else len(logits)
+        parts = [self._draw(logits[i:i + size], slice(i, i + size)) for i in range(0, len(logits), size)]
+        ids, logprobs = map(torch.cat, zip(*parts)) if len(parts) > 1 else parts[0]
         self.last.copy_(ids)
         self.position.add_(1)
         if self.outside:
             self.position.clamp_(max=self.outside)
         self.place.add_(1)
         return ids, logprobs
+
+    def _draw(self, logits: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for some rows, with nothing moved on."""
+        temperature, top_k, top_p = (x[rows] if torch.is_tensor(x) else x for x in (
+            self.temperature if self.sampled and self.scaled else None, self.top_k, self.top_p))
+        if torch.is_tensor(top_k) or torch.is_tensor(top_p):
+            logits, temperature = warp(logits.float(), self.temperature[rows], top_k, top_p), None
+        return choose(logits, temperature, self.greedy[rows] if self.greedy_rows else None,
+                      self.key[rows] if self.sampled else None, self.place[rows])
 
 
 @fused

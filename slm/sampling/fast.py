@@ -24,6 +24,8 @@ from slm import lora
 from slm.model import Qwen2, rope, rotate
 from slm.sampling.graphs import fused
 
+AMX = torch.cpu._is_amx_tile_supported()
+COLUMNS = (1, 512) if AMX else (32, 128)  # tokens, from and to
 SMALL = 2 ** 18  # multiplications: a smaller product is faster in float32, bfloat16 has a fixed cost of 13 us
 Spans = list[tuple[str | None, int]]  # the adapter (or None) of consecutive tokens, and how many these are
 
@@ -98,15 +100,19 @@ turn = fused(rotate)
 
 def by_columns(x: Tensor) -> bool:
     """Whether products of x (T, in) are faster as the transpose of W x'. On a CPU in bfloat16 the second
-    factor is repacked at each call, and with some dozens of tokens x is smaller than W. The result lies in
-    memory column by column. Adding it to a residual stream that lies row by row would cost the gain, so the
-    residual stream lies column by column, too."""
-    return x.is_cpu and x.dtype == torch.bfloat16 and 32 <= len(x) <= 128
+    factor is repacked at each call, and x is smaller than W. The result lies in memory column by column.
+    Adding it to a residual stream that lies row by row would cost the gain, so the residual stream lies
+    column by column, too."""
+    return x.is_cpu and x.dtype == torch.bfloat16 and COLUMNS[0] <= len(x) <= COLUMNS[1]
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W' + bias."""
-    return torch.mm(weight, x.t()).t() if bias is None and by_columns(x) else F.linear(x, weight, bias)
+    if not by_columns(x):
+        return F.linear(x, weight, bias)
+    columns = x.t() if len(x) > 1 else x.expand(2, -1).t()  # of one column it takes as long as of 32
+    y = torch.mm(weight, columns) if bias is None else torch.addmm(bias[:, None], weight, columns)
+    return y.t()[:len(x)]
 
 
 class Chosen:
@@ -277,5 +283,5 @@ class Fast(Plain):
     def logits(self, hidden: Tensor, chosen: Chosen | None) -> Tensor:
         ids = self.model.config.ids
         if self.model.config.tied:
-            return F.linear(hidden, self.model.model.embed_tokens.weight[:ids])
+            return product(hidden, self.model.model.embed_tokens.weight[:ids], None)
         return self.arrangement.joints[-1](hidden, chosen)[:, :ids]
