@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from slm import BadInput
 from slm.attention import Packed
+from slm.branches import Branches, prompt, shares
 from slm.sampling import warp
 
 # ---- log-probs without the (N, V) matrix -----------------------------------------------------------------
@@ -80,21 +81,28 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None
 
 
-def pack(lengths: list[int], tokens: int) -> list[list[int]]:
+def pack(lengths: list[int], tokens: int, prompts: list[tuple[int, ...]] | None = None) -> list[list[int]]:
     """Lengths of sequences -> micro-batches, as lists of places in `lengths`. A micro-batch has at most
-    `tokens` tokens, or one longer sequence; it holds sequences of like length.
+    `tokens` tokens, or one longer sequence; it holds sequences of like length. With their prompts those that
+    share one stay together, and it counts once a micro-batch.
 
-    >>> pack([5, 90, 6, 100], tokens=110)
-    [[0, 2, 1], [3]]
+    >>> pack([5, 90, 6, 100], tokens=110), pack([5, 90, 6, 100], 110, [(1, 2), (), (1, 2), ()])
+    ([[0, 2, 1], [3]], [[0, 2], [1], [3]])
     """
+    heads = prompts or [()] * len(lengths)
+    groups = {head or i: [] for i, head in enumerate(heads)}
+    for i, head in enumerate(heads):
+        groups[head or i].append(i)
     batches: list[list[int]] = []
     room = 0
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if not batches or lengths[i] > room:
-            batches.append([])
-            room = tokens
-        batches[-1].append(i)
-        room -= lengths[i]
+    for group in sorted(groups.values(), key=lambda group: max(lengths[i] for i in group)):
+        for i in group:
+            size = lengths[i] - (len(heads[i]) if batches and heads[batches[-1][-1]] == heads[i] else 0)
+            if not batches or size > room:
+                batches.append([])
+                room, size = tokens, lengths[i]
+            batches[-1].append(i)
+            room -= size
     return batches
 
 
@@ -106,9 +114,13 @@ def score(model, ids: list[list[int]], masks: list[list[int]], temperature: floa
     device = next(model.parameters()).device
     attend = Packed([len(x) for x in ids], device)
     flat = torch.tensor([t for x in ids for t in x], device=device)
-    trained = torch.tensor([m for x in masks for m in x]).nonzero().squeeze(1).to(device)
+    here = torch.tensor([m for x in masks for m in x]).nonzero().squeeze(1).to(device)
+    before = here - 1
+    if shares(model):
+        attend = Branches(ids, list(map(prompt, ids, masks)))
+        flat, here, before = attend.tokens, attend.places[here], attend.places[before]
     hidden = model(flat, attend.positions, attend)
-    return token_logprobs(model, hidden[trained - 1], flat[trained], temperature)
+    return token_logprobs(model, hidden[before], flat[here], temperature)
 
 
 # ---- supervised ------------------------------------------------------------------------------------------

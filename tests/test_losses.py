@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from slm import BadInput, lora, losses
+from slm.branches import Branches, prompt
 from slm.losses import (
     advantages,
     cispo,
@@ -498,3 +499,33 @@ def test_the_reference_is_the_policy_with_its_adapter_off(model):
     assert not torch.allclose(score(model, ids, masks)[0], before)
     with lora.off(model):
         assert torch.equal(score(model, ids, masks)[0], before)
+
+
+def test_a_prompt_that_several_sequences_share_gives_the_log_probs_and_gradients_of_each_alone(
+        model, monkeypatch):
+    """Three samples of one prompt, one of another, and a sequence without a prompt of its own."""
+    ids = [[5, 6, 7, 8, 9], [5, 6, 7, 4], [5, 6, 11, 12], [5, 6, 7, 8], [3, 2]]
+    masks = [[0, 0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1], [0, 1]]
+    slope = torch.arange(1.0, 8.0)
+
+    def run() -> tuple:
+        model.zero_grad()
+        logp, _ = score(model, ids, masks)
+        (logp * slope).sum().backward()
+        return logp.detach(), [p.grad.clone() for p in model.parameters()]
+
+    shared, got = run()
+    monkeypatch.setattr(losses, "shares", lambda model: False)
+    alone, wanted = run()
+    torch.testing.assert_close(shared, alone, atol=1e-5, rtol=1e-5)
+    for a, b in zip(got, wanted):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    branches = Branches(ids, list(map(prompt, ids, masks)))
+    assert branches.lengths == [3, 2, 1, 4, 1, 2] and branches.after == [None, 0, 0, None, 0, None]
+
+
+def test_samples_of_a_prompt_fill_a_micro_batch_as_if_it_were_there_once():
+    lengths, prompts = [60, 70, 65, 90], [(1,) * 50, (1,) * 50, (1,) * 50, (2,) * 50]
+    assert losses.pack(lengths, 95, prompts) == [[0, 1, 2], [3]]  # 50 + 10 + 20 + 15
+    assert losses.pack(lengths, 94, prompts) == [[0, 1], [2], [3]]
+    assert losses.pack(lengths, 155) == [[0, 2], [1], [3]]
