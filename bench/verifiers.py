@@ -6,10 +6,9 @@
 
 The policy (by default an SFT adapter, which is trained first) writes solutions, and make_data.py steps labels
 them. One problem in five is held out. On the others one verifier is trained for each kind of label and seed,
-and scores every step of the held-out solutions as a search would ask it to. All of its weights are trained:
-Yes and No are spelled with tokens that the built-in model never read, whose embeddings are nearly the same,
-and LoRA does not train embeddings. A run that has its file results/verifiers/KIND-SEED.json is not made
-again, and a stopped one goes on where it was.
+an adapter of all linear layers, and scores every step of the held-out solutions as a search would ask it to.
+A run that has its file results/verifiers/KIND-SEED.json is not made again, and a stopped one goes on where it
+was.
 
 A solution's first error is the first step whose score is below a threshold. F1 is ProcessBench's (Zheng et
 al. 2024, arXiv 2412.06559): the harmonic mean of two accuracies, the share of the solutions with an error
@@ -83,11 +82,11 @@ def measure(args) -> None:
             if not (args.results / f"{kind}-{seed}.json").exists():
                 run, data = args.out / f"{kind}-{seed}", args.out / f"train-{kind}.jsonl"
                 data.write_text("".join(f"{json.dumps(row)}\n" for row in records(made, kind, solutions)))
-                train = ("train_sft.py", "--full", "--data", data, "--validate", 0, "--seed", seed,
-                         "--out", run)
-                if not (run / "model").is_dir():
+                train = ("train_sft.py", "--lora", "--targets", "all", "--data", data, "--validate", 0,
+                         "--seed", seed, "--out", run)
+                if not (run / "adapter").is_dir():
                     script(args.out, *train, *goes_on(run))
-                save(args, kind, seed, [label, train], scored(held_out, str(run / "model")))
+                save(args, kind, seed, [label, train], scored(held_out, str(run / "adapter")))
 
 
 def goes_on(run: Path) -> list[str]:
@@ -104,7 +103,7 @@ def solutions_of(args) -> list[dict]:
     shares, made = defaultdict(dict), args.out / "steps"
     for row in rows(made / "soft.jsonl"):
         said, share = row["messages"][-1], shares[row["id"], row["sample"]]
-        yes = said["weight"] if said["content"] == "Yes" else 0.0
+        yes = said["weight"] if said["content"] == "CORRECT" else 0.0
         share[row["step"]] = max(yes, share.get(row["step"], 0.0))
     problems = {p.id: p for p in load("tiny", "train", args.limit)}
     found = []
@@ -128,7 +127,7 @@ def records(made: Path, kind: str, solutions: list[dict]) -> list[dict]:
     errors, exact = {(s["id"], s["sample"]): s["error"] for s in solutions}, []
     for row in kept:
         error = errors[row["id"], row["sample"]]
-        word = "No" if row["step"] == error else "Yes"
+        word = "INCORRECT" if row["step"] == error else "CORRECT"
         if not error or row["step"] <= error:
             exact.append(row | {"messages": [row["messages"][0], row["messages"][1] | {"content": word}]})
     return exact
@@ -154,7 +153,7 @@ def first_error(steps: list[str], question: str, worked: str, right: bool) -> in
 
 
 def scored(solutions: list[dict], verifier: str) -> list[dict]:
-    """Each solution with the P(yes) of its steps, as slm/search gets it."""
+    """Each solution with the P(right) of its steps, as slm/search gets it."""
     jobs, written = [], []
     for s in solutions:
         written.append([Node(text="".join(s["steps"][:n])) for n in range(1, len(s["steps"]) + 1)])

@@ -82,7 +82,7 @@ def spread(record: TokenRecord, episode: Episode, credit: dict[tuple, tuple]) ->
 
 
 def mark_steps(episodes: list[Episode], problems: list, tokenizer, verifier, args) -> None:
-    """Cut every trained turn into steps. verifier: a Sampler that gives each step its P(yes), or None."""
+    """Cut every trained turn into steps. verifier: a Sampler that gives each step its P(right), or None."""
     jobs, marked = [], []
     for episode in episodes:
         problem = problems[episode.group]

@@ -11,8 +11,8 @@ gets a list: they are worked on at the same time. It yields a Draft, an answer i
 nothing. It returns the answer it stands by: a string, the Reply whose text holds it, or None.
 
 An Ask with `continuations` samples nothing. Its Reply has the log-prob of each of them as the next words of
-the conversation: so a verifier is asked for its Yes and its No. A conversation that ends with an assistant's
-message goes on inside that turn: so a search writes a solution step by step (slm/search).
+the conversation: so a verifier is asked for its CORRECT and its INCORRECT. A conversation that ends with an
+assistant's message goes on inside that turn: so a search writes a solution step by step (slm/search).
 
 An Ask that can't be answered raises AskFailed at its yield. A workflow that doesn't catch it ends there, and
 its first Draft stands. In a list such an Ask gives a Reply with an empty text and its `error` set.

@@ -65,8 +65,8 @@ CHECKER = Prompt("checker/1", "$question\nProposed solution: $solution\n"
 CRITIC = Prompt("critic/1", "$question\nProposed solution: $solution\n"
                             "Is this solution right? Say in one sentence what is wrong, if anything is, "
                             "then end with VERDICT: CORRECT or VERDICT: INCORRECT.")
-STEP_CHECK = Prompt("step-check/1", "$question\nSolution so far: $solution\n"
-                                    "Is the last step right? Answer Yes or No.")
+STEP_CHECK = Prompt("step-check/2", "$question\nSolution so far: $solution\n"
+                                    "Is the last step right? Answer CORRECT or INCORRECT.")
 VERIFIER = Prompt("verifier/1", "$question\nProposed answer: $answer\n"
                                 "Please compute the answer with Python code in a ```python block, then print "
                                 "VERIFIED if the proposed answer is right and FAILED if it is not.")

@@ -8,7 +8,7 @@ r"""What an episode earns: the weighted sum of named parts, each a short functio
     --reward correct,steps:0.5     with --credit step: each step, and the last one also for the answer
 
 Most parts pay an episode, and so all its turns. `own`, `team` and `bonus` pay each turn; the episode has
-their mean. With --credit step, `steps`, `judge` (the P(yes) of the verifier that --judge names) and `random`
+their mean. With --credit step, `steps`, `judge` (P(right) by the verifier that --judge names) and `random`
 pay each step; other parts pay a turn's last step.
 
 A reward is paid after its episode: no workflow can meet the gold answer. If an episode failed and the policy

@@ -358,7 +358,7 @@ def test_a_verifier_pays_each_step_what_it_thinks_of_the_solution_so_far(tiny):
     asked = [request.messages[-1]["content"] for request in backend.requests]
     assert ["Solution so far: 7 + 5 = 12.\nIs the last" in asked[0], STEPS in asked[3]] == [True, True]
     scores = [backend.answer(request, 0).scores for request in backend.requests]
-    expected = [1 / (1 + torch.tensor(s["No"] - s["Yes"]).exp().item()) for s in scores]
+    expected = [1 / (1 + torch.tensor(s["INCORRECT"] - s["CORRECT"]).exp().item()) for s in scores]
     assert t.rewards == pytest.approx([2 * p for p in expected]) and len(set(expected)) == 4
     assert reward == pytest.approx(2 * statistics.fmean(expected))
 

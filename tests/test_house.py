@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 # later issue adds a subject to it. LOG.md has a line for every number that rose.
 LIMITS = {
     "the teaching core": 5180,  # the five scripts and the modules directly in slm/
-    "the whole": 14720,         # the five scripts and all of slm/
+    "the whole": 14725,         # the five scripts and all of slm/
     "slm/model.py": 190,
     "slm/attention.py": 80,
     "slm/lora.py": 240,

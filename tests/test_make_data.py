@@ -679,11 +679,11 @@ def label(tmp_path, monkeypatch):
 
 
 def by_step(path):
-    """(problem, sample, step) -> the weight of Yes."""
+    """(problem, sample, step) -> the weight of CORRECT."""
     shares = Counter()
     for row in rows(path):
         said = row["messages"][-1]
-        shares[row["id"], row["sample"], row["step"]] += said["weight"] * (said["content"] == "Yes")
+        shares[row["id"], row["sample"], row["step"]] += said["weight"] * (said["content"] == "CORRECT")
     return dict(shares)
 
 
@@ -707,8 +707,8 @@ def test_a_step_is_as_right_as_the_completions_from_it(label):
         assert sum(shares) / len(shares) == pytest.approx(0.75 ** max(0, 4 - step), abs=0.12)
     said = [row["messages"][-1] for row in rows("all/soft.jsonl")]
     weights = {(message["content"], message["weight"]) for message in said}
-    assert {("No", 1 - w) for label, w in weights if label == "Yes" and w < 1} == {
-        (label, w) for label, w in weights if label == "No" and w < 1} != set()
+    assert {("INCORRECT", 1 - w) for label, w in weights if label == "CORRECT" and w < 1} == {
+        (label, w) for label, w in weights if label == "INCORRECT" and w < 1} != set()
 
 
 def test_halving_finds_what_labels_of_all_steps_say(label):

@@ -119,10 +119,10 @@ def with_rivals(**rivals):
     return quirk
 
 
-def asked_of(quirk):
+def asked_of(quirk, words=("Yes", "No")):
     with serve(lambda *_: "Yes", quirk=quirk) as server:
         endpoint = Endpoint(server.url, "careless", tries=1)
-        endpoint.submit(Request(QUESTION, continuations=("Yes", "No")))
+        endpoint.submit(Request(QUESTION, continuations=words))
         landed = []
         try:
             while endpoint.pending:
@@ -141,6 +141,14 @@ def test_an_endpoint_scores_single_tokens_by_the_likeliest_first_ones():
     reply, _ = asked_of(with_rivals(Yes=-0.1, Maybe=-4.0))
     assert reply.scores == {"Yes": -0.1, "No": -4.0}  # at most that
     assert "none of Yes, No" in asked_of(with_rivals(Maybe=-4.0))[0].error
+
+
+def test_an_endpoint_scores_longer_words_by_the_token_that_begins_one_of_them():
+    some = {"COR": -0.2, "C": -3.0, "IN": -2.0, "In": -1.5, "": -5.0}
+    found = asked_of(with_rivals(**some), ("CORRECT", "INCORRECT"))[0].scores
+    assert found == {"CORRECT": -0.2, "INCORRECT": -2.0}
+    both = {"R": -0.1, "Right": -4.0, "X": -6.0}  # R begins both
+    assert asked_of(with_rivals(**both), ("Right", "Rather"))[0].scores == {"Right": -4.0, "Rather": -6.0}
 
 
 @pytest.mark.parametrize("top", [None, [], {}, 5, [{"token": "Yes"}], [{"token": "Yes", "logprob": None}],
@@ -182,8 +190,8 @@ class Table(Backend):
             solution = asked["content"].partition("so far: ")[2].rpartition("\nIs the last")[0]
             self.judged.append(solution)
             yes = self.yes(solution) if callable(self.yes) else self.yes.get(solution, 0.5)
-            return Reply("", finish="score", prompt_ids=ids,
-                         scores={"Yes": math.log(yes) - 3, "No": math.log(1 - yes) - 3})  # not normalised
+            scores = {"CORRECT": math.log(yes) - 3, "INCORRECT": math.log(1 - yes) - 3}  # not normalised
+            return Reply("", finish="score", prompt_ids=ids, scores=scores)
         solution = asked["content"] if asked["role"] == "assistant" else ""
         options = self.tree(solution) if callable(self.tree) else self.tree[solution]
         text = options[self.written[solution] % len(options)]

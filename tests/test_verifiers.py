@@ -105,14 +105,15 @@ def test_a_planted_first_error_is_found(style):
 def test_exact_labels_end_with_the_first_error(tmp_path):
     asked = {"role": "user", "content": "Is it?"}
     made = [{"id": id, "sample": 0, "step": step,
-             "messages": [asked, {"role": "assistant", "content": "Yes", "weight": 1.0}]}
+             "messages": [asked, {"role": "assistant", "content": "CORRECT", "weight": 1.0}]}
             for id in ("tiny-train-1", "tiny-train-2", "tiny-train-6") for step in (1, 2, 3)]
     (tmp_path / "hard.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in made))
     kept = {row["id"] for row in made if not verifiers.is_held_out(row["id"])}
     solutions = [solution(id, error) for id, error in zip(sorted({row["id"] for row in made}), (2, 0, 1))]
     found = verifiers.records(tmp_path, "exact", solutions)
     said = {(row["id"], row["step"]): row["messages"][1]["content"] for row in found}
-    whole = {("tiny-train-1", 1): "Yes", ("tiny-train-1", 2): "No", ("tiny-train-6", 1): "No",
-             **{("tiny-train-2", step): "Yes" for step in (1, 2, 3)}}
+    whole = {("tiny-train-1", 1): "CORRECT", ("tiny-train-1", 2): "INCORRECT",
+             ("tiny-train-6", 1): "INCORRECT",
+             **{("tiny-train-2", step): "CORRECT" for step in (1, 2, 3)}}
     assert said == {key: word for key, word in whole.items() if key[0] in kept} and len(said) > 2
     assert len(verifiers.records(tmp_path, "hard", solutions)) == 3 * len(kept)

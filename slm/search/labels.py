@@ -84,8 +84,8 @@ def labels_of(row: dict, args) -> dict[str, dict[int, float]]:
 
 
 def step_records(solutions: list[tuple], args) -> dict[str, list[dict]]:
-    """{"hard", "soft": records for train_sft.py}. With the share of right completions as the weight of Yes,
-    and the rest as that of No, the two losses add up to the cross-entropy with a soft label."""
+    """{"hard", "soft": records for train_sft.py}. The share of right completions is the weight of
+    CORRECT, and the rest that of INCORRECT: the two losses add up to the cross-entropy with a soft label."""
     found = {"hard": [], "soft": []}
     for problem, row in solutions:
         for kind, shares in labels_of(row, args).items() if row["steps"] else ():

@@ -1,6 +1,6 @@
 r"""Searches: workflows in which a verifier chooses among the steps of solutions.
 
-steps.py has the step generator: `grow` writes steps, `judge` gives them the verifier's P(yes). That score
+steps.py has the step generator: `grow` writes steps, `judge` gives them the verifier's P(right). That score
 is all that a search knows: no gold answer is in reach. `budget` is the number of solutions, of beams, or of
 rollouts; each docstring says how many steps that is at most. What a search has to beat, at the same number of
 tokens, is `self_consistency`.
@@ -178,8 +178,8 @@ def rebase(question: str, budget: int = 16):
 # ---- trees -----------------------------------------------------------------------------------------------
 
 def expand(question: str, leaf: Node, width: int, signs: int = 0):
-    """Grow and judge `width` steps under a leaf. Each starts with one visit and its value: 2 P(yes) - 1, and
-    -1 if it was given up. The value of a solution (with `signs`, +-1) also goes to every node above it."""
+    """Grow and judge `width` steps under a leaf. Each starts with one visit and its value: 2 P(right) - 1,
+    and -1 if it was given up. A solution's value (with `signs`, +-1) also goes to every node above it."""
     children = yield from grow(question, [leaf] * width)
     yield from judge(question, children)
     leaf.adopt(children)

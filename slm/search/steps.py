@@ -6,12 +6,12 @@ output belongs to the step.
 
     root = Node()                                        # nothing is written yet
     children = yield from grow(question, [root] * 4)     # four candidates for the first step, in one batch
-    yield from judge(question, children)                 # the verifier's P(yes) of each: is this step right?
+    yield from judge(question, children)                 # the verifier's P(right) of each step
 
 A partial solution is an assistant's turn that is not over. A step goes on behind the ids of those before it,
 so a path of steps is one token record, and nothing is tokenized again. The verifier writes no text: its score
-comes from the log-probs of Yes and No. It may be the same model, trained for it or not, or another adapter
-(--adapter verifier=DIR). These generators are parts of workflows: searches.py puts them together.
+comes from the log-probs of CORRECT and INCORRECT. It may be the same model, trained for it or not, or another
+adapter (--adapter verifier=DIR). These generators are parts of workflows: searches.py puts them together.
 """
 
 import math
@@ -28,7 +28,7 @@ from slm.sandbox import Outcome
 
 DEPTH = 16      # steps of a solution (rStar-Math); a longer one is given up
 PIECES = 6      # Asks that one step may take: for code, and for lines without a word
-WORDS = ("Yes", "No")
+WORDS = ("CORRECT", "INCORRECT")  # as for whole solutions
 STEP = {"temperature": 0.8, "max_tokens": 256, "one_step": True, "stop": ("\n```\n",)}  # or its code ends
 CODE = {"one_step": False, "keep_stop": True, "stop": ("```",)}                         # in an open fence
 
@@ -71,7 +71,7 @@ def cut(text: str, rule: str) -> list[str]:
 
 
 def step_check(question: str, text: str) -> list[dict]:
-    """The conversation in which a verifier says Yes or No to the last step of a partial solution."""
+    """The conversation that asks a verifier whether the last step of a partial solution is right."""
     return [user(prompts.STEP_CHECK(question=question, solution=text.strip()))]
 
 
@@ -96,7 +96,7 @@ class Node:
     blocks: int = 0                 # of code that have run
     errors: int = 0                 # steps in a row whose code failed
     depth: int = 0
-    score: float = 0.5              # the verifier's P(yes) for its last step
+    score: float = 0.5              # the verifier's P(right) for its last step
     answer: str | None = None
     closed: bool = False
     children: list["Node"] = field(default_factory=list)
@@ -201,11 +201,11 @@ def grow(question: str, nodes: list[Node]):
 
 
 def judge(question: str, nodes: list[Node]):
-    """Give each node the verifier's P(yes) for its last step, Yes against No; 0 if it was given up."""
+    """Give each node the verifier's P(right) for its last step; 0 if it was given up."""
     asked = [node for node in nodes if node.answer or not node.closed]
     replies = yield [Ask("verifier", step_check(question, node.text), continuations=WORDS) for node in asked]
     for node in nodes:
         node.score = 0.0
     for node, reply in zip(asked, replies):
-        yes, no = (reply.scores.get(word, 0.0) for word in WORDS)  # a failed Ask says neither: 0.5
-        node.score = 1 / (1 + math.exp(no - yes))
+        right, wrong = (reply.scores.get(word, 0.0) for word in WORDS)  # a failed Ask says neither: 0.5
+        node.score = 1 / (1 + math.exp(wrong - right))

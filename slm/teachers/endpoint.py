@@ -12,8 +12,8 @@ each kind is told on stderr, in the server's words. What stays broken comes back
 "error"; the tokens of all its tries are counted. A server that cannot answer at all (bad key, unknown model,
 wrong address) raises BadInput. One that refuses a field gets its requests without it: see QUIRKS.
 
-A request with continuations asks for one token and its likeliest rivals: the first one's log-probs are the
-scores, so each continuation must be a single token.
+A request with continuations asks for one token and its likeliest rivals. A continuation's score is the
+log-prob of its first token, so each must begin with a token that begins no other one.
 
 A Reply has token ids and log-probs if the server gives them: vLLM and SGLang for the fields logprobs and
 return_token_ids, llama.cpp for logprobs. A request with token ids in place of messages goes to /completions.
@@ -286,7 +286,7 @@ class Endpoint:
         return reply
 
     def _scored(self, reply: Reply, continuations: tuple[str, ...]) -> Reply | None:
-        """The reply with the scores of the continuations. One that is not among the likeliest first tokens
+        """The reply with the scores of the continuations. One that begins with none of the likeliest tokens
         gets the score of the last of these: it has no more. A server without log-probs counts as dead."""
         known = reply.scores
         if not known and (not reply.error or "logprobs" in reply.error):
@@ -296,10 +296,16 @@ class Endpoint:
             return None
         if reply.error:
             return reply
-        if known.keys().isdisjoint(continuations):
+        begun: dict[str, str] = {}  # continuation -> the longest token that begins it and no other one
+        for token in sorted(filter(None, known), key=len):
+            begins = [words for words in continuations if words.startswith(token)]
+            if len(begins) == 1:
+                begun[begins[0]] = token
+        if not begun:
             lacks = f"none of {', '.join(continuations)} is among the {RIVALS} likeliest first tokens"
             return replace(reply, text="", finish="error", error=lacks, scores={})
-        scores = {words: known.get(words, min(known.values())) for words in continuations}
+        last = min(known, key=known.get)
+        scores = {words: known[begun.get(words, last)] for words in continuations}
         return replace(reply, text="", finish="score", scores=scores)
 
     def _tell(self, error: str, pause: float = 0.0) -> None:
