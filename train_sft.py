@@ -254,10 +254,12 @@ def messages_of(row: dict, where: str) -> tuple[str, list[dict]]:
             and isinstance(m.get("weight"), int | float | None) and 0 <= (m.get("weight") or 0) <= 1
             and not m.get("tool_calls")
             and (m["content"].strip() or not trained(m)) for m in messages]
-    if not all(good) or not any(map(trained, messages)):
+    asked = [m["content"] for m in messages if m["role"] == "user"] if all(good) else []
+    if not asked or not any(map(trained, messages)):
         raise BadInput(f"{where}: messages must be a list of role and content (and weight, from 0 to 1), "
-                       "no tool_calls, at least one of the assistant and not of weight 0, no such one empty")
-    return found.question or next((m["content"] for m in messages if m["role"] == "user"), ""), messages
+                       "no tool_calls, one of the user, at least one of the assistant, not of weight 0, no "
+                       "such one empty")
+    return found.question or asked[0], messages
 
 
 def trained(message: dict) -> float:

@@ -86,7 +86,8 @@ def test_a_message_of_weight_0_is_not_trained(tmp_path, weight, words):
     ('{"question": "a"}', "line 2: expected question and response, or messages; found question"),
     ('{"question": "a", "response": " "}', "line 2: .* found question, response \\(empty\\)"),
     ('{"messages": [{"role": "user", "content": "a"}]}', "line 2: .*at least one of the assistant"),
-    ('{"messages": [{"role": "assistant"}]}', "line 2: messages must be a list of role and content")])
+    ('{"messages": [{"role": "assistant"}]}', "line 2: messages must be a list of role and content"),
+    ('{"conversations": [{"from": "gpt", "value": "2"}]}', "line 2: .*one of the user")])
 def test_a_bad_row_is_named(tmp_path, line, named):
     path = tmp_path / "x.jsonl"
     path.write_text('{"question": "a", "response": "b"}\n' + line + "\n")
