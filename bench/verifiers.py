@@ -82,8 +82,8 @@ def measure(args) -> None:
             if not (args.results / f"{kind}-{seed}.json").exists():
                 run, data = args.out / f"{kind}-{seed}", args.out / f"train-{kind}.jsonl"
                 data.write_text("".join(f"{json.dumps(row)}\n" for row in records(made, kind, solutions)))
-                train = ("train_sft.py", "--lora", "--targets", "all", "--data", data, "--validate", 0,
-                         "--seed", seed, "--out", run)
+                train = ("train_sft.py", "--lora", "--targets", "all", "--lr", 3e-3, "--data", data,
+                         "--validate", 0, "--seed", seed, "--out", run)
                 if not (run / "adapter").is_dir():
                     script(args.out, *train, *goes_on(run))
                 save(args, kind, seed, [label, train], scored(held_out, str(run / "adapter")))
