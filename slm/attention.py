@@ -1,4 +1,4 @@
-"""Causal attention over packed sequences. Nothing else in the core has attention masks, and nothing pads.
+"""Causal attention over packed sequences. Nothing pads, and but for slm/branches.py nothing has masks.
 
 The model calls an attend object once a layer: attend(layer, q (T,H,E), k (T,K,E), v (T,K,E)) -> (T,H,E), with
 queries and keys already rotated. It computes softmax(q k' / sqrt(E)) v (Vaswani et al. 2017,

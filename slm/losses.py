@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from slm import BadInput
-from slm.attention import Packed
-from slm.branches import Branches, prompt, shares
+from slm.branches import Branches, prompts_of
 from slm.sampling import warp
 
 # ---- log-probs without the (N, V) matrix -----------------------------------------------------------------
@@ -83,26 +82,26 @@ class _TokenLogprobs(torch.autograd.Function):
 
 def pack(lengths: list[int], tokens: int, prompts: list[tuple[int, ...]] | None = None) -> list[list[int]]:
     """Lengths of sequences -> micro-batches, as lists of places in `lengths`. A micro-batch has at most
-    `tokens` tokens, or one longer sequence; it holds sequences of like length. With their prompts those that
-    share one stay together, and it counts once a micro-batch.
+    `tokens` tokens, or one longer sequence; it holds sequences of like length. Those that share a prompt stay
+    together. It counts once, and an eighth of it for each further sequence, which copies keys and values.
 
     >>> pack([5, 90, 6, 100], tokens=110), pack([5, 90, 6, 100], 110, [(1, 2), (), (1, 2), ()])
     ([[0, 2, 1], [3]], [[0, 2], [1], [3]])
     """
     heads = prompts or [()] * len(lengths)
-    groups = {head or i: [] for i, head in enumerate(heads)}
+    groups: dict = {}
     for i, head in enumerate(heads):
-        groups[head or i].append(i)
+        groups.setdefault(head or i, []).append(i)  # one without a prompt is a group of its own
     batches: list[list[int]] = []
     room = 0
     for group in sorted(groups.values(), key=lambda group: max(lengths[i] for i in group)):
         for i in group:
-            size = lengths[i] - (len(heads[i]) if batches and heads[batches[-1][-1]] == heads[i] else 0)
-            if not batches or size > room:
+            shared = len(heads[i]) * 7 // 8 if batches and heads[batches[-1][-1]] == heads[i] else 0
+            if not batches or lengths[i] - shared > room:
                 batches.append([])
-                room, size = tokens, lengths[i]
+                room, shared = tokens, 0
             batches[-1].append(i)
-            room -= size
+            room -= lengths[i] - shared
     return batches
 
 
@@ -112,15 +111,11 @@ def score(model, ids: list[list[int]], masks: list[list[int]], temperature: floa
     Nothing predicts a sequence's first token, so its mask must be 0.
     """
     device = next(model.parameters()).device
-    attend = Packed([len(x) for x in ids], device)
-    flat = torch.tensor([t for x in ids for t in x], device=device)
-    here = torch.tensor([m for x in masks for m in x]).nonzero().squeeze(1).to(device)
-    before = here - 1
-    if shares(model):
-        attend = Branches(ids, list(map(prompt, ids, masks)))
-        flat, here, before = attend.tokens, attend.places[here], attend.places[before]
-    hidden = model(flat, attend.positions, attend)
-    return token_logprobs(model, hidden[before], flat[here], temperature)
+    attend = Branches(ids, prompts_of(model, ids, masks), device)
+    trained = torch.tensor([m for x in masks for m in x]).nonzero().squeeze(1).to(device)
+    hidden = model(attend.tokens, attend.positions, attend)
+    targets = attend.tokens[attend.places[trained]]
+    return token_logprobs(model, hidden[attend.places[trained - 1]], targets, temperature)
 
 
 # ---- supervised ------------------------------------------------------------------------------------------

@@ -311,14 +311,16 @@ def test_an_adapter_that_comes_while_replies_are_under_way_is_used():
     assert [[late.ids]] == replies(model, [request], Plain)
 
 
-@pytest.mark.parametrize("count", [1, 31, 32, 48, 128, 129])
-def test_products_by_columns_are_as_exact_as_those_by_rows(random_model, count, monkeypatch):
-    """Some dozens of tokens in bfloat16 on a CPU are multiplied the other way round."""
-    monkeypatch.setattr(fast, "COLUMNS", (1 if count == 1 else 32, 128))
-    model, ids = random_model(dtype=torch.bfloat16), torch.arange(count) * 7 % 97
-    exact = random_model()
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("count, bounds", [(1, (1, 256)), (2, (1, 256)), (200, (1, 256)), (256, (1, 256)),
+                                           (257, (1, 256)), (31, (32, 128)), (32, (32, 128))])
+def test_products_by_columns_are_as_exact_as_those_by_rows(random_model, count, bounds, tied, monkeypatch):
+    """Many tokens in bfloat16 on a CPU are multiplied the other way round, a lone one as if it were two."""
+    monkeypatch.setattr(fast, "COLUMNS", bounds)
+    model, ids = random_model(dtype=torch.bfloat16, tied=tied), torch.arange(count) * 7 % 97
+    exact = random_model(tied=tied)
     exact.load_state_dict(model.state_dict())
     exact, rows, columns = logits(exact, ids), logits(model, ids), sampled(model, None, ids)
-    assert by_columns(columns) == (32 <= count <= 128 or count == 1)
+    assert by_columns(columns) == (bounds[0] <= count <= bounds[1])
     error = [(x.float() - exact).abs().mean() for x in (columns, rows)]
     assert 0 < error[0] < 1.3 * error[1]

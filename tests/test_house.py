@@ -18,11 +18,11 @@ from docs.draw_house import OPEN_ROOMS, SCRIPTS, door, draw, edges, imports, mod
 
 ROOT = Path(__file__).parents[1]
 
-# The most lines that each part may have; blank lines and docstrings count. The core may grow to 4,800 where a
-# later issue adds a subject to it. LOG.md has a line for every number that rose.
+# The most lines that each part may have; blank lines and docstrings count. LOG.md has a line for every number
+# that rose.
 LIMITS = {
     "the teaching core": 5180,  # the five scripts and the modules directly in slm/
-    "the whole": 14725,         # the five scripts and all of slm/
+    "the whole": 14730,         # the five scripts and all of slm/
     "slm/model.py": 190,
     "slm/attention.py": 80,
     "slm/lora.py": 240,

@@ -7,8 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from slm import BadInput, lora, losses
-from slm.branches import Branches, prompt
+from slm import BadInput, lora, losses, training
+from slm.attention import Packed
+from slm.branches import Branches, prompts_of
+from slm.episode import TokenRecord
 from slm.losses import (
     advantages,
     cispo,
@@ -58,7 +60,7 @@ def naive(model, ids, masks, temperature=1.0):
     """Each sequence alone, the whole (T, V) log-softmax at once, in float64."""
     found = []
     for x, m in zip(ids, masks):
-        attend = losses.Packed([len(x)])
+        attend = Packed([len(x)])
         hidden = model(torch.tensor(x), attend.positions, attend)
         logp = (model.logits(hidden).double() / temperature).log_softmax(-1)
         found += [logp[t - 1, x[t]] for t in range(len(x)) if m[t]]
@@ -501,12 +503,21 @@ def test_the_reference_is_the_policy_with_its_adapter_off(model):
         assert torch.equal(score(model, ids, masks)[0], before)
 
 
+def samples(prompt: int, replies: list[int], seed: int = 0) -> tuple[list, list]:
+    """(sequences, masks): samples of one prompt, of these lengths."""
+    drawn = torch.Generator().manual_seed(seed)
+    head, *tails = (torch.randint(1, 13, (n,), generator=drawn).tolist() for n in (prompt, *replies))
+    return [head + tail for tail in tails], [[0] * prompt + [1] * len(tail) for tail in tails]
+
+
 def test_a_prompt_that_several_sequences_share_gives_the_log_probs_and_gradients_of_each_alone(
         model, monkeypatch):
-    """Three samples of one prompt, one of another, and a sequence without a prompt of its own."""
-    ids = [[5, 6, 7, 8, 9], [5, 6, 7, 4], [5, 6, 11, 12], [5, 6, 7, 8], [3, 2]]
-    masks = [[0, 0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1], [0, 1]]
-    slope = torch.arange(1.0, 8.0)
+    """Three samples of one prompt, two of another, one alone, two whose prompt is too short to share, and two
+    of which nothing is trained."""
+    parts = [samples(16, [2, 1, 5]), samples(20, [1, 1], seed=1), samples(17, [3], seed=2),
+             samples(3, [2, 2], seed=3), ([[4] * 18] * 2, [[0] * 18] * 2)]
+    ids, masks = ([x for part in parts for x in part[i]] for i in (0, 1))
+    slope = torch.arange(1.0, 18.0)
 
     def run() -> tuple:
         model.zero_grad()
@@ -515,17 +526,39 @@ def test_a_prompt_that_several_sequences_share_gives_the_log_probs_and_gradients
         return logp.detach(), [p.grad.clone() for p in model.parameters()]
 
     shared, got = run()
-    monkeypatch.setattr(losses, "shares", lambda model: False)
+    branches = Branches(ids, prompts_of(model, ids, masks))
+    assert branches.lengths == [16, 2, 1, 5, 20, 1, 1, 20, 5, 5, 18, 18]
+    assert branches.after == [None, 0, 0, 0, None, 4, 4, None, None, None, None, None]
+    monkeypatch.setattr(losses, "prompts_of", lambda model, ids, masks: [()] * len(ids))
     alone, wanted = run()
     torch.testing.assert_close(shared, alone, atol=1e-5, rtol=1e-5)
     for a, b in zip(got, wanted):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    branches = Branches(ids, list(map(prompt, ids, masks)))
-    assert branches.lengths == [3, 2, 1, 4, 1, 2] and branches.after == [None, 0, 0, None, 0, None]
 
 
-def test_samples_of_a_prompt_fill_a_micro_batch_as_if_it_were_there_once():
-    lengths, prompts = [60, 70, 65, 90], [(1,) * 50, (1,) * 50, (1,) * 50, (2,) * 50]
-    assert losses.pack(lengths, 95, prompts) == [[0, 1, 2], [3]]  # 50 + 10 + 20 + 15
-    assert losses.pack(lengths, 94, prompts) == [[0, 1], [2], [3]]
+def test_rows_with_adapters_of_their_own_share_no_prompt(model):
+    lora.add(model, r=2)
+    for p in lora.parameters(model):
+        torch.nn.init.normal_(p, std=0.3)
+    ids, masks = samples(16, [2, 3])
+    with lora.use(model, [("default", 18), (None, 19)]):
+        got = score(model, ids, masks)[0]
+    first, second = score(model, ids[:1], masks[:1])[0], None
+    with lora.off(model):
+        second = score(model, ids[1:], masks[1:])[0]
+    torch.testing.assert_close(got, torch.cat((first, second)), atol=1e-5, rtol=1e-5)
+
+
+def test_samples_of_a_prompt_fill_a_micro_batch_as_if_it_were_there_once_and_an_eighth():
+    lengths, prompts = [60, 70, 65, 90], [(1,) * 48, (1,) * 48, (1,) * 48, (2,) * 48]
+    assert losses.pack(lengths, 111, prompts) == [[0, 1, 2], [3]]  # 60 + 70 - 42 + 65 - 42
+    assert losses.pack(lengths, 110, prompts) == [[0, 1], [2], [3]]
     assert losses.pack(lengths, 155) == [[0, 2], [1], [3]]
+
+
+def test_the_trainer_s_micro_batches_keep_samples_of_a_prompt_together(model):
+    (first, one), (second, two) = samples(20, [3, 9]), samples(20, [5, 7], seed=1)
+    records = [TokenRecord(*pair) for pair in zip([first[0], second[0], first[1], second[1]],
+                                                  [one[0], two[0], one[1], two[1]])]
+    parts = [[record.ids for record in part] for part in training.micro_batches(model, records, 40)]
+    assert parts == [second, first]  # 25 + 27 - 17, 23 + 29 - 17

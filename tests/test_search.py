@@ -144,11 +144,15 @@ def test_an_endpoint_scores_single_tokens_by_the_likeliest_first_ones():
 
 
 def test_an_endpoint_scores_longer_words_by_the_token_that_begins_one_of_them():
-    some = {"COR": -0.2, "C": -3.0, "IN": -2.0, "In": -1.5, "": -5.0}
-    found = asked_of(with_rivals(**some), ("CORRECT", "INCORRECT"))[0].scores
-    assert found == {"CORRECT": -0.2, "INCORRECT": -2.0}
-    both = {"R": -0.1, "Right": -4.0, "X": -6.0}  # R begins both
-    assert asked_of(with_rivals(**both), ("Right", "Rather"))[0].scores == {"Right": -4.0, "Rather": -6.0}
+    def scores(words=("CORRECT", "INCORRECT"), **rivals):
+        return asked_of(with_rivals(**rivals), words)[0].scores
+
+    both = {"CORRECT": -0.2, "INCORRECT": -2.0}
+    assert scores(**{"COR": -0.2, "CORR": -9.0, "IN": -2.0, "In": -1.5, "": -5.0}) == both
+    assert scores(**{" COR": -0.2, " CORRECT": -3.0, "IN": -2.0}) == both
+    assert scores(COR=-0.2, I=-0.1, X=-2.0) == both  # "I" is a word
+    assert scores(("Right", "Rather"), R=-0.1, Ri=-4.0, X=-6.0) == {"Right": -4.0, "Rather": -6.0}
+    assert scores(("1", "10"), **{"1": -0.1, "10": -4.0, "7": -5.0}) == {"1": -0.1, "10": -4.0}
 
 
 @pytest.mark.parametrize("top", [None, [], {}, 5, [{"token": "Yes"}], [{"token": "Yes", "logprob": None}],

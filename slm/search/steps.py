@@ -208,4 +208,4 @@ def judge(question: str, nodes: list[Node]):
         node.score = 0.0
     for node, reply in zip(asked, replies):
         right, wrong = (reply.scores.get(word, 0.0) for word in WORDS)  # a failed Ask says neither: 0.5
-        node.score = 1 / (1 + math.exp(wrong - right))
+        node.score = 1 / (1 + math.exp(min(wrong - right, 700)))  # above that it overflows

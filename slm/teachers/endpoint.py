@@ -13,7 +13,7 @@ each kind is told on stderr, in the server's words. What stays broken comes back
 wrong address) raises BadInput. One that refuses a field gets its requests without it: see QUIRKS.
 
 A request with continuations asks for one token and its likeliest rivals. A continuation's score is the
-log-prob of its first token, so each must begin with a token that begins no other one.
+log-prob of its first token: itself, or two letters of it or more that begin no other one.
 
 A Reply has token ids and log-probs if the server gives them: vLLM and SGLang for the fields logprobs and
 return_token_ids, llama.cpp for logprobs. A request with token ids in place of messages goes to /completions.
@@ -296,16 +296,18 @@ class Endpoint:
             return None
         if reply.error:
             return reply
-        begun: dict[str, str] = {}  # continuation -> the longest token that begins it and no other one
-        for token in sorted(filter(None, known), key=len):
-            begins = [words for words in continuations if words.startswith(token)]
-            if len(begins) == 1:
-                begun[begins[0]] = token
-        if not begun:
+        scores: dict[str, float] = {}
+        for token in sorted(known, key=known.get):  # the likeliest one counts
+            word = token.strip()
+            begun = [words for words in continuations if words.startswith(word)]
+            if word in continuations:
+                scores[word] = known[token]
+            elif len(begun) == 1 and len(word) > 1:  # "I" is a word of its own
+                scores[begun[0]] = known[token]
+        if not scores:
             lacks = f"none of {', '.join(continuations)} is among the {RIVALS} likeliest first tokens"
             return replace(reply, text="", finish="error", error=lacks, scores={})
-        last = min(known, key=known.get)
-        scores = {words: known[begun.get(words, last)] for words in continuations}
+        scores = {words: scores.get(words, min(known.values())) for words in continuations}
         return replace(reply, text="", finish="score", scores=scores)
 
     def _tell(self, error: str, pause: float = 0.0) -> None:
