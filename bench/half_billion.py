@@ -30,11 +30,12 @@ from bench.shared import ROOT, processor, rows, save, shortened, smooth
 from slm.runs import stats
 
 RESULTS, FIGURE = ROOT / "results/half_billion", ROOT / "docs/half_billion.svg"
-ROWS = ["base", "sft-self", "sft-human", "grpo", "grpo-placebo", "grpo-base", "grpo-seed1"]
+ROWS = ["base", "sft-self", "sft-human", "sft-full", "grpo", "grpo-placebo", "grpo-base", "grpo-seed1"]
 WORKFLOWS = ["majority_vote", "python_tools", "solver_checker_with_tools", "solver_checker_stateless",
              "solver_verifier"]
 WORKED = [f"{row}-{workflow}" for row in ROWS for workflow in WORKFLOWS]
-OVER = [("sft-self", "base"), ("sft-human", "base"), ("grpo", "sft-self"), ("grpo", "grpo-placebo"),
+OVER = [("sft-self", "base"), ("sft-human", "base"), ("sft-full", "base"), ("grpo", "sft-self"),
+        ("grpo", "grpo-placebo"),
         ("grpo-seed1", "sft-self"), ("grpo-seed1", "grpo-placebo"), ("grpo-base", "base"),
         *((name, name.rpartition("-")[0]) for name in WORKED)]
 FIELDS = ("id", "data", "level", "subject", "gold", "answer", "correct", "reason", "sample", "tokens",
@@ -65,7 +66,7 @@ def collect(runs: Path, results: Path, device: str) -> None:
     """Copy what is finished; print what is not, and the size of all."""
     for settings in sorted(runs.glob("*/settings.json")):
         run, to = settings.parent, results / settings.parent.name
-        if not ((run / "summary.json").exists() or (run / "adapter").exists()):
+        if not any((run / made).exists() for made in ("summary.json", "adapter", "model")):
             print(f"{run.name}: not finished, left out")
             continue
         to.mkdir(parents=True, exist_ok=True)

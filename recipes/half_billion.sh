@@ -16,24 +16,32 @@ RUNS=${RUNS:-runs/half_billion}
 DEVICE=(--device "${DEVICE:-auto}")
 
 DATA=(--teacher self --data gsm8k --limit 400 --samples 4 --max-tokens 400 "${DEVICE[@]}")
-SFT=(--lora --targets all --batch 16 --epochs 2 --lr 2e-4 --dropout 0 --validate 0 "${DEVICE[@]}")
+SFT=(--batch 16 --epochs 2 --validate 0 "${DEVICE[@]}")
+LORA=(--lora --targets all --lr 2e-4 --dropout 0)
 GRPO=(--data gsm8k --batch 8 --samples 8 --resample 1 --steps 24 --lr 2e-4 --kl 0 --temperature 1
       --max-tokens 400 --evaluate 0 "${DEVICE[@]}")
 GREEDY=(--data gsm8k --limit 500 --max-tokens 400 --batch 192 "${DEVICE[@]}")
 SAMPLED=(--data gsm8k --limit 200 --max-tokens 400 --batch 192 --samples 4 --temperature 1 "${DEVICE[@]}")
-ROWS="base sft-self sft-human grpo grpo-placebo grpo-base grpo-seed1"
+ROWS="base sft-self sft-human sft-full grpo grpo-placebo grpo-base grpo-seed1"
 WORKFLOWS="majority_vote python_tools solver_checker_with_tools solver_checker_stateless solver_verifier"
 
-answerer() { if [ "$1" = base ]; then echo "$MODEL"; else echo "$RUNS/$1/adapter"; fi; }
+answerer() {
+  case $1 in
+    base) echo "$MODEL" ;;
+    sft-full) echo "$RUNS/$1/model" ;;
+    *) echo "$RUNS/$1/adapter" ;;
+  esac
+}
 
 take() {
   local row
   case $1 in
     # 1. Data: the model's own solutions, the right ones kept. (This script goes on without --resume.)
     data) "$PYTHON" make_data.py --model "$MODEL" "${DATA[@]}" --out "$RUNS/data" ;;
-    # 2. SFT on them, and on as many of GSM8K's own solutions.
-    sft-self) stage "$1" train_sft.py --model "$MODEL" --data "$RUNS/data/records.jsonl" "${SFT[@]}" ;;
-    sft-human) stage "$1" train_sft.py --model "$MODEL" --data gsm8k --limit 250 "${SFT[@]}" ;;
+    # 2. SFT on them, by adapters or of all weights, and on as many of GSM8K's own solutions.
+    sft-self) stage "$1" train_sft.py --model "$MODEL" --data "$RUNS/data/records.jsonl" "${LORA[@]}" "${SFT[@]}" ;;
+    sft-full) stage "$1" train_sft.py --model "$MODEL" --data "$RUNS/data/records.jsonl" --full "${SFT[@]}" ;;
+    sft-human) stage "$1" train_sft.py --model "$MODEL" --data gsm8k --limit 250 "${LORA[@]}" "${SFT[@]}" ;;
     # 3. GRPO from the SFT adapter, with another seed, with a coin's toss as the reward, and from base.
     grpo) stage "$1" train_grpo.py --model "$MODEL" --adapter "$RUNS/sft-self/adapter" "${GRPO[@]}" ;;
     grpo-seed1) stage "$1" train_grpo.py --model "$MODEL" --adapter "$RUNS/sft-self/adapter" "${GRPO[@]}" --seed 1 ;;
@@ -49,7 +57,7 @@ take() {
 }
 
 if [ "${1:-}" = --dry-run ]; then
-  for script in "make_data.py ${DATA[*]}" "train_sft.py --data gsm8k --limit 250 ${SFT[*]}" \
+  for script in "make_data.py ${DATA[*]}" "train_sft.py --data gsm8k --limit 250 ${LORA[*]} ${SFT[*]}" \
       "train_grpo.py ${GRPO[*]}" "eval.py ${GREEDY[*]}" "eval.py ${SAMPLED[*]}"; do
     printf '\n==== %s\n' "$script"
     "$PYTHON" $script --model "$MODEL" --dry-run
