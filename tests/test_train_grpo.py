@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import train_grpo
 from slm import BadInput, checkpoint, lora, losses, report
+from slm.attention import Packed
 from slm.episode import Episode, Reply, TokenRecord, Turn
 from slm.formats import lora_files
 from slm.grading import grade
@@ -241,7 +242,7 @@ def test_the_evaluation_is_the_share_of_greedy_answers_with_its_interval(tiny):
         while len(ids) < start + 99 and ids[-1] not in tokenizer.stop_ids:
             with torch.no_grad():
                 row = torch.tensor(ids)
-                hidden = model(row, torch.arange(len(ids)), losses.Packed([len(ids)], row.device))
+                hidden = model(row, torch.arange(len(ids)), Packed([len(ids)], row.device))
                 ids.append(int((hidden[-1] @ model.model.embed_tokens.weight[:model.config.ids].T).argmax()))
         said = grade(tokenizer.decode(ids[start:]), p.gold)
         held_out[i] = replace(p, gold=(said.answer or "none") if i % 2 else "123456")
@@ -283,7 +284,7 @@ def test_kl_is_measured_on_the_first_sample_of_eight_problems(random_model):
             for off in (False, True):
                 with torch.no_grad(), lora.off(model) if off else contextlib.nullcontext():
                     row = torch.tensor(ids)
-                    hidden = model(row, torch.arange(6), losses.Packed([6], row.device))
+                    hidden = model(row, torch.arange(6), Packed([6], row.device))
                     logits = hidden @ model.model.embed_tokens.weight.T / 0.8
                     told.append(logits.log_softmax(-1)[[2, 4], row[[3, 5]]])
             d = told[1] - told[0]
