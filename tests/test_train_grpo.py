@@ -207,7 +207,8 @@ def test_two_ranks_take_the_same_steps_as_one_process(tmp_path, batch, options):
         one, two = map(json.loads, lines)
         for name in ("reward", "reward/random", "mean_tokens", "loss", "kl", "grad_norm", "learned_tokens",
                      "replaced"):
-            assert one.get(name, 0) == pytest.approx(two.get(name, 0), rel=1e-3, abs=1e-6), name
+            near = 1e-5 if one["step"] < 2 else 1e-3  # later Adam turns rounding into steps
+            assert one.get(name, 0) == pytest.approx(two.get(name, 0), rel=near, abs=1e-6), name
     files = [sorted((tmp_path / ranks / "adapter").rglob("*.safetensors")) for ranks in ("1", "2")]
     for one, two in zip(*files, strict=True):
         checkpoint.load(two.parent)  # it knows its base
