@@ -115,7 +115,6 @@ from statistics import fmean
 import torch
 
 from slm import BadInput, checkpoint, lora, losses, problems, prompts, rewards, training, workflows
-from slm.branches import prompts_of
 from slm.credit import give_credit, mark_steps
 from slm.episode import Episode, Reply, Sampling, TokenRecord, Turn, jobs_for, run_episodes, seed_of, user
 from slm.formats import lora_files
@@ -320,8 +319,9 @@ def ask_teacher(teacher, policy, tokenizer, batch, episodes, records, args) -> N
             prompt = shown[episode.group] if shown else record.ids[:start]
             seen.append((record, prompt + record.ids[start:], [0] * len(prompt) + record.mask[start:]))
     with torch.no_grad(), ranks.whole(teacher):
-        heads = prompts_of(teacher, [ids for _, ids, _ in seen], [mask for *_, mask in seen])
-        for part in losses.pack([len(ids) for _, ids, _ in seen], args.micro_tokens, heads):
+        parts = losses.pack_for(teacher, [ids for _, ids, _ in seen], [mask for *_, mask in seen],
+                                args.micro_tokens)
+        for part in parts:
             owners, ids, masks = zip(*[seen[i] for i in part])
             logp, _ = losses.score(teacher, ids, masks, args.temperature)
             for record, found in zip(owners, logp.split([sum(mask) for mask in masks])):

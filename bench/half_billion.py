@@ -35,8 +35,8 @@ WORKFLOWS = ["majority_vote", "python_tools", "solver_checker_with_tools", "solv
              "solver_verifier"]
 WORKED = [f"{row}-{workflow}" for row in ROWS for workflow in WORKFLOWS]
 OVER = [("sft-self", "base"), ("sft-human", "base"), ("sft-full", "base"), ("grpo", "sft-self"),
-        ("grpo", "grpo-placebo"),
-        ("grpo-seed1", "sft-self"), ("grpo-seed1", "grpo-placebo"), ("grpo-base", "base"),
+        ("grpo", "grpo-placebo"), ("grpo-seed1", "sft-self"), ("grpo-seed1", "grpo-placebo"),
+        ("grpo-base", "base"),
         *((name, name.rpartition("-")[0]) for name in WORKED)]
 FIELDS = ("id", "data", "level", "subject", "gold", "answer", "correct", "reason", "sample", "tokens",
           "finish")

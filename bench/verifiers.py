@@ -36,9 +36,10 @@ from slm.episode import Job, run_episodes, seed_of
 from slm.grading import equal, equations
 from slm.problems import load
 from slm.runs import stats
-from slm.search import Node, judge
+from slm.search import WORDS, Node, judge
 
 KINDS = ("hard", "soft", "exact")
+RIGHT, WRONG = WORDS
 RESULTS = ROOT / "results/verifiers"
 THRESHOLDS = np.linspace(0.01, 0.99, 99)
 ROUNDS = 10_000
@@ -103,8 +104,8 @@ def solutions_of(args) -> list[dict]:
     shares, made = defaultdict(dict), args.out / "steps"
     for row in rows(made / "soft.jsonl"):
         said, share = row["messages"][-1], shares[row["id"], row["sample"]]
-        yes = said["weight"] if said["content"] == "CORRECT" else 0.0
-        share[row["step"]] = max(yes, share.get(row["step"], 0.0))
+        right = said["weight"] if said["content"] == RIGHT else 0.0
+        share[row["step"]] = max(right, share.get(row["step"], 0.0))
     problems = {p.id: p for p in load("tiny", "train", args.limit)}
     found = []
     for row in rows(made / "completions.jsonl"):
@@ -127,7 +128,7 @@ def records(made: Path, kind: str, solutions: list[dict]) -> list[dict]:
     errors, exact = {(s["id"], s["sample"]): s["error"] for s in solutions}, []
     for row in kept:
         error = errors[row["id"], row["sample"]]
-        word = "INCORRECT" if row["step"] == error else "CORRECT"
+        word = WRONG if row["step"] == error else RIGHT
         if not error or row["step"] <= error:
             exact.append(row | {"messages": [row["messages"][0], row["messages"][1] | {"content": word}]})
     return exact

@@ -301,14 +301,14 @@ def check_kl(mine) -> None:
 # ---- 10: a broken mask ------------------------------------------------------------------------------------
 
 def sees_all(q, k, v):
-    """_causal of attention.py with is_causal=False."""
+    """causal of attention.py with is_causal=False."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] > k.shape[1])[0].transpose(0, 1)
 
 
 def sees_neighbours(self, layer, q, k, v):
     """Packed.__call__ that takes the whole pack for one sequence."""
-    return attention._causal(q, k, v)
+    return attention.causal(q, k, v)
 
 
 def check_break(mine) -> None:
@@ -322,7 +322,7 @@ def check_break(mine) -> None:
     failed = failures(tests.values(), contextlib.nullcontext())
     expect(not failed, f"without a break this fails: {', '.join(failed)}; is slm/attention.py as it was?")
     for words, function, break_, own in (
-            ("first", "_causal", sees_all, "ONLY_THE_FIRST"),
+            ("first", "causal", sees_all, "ONLY_THE_FIRST"),
             ("second", "Packed.__call__", sees_neighbours, "ONLY_THE_SECOND")):
         failed = failures(tests.values(), mock.patch(f"slm.attention.{function}", break_))
         for name, test in tests.items():

@@ -46,7 +46,7 @@ class Packed:
         if varlen_attn and flash_runs(q.device, q.dtype, q.shape[-1]):
             return self.flash(q, k, v)
         q, k, v = (x.split(self.lengths) for x in (q, k, v))
-        return torch.cat([_causal(*sequence) for sequence in zip(q, k, v)])
+        return torch.cat([causal(*sequence) for sequence in zip(q, k, v)])
 
     def flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         groups = q.shape[1] // k.shape[1]
@@ -64,10 +64,11 @@ def flash_runs(device: torch.device, dtype: torch.dtype, size: int) -> bool:
             and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One sequence: q (L, H, E), k and v (L, K, E) -> (L, H, E)."""
+def causal(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    """One sequence: q (L, H, E), k and v (L', K, E) -> (L, H, E). seen: (L, L') bool where L' is not L."""
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and q.device.type != "cpu":  # only the CPU's fused kernel shares heads in float32
         k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)[0].transpose(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None,
+                                          enable_gqa=groups > 1)[0].transpose(0, 1)

@@ -13,11 +13,10 @@ from itertools import takewhile
 from operator import not_
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from slm import lora
-from slm.attention import Packed
+from slm.attention import Packed, causal
 
 LEAST = 16, 1 / 6  # a prompt with fewer tokens, or a smaller part of its sequence, is faster computed again
 
@@ -68,8 +67,5 @@ class Branches(Packed):
         out = []
         for i, piece in enumerate(self.after):
             keys, values = (x[i] if piece is None else torch.cat((x[piece], x[i])) for x in (k, v))
-            one = (x.transpose(0, 1)[None] for x in (q[i], keys, values))
-            out.append(F.scaled_dot_product_attention(
-                *one, attn_mask=self.seen[i], is_causal=piece is None,
-                enable_gqa=q[i].shape[1] != keys.shape[1])[0].transpose(0, 1))
+            out.append(causal(q[i], keys, values, self.seen[i]))
         return torch.cat(out)

@@ -105,6 +105,11 @@ def pack(lengths: list[int], tokens: int, prompts: list[tuple[int, ...]] | None 
     return batches
 
 
+def pack_for(model, ids: list[list[int]], masks: list[list[int]], tokens: int) -> list[list[int]]:
+    """Sequences and their masks -> micro-batches for `score`, which shares prompts: see pack."""
+    return pack(list(map(len, ids)), tokens, prompts_of(model, ids, masks))
+
+
 def score(model, ids: list[list[int]], masks: list[list[int]], temperature: float = 1.0):
     """Sequences and their masks (1 = trained) -> log-prob and entropy of each trained token (N,), in order.
 

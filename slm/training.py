@@ -29,9 +29,8 @@ import torch
 from tqdm import tqdm
 
 from slm import BadInput
-from slm.branches import prompts_of
 from slm.episode import TokenRecord, seed_of
-from slm.losses import pack
+from slm.losses import pack_for
 from slm.runs import ranks
 from slm.runs.cli import Interrupt, count
 from slm.runs.device import pick_device, release
@@ -139,8 +138,7 @@ def micro_batches(model, records: list[TokenRecord], tokens: int) -> Iterator[li
     The ranks add up their gradients in the backward pass of the last micro-batch, and each of them must take
     part. So a rank that has no record gets a stand-in: two tokens, none of them trained, gradient 0."""
     records = records or [TokenRecord(ids=[0, 0], mask=[0, 0])]
-    ids, masks = [record.ids for record in records], [record.mask for record in records]
-    parts = pack(list(map(len, ids)), tokens, prompts_of(model, ids, masks))
+    parts = pack_for(model, [record.ids for record in records], [record.mask for record in records], tokens)
     for n, part in enumerate(parts, 1):
         ranks.last_micro_batch(model, n == len(parts))
         yield [records[i] for i in part]

@@ -49,8 +49,9 @@ class Controls:
 
     def draw(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """logits (B, V) -> ids (B,), log-probs (B,) float32 under the distribution drawn from."""
-        logits = logits.contiguous()  # they may lie column by column
-        size = max(1, PART // logits.shape[1]) if logits.is_cpu else len(logits)
+        size = len(logits)
+        if logits.is_cpu:  # where they may lie column by column
+            logits, size = logits.contiguous(), max(1, PART // logits.shape[1])
         parts = [self._draw(logits[i:i + size], slice(i, i + size)) for i in range(0, len(logits), size)]
         ids, logprobs = map(torch.cat, zip(*parts)) if len(parts) > 1 else parts[0]
         self.last.copy_(ids)

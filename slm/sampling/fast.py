@@ -24,8 +24,7 @@ from slm import lora
 from slm.model import Qwen2, rope, rotate
 from slm.sampling.graphs import fused
 
-AMX = torch.cpu._is_amx_tile_supported()
-COLUMNS = (1, 256) if AMX else (32, 128)  # tokens, from and to
+COLUMNS = (1, 256) if torch.cpu._is_amx_tile_supported() else (32, 128)  # tokens, from and to; AMX or not
 SMALL = 2 ** 18  # multiplications: a smaller product is faster in float32, bfloat16 has a fixed cost of 13 us
 Spans = list[tuple[str | None, int]]  # the adapter (or None) of consecutive tokens, and how many these are
 
