@@ -30,13 +30,14 @@ from bench.shared import ROOT, processor, rows, save, shortened, smooth
 from slm.runs import stats
 
 RESULTS, FIGURE = ROOT / "results/half_billion", ROOT / "docs/half_billion.svg"
-ROWS = ["base", "sft-self", "sft-human", "sft-full", "grpo", "grpo-placebo", "grpo-base", "grpo-seed1"]
+ROWS = ["base", "sft-self", "sft-human", "sft-full", "grpo", "grpo-placebo", "grpo-base", "sft-self-seed1",
+        "grpo-seed1"]
 WORKFLOWS = ["majority_vote", "python_tools", "solver_checker_with_tools", "solver_checker_stateless",
              "solver_verifier"]
 WORKED = [f"{row}-{workflow}" for row in ROWS for workflow in WORKFLOWS]
 OVER = [("sft-self", "base"), ("sft-human", "base"), ("sft-full", "base"), ("grpo", "sft-self"),
-        ("grpo", "grpo-placebo"), ("grpo-seed1", "sft-self"), ("grpo-seed1", "grpo-placebo"),
-        ("grpo-base", "base"),
+        ("grpo", "grpo-placebo"), ("grpo-base", "base"),
+        ("sft-self-seed1", "base"), ("grpo-seed1", "sft-self-seed1"),
         *((name, name.rpartition("-")[0]) for name in WORKED)]
 FIELDS = ("id", "data", "level", "subject", "gold", "answer", "correct", "reason", "sample", "tokens",
           "finish")
