@@ -73,14 +73,19 @@ def main() -> None:
             with ThreadPoolExecutor(args.jobs) as pool:
                 list(pool.map(lambda arm: learn(*arm, args.judge),
                               [arm for arm in wanted if (arm[0] == "matched") == later]))
-    found = {name: [json.loads(result_of(name, seed).read_text()) for seed in range(args.seeds)
-                    if result_of(name, seed).exists()] for name in ARMS}
-    for place, names in TABLES.items():
-        print("\n".join(table(place, {name: found[name] for name in names if found[name]})), end="\n\n")
+    print(tables(RESULTS))
 
 
 def result_of(name: str, seed: int) -> Path:
     return RESULTS / f"{name}-{seed}.json"
+
+
+def tables(results: Path) -> str:
+    """A table for each workflow, with the arms that have run."""
+    found = {name: [json.loads(file.read_text()) for file in sorted(results.glob(f"{name}-[0-9].json"))]
+             for name in ARMS}
+    return "\n\n".join("\n".join(table(place, {name: found[name] for name in names if found[name]}))
+                       for place, names in TABLES.items())
 
 
 def learn(name: str, seed: int, judge: str | None) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 import eval as evaluation
-from bench import demo, half_billion, objectives
+from bench import demo, half_billion, objectives, roles, self_evolution, verifiers
 from bench.shared import rows
+from slm.problems import load
 from slm.runs import cli
 from slm.runs.stats import wilson
 
@@ -94,6 +95,55 @@ def test_the_committed_files_give_the_tables_of_results_md():
             assert line in TEXT
         files = [path for path in half_billion.RESULTS.rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in files) < half_billion.LIMIT
+    made = [verifiers.table(verifiers.read(verifiers.RESULTS)), roles.tables(roles.RESULTS).splitlines(),
+            self_evolution.table(self_evolution.RESULTS)]
+    for lines in made:
+        assert len(lines) <= 5 or all(line in TEXT for line in lines)  # no more than heads: none has run
+
+
+# Arms that beat a control
+
+def keep(folder, name, **result):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(result))
+
+
+def test_an_arm_is_compared_with_its_control_on_the_same_problems(tmp_path):
+    for name, right in (("matched", "1100"), ("team", "1110"), ("single", "0000")):
+        places = {"in solver_verifier": right, "in solver": right[::-1]}
+        keep(tmp_path, f"{name}-0", right=places, tokens=2000, metrics=[{"step": 1, "solved": 0.25}])
+    lines = roles.tables(tmp_path).splitlines()
+    team = next(line for line in lines if line.startswith("| team |"))
+    low, high = wilson(3, 4)
+    assert f"| 75.0 ({100 * low:.1f}-{100 * high:.1f}) | 75.0, 75.0 | +25.0 [" in team
+    assert team.endswith(" | 2 | solver 25 |")
+    assert any(line.startswith("| single | 1 | 0.0 (") and "| -50.0 [" in line for line in lines)
+
+
+def test_a_policy_is_compared_with_the_start_and_with_plain_sampling(tmp_path):
+    for name, right in (("start-0", "1000"), ("search-1", "1111"), ("sampling-1", "1100")):
+        made = {} if name == "start-0" else {"solved": 3, "kept": 5, "tokens": 4000}
+        keep(tmp_path, f"{name}-0", right=dict.fromkeys(self_evolution.PLACES.values(), right), **made)
+    start, search, sampling = self_evolution.table(tmp_path)[2:]
+    cells = search.strip("| ").split(" | ")
+    assert cells[:5] == ["search-1", "1", "3", "5", "4"]
+    assert [cell.split()[0] for cell in cells[5:8]] == ["100.0", "+75.0", "+50.0"]
+    assert start.startswith("| start-0 | 1 |  |  |  | 25.0 (") and "| +25.0 [" in sampling
+    assert self_evolution.table(tmp_path / "none")[2:] == []
+
+
+class Written:
+    def __init__(self, text):
+        self.text = text
+
+
+def test_right_solutions_are_kept_once_and_in_their_order():
+    problem = load("tiny", "train", 1)[0]
+    right, wrong = f"\\boxed{{{problem.gold}}}", "\\boxed{-1}"
+    solutions = [Written(text) for text in (wrong, f"So {right}", f"So {right}", right, f"Yes, {right}")]
+    rows = self_evolution.kept(problem, solutions)
+    assert [row["messages"][1]["content"] for row in rows] == [f"So {right}", right]
+    assert problem.question in rows[0]["messages"][0]["content"]
 
 
 # The demo
