@@ -7,12 +7,14 @@ A collected run is its settings.json (and the device, without folders of this ma
 metrics.jsonl and answers.jsonl without token ids, questions and all but the end of each response: enough to
 make the tables and to grade again. All of it stays under 5 MB.
 
-The tables: greedy answers, then sampled ones, each row over base, and last what is over what. A row is named
+The tables: greedy answers, then sampled ones, each row over base; then for each model that was asked in
+workflows these over its single pass on the same problems; and last what is over what. A row is named
 as `bash recipes/half_billion.sh ROW` takes it. The figure: reward, share solved and held-out accuracy of the
 GRPO runs by step, over four steps, the placebo in grey.
 """
 
 import argparse
+import copy
 import json
 import re
 import sys
@@ -37,8 +39,7 @@ WORKFLOWS = ["majority_vote", "python_tools", "solver_checker_with_tools", "solv
 WORKED = [f"{row}-{workflow}" for row in ROWS for workflow in WORKFLOWS]
 OVER = [("sft-self", "base"), ("sft-human", "base"), ("sft-full", "base"), ("grpo", "sft-self"),
         ("grpo", "grpo-placebo"), ("grpo-base", "base"),
-        ("sft-self-seed1", "base"), ("grpo-seed1", "sft-self-seed1"),
-        *((name, name.rpartition("-")[0]) for name in WORKED)]
+        ("sft-self-seed1", "base"), ("grpo-seed1", "sft-self-seed1")]
 FIELDS = ("id", "data", "level", "subject", "gold", "answer", "correct", "reason", "sample", "tokens",
           "finish")
 END = 200  # characters of a response
@@ -121,8 +122,10 @@ def tables(results: Path) -> str:
             commits.add(about["versions"]["commit"])
             row, _, workflow = name.rpartition("-") if name in WORKED else (name, "", "")
             run.name = f"{kind}-{row}{':' * bool(workflow)}{workflow}"
-        if runs:
-            text += [evaluation.table(list(runs.values()), markdown=True), ""]
+        if plain := [run for name, run in runs.items() if name not in WORKED]:
+            text += [evaluation.table(plain, markdown=True), ""]
+    for group in worked(greedy):
+        text += [evaluation.table(group, markdown=True), ""]
     text += ["| row | over | greedy | p | sampled |", "| --- | --- | --- | --- | --- |"]
     for name, other in OVER:
         gains = [gain(runs, other, name) for runs in (greedy, sampled)]
@@ -131,6 +134,26 @@ def tables(results: Path) -> str:
             text.append(f"| {name} | {other} | {points} | {p} | {sampled_points} |")
     text += ["", f"Device: {'; '.join(sorted(devices))}. Commits: {', '.join(sorted(commits))}."]
     return "\n".join(text)
+
+
+def worked(greedy: dict[str, evaluation.Saved]) -> list[list[evaluation.Saved]]:
+    """For each model the single pass and its workflows on the same problems, those on fewer apart."""
+    groups = {}
+    for name in WORKED:
+        row = name.rpartition("-")[0]
+        if name in greedy and row in greedy:
+            ids = frozenset(greedy[name].problems[1])
+            groups.setdefault((row, ids), [only(greedy[row], ids)]).append(only(greedy[name], ids))
+    return list(groups.values())
+
+
+def only(run: evaluation.Saved, ids: frozenset[str]) -> evaluation.Saved:
+    """A run on some of its problems, in proportionate seconds."""
+    part, whole = copy.copy(run), sum(map(len, run.rows.values()))
+    part.rows = {data: [row for row in found if row["id"] in ids] for data, found in run.rows.items()}
+    share = sum(map(len, part.rows.values())) / whole
+    part.problems, part.seconds = ids, {data: share * took for data, took in run.seconds.items()}
+    return part
 
 
 def gain(runs: dict[str, evaluation.Saved], a: str, b: str) -> tuple[str, str] | None:

@@ -21,6 +21,7 @@ LORA=(--lora --targets all --lr 2e-4 --dropout 0)
 GRPO=(--data gsm8k --batch 8 --samples 8 --resample 1 --steps 24 --lr 2e-4 --kl 0 --temperature 1
       --max-tokens 400 --evaluate 0 "${DEVICE[@]}")
 GREEDY=(--data gsm8k --limit 500 --max-tokens 400 --batch 192 "${DEVICE[@]}")
+WORKED=(--data gsm8k --limit 200 --max-tokens 400 --batch 192 "${DEVICE[@]}")
 SAMPLED=(--data gsm8k --limit 200 --max-tokens 400 --batch 192 --samples 4 --temperature 1 "${DEVICE[@]}")
 ROWS="base sft-self sft-human sft-full grpo grpo-placebo grpo-base sft-self-seed1 grpo-seed1"
 WORKFLOWS="majority_vote python_tools solver_checker_with_tools solver_checker_stateless solver_verifier"
@@ -52,7 +53,7 @@ take() {
     grpo-seed1) stage "$1" train_grpo.py --model "$MODEL" --adapter "$RUNS/sft-self-seed1/adapter" "${GRPO[@]}" \
       --seed 1 ;;
     # 4. Agents: eval-ROW:WORKFLOW.  5. Evaluation: the same problems and decoding for all rows.
-    eval-*:*) row=${1#eval-}; stage "${1/:/-}" eval.py --model "$(answerer "${row%:*}")" --workflow "${row#*:}" "${GREEDY[@]}" ;;
+    eval-*:*) row=${1#eval-}; stage "${1/:/-}" eval.py --model "$(answerer "${row%:*}")" --workflow "${row#*:}" "${WORKED[@]}" ;;
     eval-*) stage "$1" eval.py --model "$(answerer "${1#eval-}")" "${GREEDY[@]}" ;;
     sampled-*) stage "$1" eval.py --model "$(answerer "${1#sampled-}")" "${SAMPLED[@]}" ;;
     *) echo "error: stage $1: expected data, a row ($ROWS), eval-ROW, sampled-ROW or eval-ROW:WORKFLOW"; exit 2 ;;
