@@ -140,7 +140,7 @@ def table(results: dict[str, dict], n: int) -> str:
     """One line a workflow, and a line for what failed."""
     head = (f"{'workflow':26}{'correct %':>10}{'95 %':>14}{'over solver, 95 %':>24}{'first %':>9}{'impr.':>6}"
             f"{'degr.':>6}{'asks':>6}{'tokens':>8}{'s':>7}")
-    lines = [f"\n{n} problems; a greedy call that several workflows share is made and timed once", head]
+    lines = [f"\n{n} problems; a call that several workflows share is made and timed once", head]
     for name, r in results.items():
         gain = "" if name == "solver" else stats.points(*r["over_solver"])
         lines.append(f"{name:26}{100 * r['accuracy']:>10.1f}{stats.span(*r['interval']):>14}{gain:>24}"

@@ -278,8 +278,8 @@ def run_episodes(jobs: list[Job], backend, sandbox=None, *, sampling: Sampling =
 
     backend: Sampler or Endpoint. sandbox: needed if a workflow yields a Run. adapters: role -> adapter name,
     "*" for the other roles. fixed: temperature, top_p and top_k are the run's, whatever an Ask wants (the
-    samples of a training step come from one distribution). memo: greedy replies, shared by calls that get the
-    same dict. on_done: called with each episode as it ends. bar: label of a progress bar.
+    samples of a training step come from one distribution). memo: replies, shared by equal Asks of calls that
+    get the same dict. on_done: called with each episode as it ends. bar: label of a progress bar.
 
     A reply's seed comes from (seed, problem, sample, step of the workflow, place in its list): what else is
     in the batch does not change what is drawn. A failure ends its own episode at most, and is recorded there;
@@ -350,18 +350,19 @@ class _Runner:
         live.steps += 1
 
     def ask(self, live: "_Live", place: int, ask: Ask) -> None:
-        """Submit an Ask. Equal greedy Asks share one reply; one that goes on with a reply stands alone."""
+        """Submit an Ask. Equal Asks share one reply: greedy ones, and sampled ones with the same seed."""
         want = {k: v for k, v in ask.sampling.items()
                 if not (self.fixed and k in ("temperature", "top_p", "top_k"))}
         want["max_tokens"] = min(self.sampling.max_tokens, want.get("max_tokens", self.sampling.max_tokens))
         if want.pop("one_step", False):
             want |= {"stop": STEPS[self.sampling.step_rule] + want.get("stop", ()), "keep_stop": True}
         sampling = Sampling() if ask.continuations else replace(self.sampling, **want, seed=0)
-        if sampling.temperature or any("reply" in m for m in ask.messages):  # not shared
+        if sampling.temperature:
             seed = seed_of(self.seed, live.episode.problem_id, live.episode.sample, live.steps, place)
             sampling = replace(sampling, seed=seed)
         adapter = self.adapters.get(ask.role, self.adapters.get("*"))
-        asked = adapter, sampling, ask.continuations, tuple((m["role"], m["content"]) for m in ask.messages)
+        said = tuple((m["role"], m["content"], *getattr(m.get("reply"), "ids", ())) for m in ask.messages)
+        asked = adapter, sampling, ask.continuations, said
         if asked in self.memo:
             self.deliver(live, place, self.memo[asked])
         elif asked in self.waiting:
@@ -376,8 +377,7 @@ class _Runner:
                 self.replied(asked, Reply("", finish=finish, error=str(e)))
 
     def replied(self, asked: tuple, reply: Reply) -> None:
-        sampling = asked[1]
-        if not sampling.seed and not reply.error:  # a shared one
+        if not reply.error:
             self.memo[asked] = reply
         self.tokens += reply.tokens_out
         for live, place in self.waiting.pop(asked):

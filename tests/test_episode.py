@@ -72,6 +72,45 @@ def test_equal_greedy_asks_are_made_once_and_shared_between_calls():
     assert len(backend.requests) == 2
 
 
+def goes_on(question):
+    """Two sampled replies, each of which goes on in the same turn."""
+    first = yield [Ask("solver", [user(question)])] * 2
+    more = yield [Ask("solver", [user(question), reply.message(" and")]) for reply in first]
+    return "".join(reply.text for reply in more)
+
+
+def test_sampled_asks_are_shared_by_workflows_that_would_draw_the_same():
+    def and_back(question):
+        text = yield from goes_on(question)
+        yield Ask("checker", [user(text)])
+        return text
+
+    backend, memo = Backend(by_seed), {}
+    how = {"sampling": WARM, "seed": 5}
+    first, = run_episodes(jobs_for(PROBLEMS[:1], goes_on), backend, memo=memo, **how)
+    assert len(backend.requests) == 4
+    second, = run_episodes(jobs_for(PROBLEMS[:1], and_back), backend, memo=memo, **how)
+    assert len(backend.requests) == 5  # only the checker's
+    alone, = run_episodes(jobs_for(PROBLEMS[:1], and_back), Backend(by_seed), **how)
+    assert second == alone and second.answer == first.answer and len(second.turns) == 5
+    run_episodes(jobs_for(PROBLEMS[:1], goes_on), backend, memo=memo, sampling=WARM, seed=6)
+    assert len(backend.requests) == 9
+    run_episodes(jobs_for(PROBLEMS[:1], goes_on, samples=2), backend, memo=memo, **how)
+    assert len(backend.requests) == 13  # another sample draws something else
+
+
+def test_replies_of_other_tokens_are_gone_on_with_apart():
+    spelled = [Reply("ab", ids=[97, 98]), Reply("ab", ids=[300])]
+
+    def both(question):
+        replies = yield [Ask("solver", [user(question), reply.message()]) for reply in spelled]
+        return replies[0].text
+
+    backend = Backend(by_seed)
+    run_episodes(jobs_for(PROBLEMS[:1], both), backend)
+    assert len(backend.requests) == 2
+
+
 def test_fixed_sampling_overrides_what_a_workflow_asks_for():
     def cold(question):
         own = {"temperature": 0.0, "top_p": 0.5, "top_k": 3, "max_tokens": 20}
