@@ -5,7 +5,10 @@
     python bench/roles.py --judge DIR                also the arm whose steps a verifier judges
     python bench/roles.py --table                    only the tables, from results/roles
 
-Two questions, each arm from the same SFT adapter, with the same settings but for what the arm names:
+Two questions, each arm from the same SFT adapter, with the same settings but for what the arm names. The
+adapter has learned the stand-in teacher's solutions, and to verify an answer by code: the base model's own
+programs that print the right answer, after a right or a wrong proposal. (From solutions alone no verdict of
+the verifier is ever right, and there is nothing that it could learn from.)
 
 A team: solver and verifier of solver_verifier, trained together, against the solver trained alone. `single`
 takes as many steps as the team; `matched`, the control, as many as sample the same number of tokens as `team`
@@ -25,14 +28,23 @@ import json
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.objectives import LAST, SFT, shares, start
+from bench.objectives import LAST, shares
 from bench.shared import ROOT, bits, made_by, rows, script, shortened
+from slm import prompts
+from slm.backends import own_model
+from slm.episode import Job, run_episodes, seed_of, user
+from slm.grading import equal
+from slm.problems import load
 from slm.runs import stats
+from slm.sandbox import Sandbox
+from slm.workflows import CODING, ask, execute, printed
 
 RUNS, RESULTS = ROOT / "runs/roles", ROOT / "results/roles"
+SFT = RUNS / "sft/adapter"
 STEPS = 16
 TEAM = ["--workflow", "solver_verifier", "--roles", "solver,verifier", "--adapters", "role"]
 ARMS = {  # name: options of train_grpo.py
@@ -86,6 +98,37 @@ def tables(results: Path) -> str:
              for name in ARMS}
     return "\n\n".join("\n".join(table(place, {name: found[name] for name in names if found[name]}))
                        for place, names in TABLES.items())
+
+
+def start() -> None:
+    """Make the SFT adapter that all arms start from, if it is not there."""
+    if not SFT.is_dir():
+        script(RUNS, "make_data.py", "--out", RUNS / "data")
+        both = [json.dumps(row) for row in rows(RUNS / "data/records.jsonl") + verifications()]
+        (RUNS / "start.jsonl").write_text("\n".join(both) + "\n")
+        script(RUNS, "train_sft.py", "--lora", "--validate", 0, "--data", RUNS / "start.jsonl",
+               "--out", SFT.parent)
+
+
+def verifications(limit: int = 400) -> list[dict]:
+    """Records of a verifier: a proposed answer, every second one wrong, and a program that computes it."""
+    problems, records = load("tiny", "train", limit), []
+    with closing(own_model("tiny", "auto", "auto")) as backend, closing(Sandbox()) as sandbox:
+        jobs = [Job(p.id, p.question, coded) for p in problems]
+        episodes = run_episodes(jobs, backend, sandbox, bar="programs")
+    for p, episode in zip(problems, episodes):
+        if equal(episode.answer or "", p.gold):
+            wrong = seed_of("proposal", p.id) % 2 * (1 + seed_of("by", p.id) % 20)
+            asked = prompts.VERIFIER(question=p.question, answer=str(int(p.gold) + wrong))
+            program = {"role": "assistant", "content": episode.turns[0].reply.text}
+            records.append({"id": p.id, "messages": [user(asked), program]})
+    return records
+
+
+def coded(question: str):
+    """The number that a program of the model prints."""
+    reply = yield from ask("solver", prompts.PYTHON(question=question), **CODING)
+    return printed((yield from execute(reply)))
 
 
 def learn(name: str, seed: int, judge: str | None) -> None:
