@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 # that rose.
 LIMITS = {
     "the teaching core": 5180,  # the five scripts and the modules directly in slm/
-    "the whole": 14730,         # the five scripts and all of slm/
+    "the whole": 14740,         # the five scripts and all of slm/
     "slm/model.py": 190,
     "slm/attention.py": 80,
     "slm/lora.py": 240,

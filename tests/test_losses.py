@@ -4,6 +4,7 @@ import itertools
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,6 +87,22 @@ def test_warp_takes_one_setting_a_row():
     rows = warp(logits, *(torch.tensor(x) for x in zip(*settings)))
     for row, one, setting in zip(rows, logits, settings):
         assert torch.equal(row, warp(one[None], *setting)[0])
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])  # the nucleus: most of 6,000 tokens, hundreds, a few
+def test_warp_of_a_large_vocabulary_is_the_definition(spread):
+    logits = spread * torch.randn(7, 6000, generator=torch.Generator().manual_seed(1))
+    settings = [(0, 1.0), (0, 0.9), (300, 1.0), (5000, 0.97), (2, 0.5), (0, 0.999), (0, 0.3)]
+    rows = warp(logits, 0.7, *(torch.tensor(x) for x in zip(*settings)))
+    for row, one, (top_k, top_p) in zip(rows, (logits / 0.7).double().numpy(), settings):
+        order = np.argsort(-one)
+        first = np.exp(one[order] - one.max())[:top_k or None]
+        before = np.cumsum(first / first.sum()) - first / first.sum()
+        kept = int((before < top_p).sum()) if top_p < 1 else len(first)
+        found = row.isfinite().nonzero().flatten().numpy()
+        assert abs(len(found) - kept) <= 1  # where a float32 sum ends may be a token off
+        assert set(found) ^ set(order[:kept]) <= {order[kept - 1], order[min(kept, 5999)]}
+        assert np.allclose(row[found], one[found], atol=1e-5)
 
 
 # ---- log-probs -------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from slm.sampling.graphs import fused
 
 BLOCK = 64  # entries of the vocabulary whose probabilities are summed first
+HEADS = 256, 4096  # so many of the most likely tokens are put in order before all are
 PART = 2 ** 21  # logits that are drawn from at once on a CPU, whose own caches hold no more
 
 
@@ -135,14 +136,19 @@ def warp(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0) -> torch.Ten
 
     if torch.is_tensor(temperature) or temperature != 1.0:
         logits = logits / column(temperature)
-    cut_k = top_k.any() if torch.is_tensor(top_k) else top_k > 0
-    cut_p = (top_p < 1).any() if torch.is_tensor(top_p) else top_p < 1
-    if not (cut_k or cut_p):
+    if not (torch.is_tensor(top_k) or torch.is_tensor(top_p) or top_k or top_p < 1):
         return logits
-    ordered, order = logits.sort(dim=-1, descending=True)
-    place = torch.arange(logits.shape[-1], device=logits.device)
-    limit = torch.as_tensor(top_k, device=logits.device)
-    kept = place < column(torch.where(limit > 0, limit, logits.shape[-1]))
-    p = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
-    kept = kept & ((p.cumsum(-1) - p < column(top_p)) | (place == 0))
-    return torch.full_like(logits, -torch.inf).scatter(-1, order, ordered.masked_fill(~kept, -torch.inf))
+    size, mass = logits.shape[-1], column(torch.as_tensor(top_p, device=logits.device))
+    limit = column(torch.as_tensor(top_k, device=logits.device))
+    limit = torch.where(limit > 0, limit, size)
+    whole, total = (limit == size) & (mass >= 1), logits.logsumexp(-1, keepdim=True)
+    for count in (*(n for n in HEADS if n < size), size):  # all in order takes longer than all else together
+        ordered, order = logits.topk(count)
+        place = torch.arange(count, device=logits.device)
+        p = ordered.masked_fill(place >= limit, -torch.inf)
+        p = (p - torch.where(limit < size, p.logsumexp(-1, keepdim=True), total)).exp()
+        kept = (place < limit) & ((p.cumsum(-1) - p < mass) | (mass >= 1) | (place == 0))
+        if (whole | torch.where(limit < size, limit <= count, ~kept[:, -1:])).all():
+            break
+    cut = torch.full_like(logits, -torch.inf).scatter(-1, order, ordered.masked_fill(~kept, -torch.inf))
+    return torch.where(whole, logits, cut)
