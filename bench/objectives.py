@@ -28,7 +28,7 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.shared import ROOT, bits, made_by, rows, save, script, shortened, smooth
+from bench.shared import ROOT, bits, by_seed, made_by, rows, save, script, shares, shortened, smooth
 from slm.runs import stats
 
 RUNS, RESULTS, FIGURE = ROOT / "runs/objectives", ROOT / "results/objectives", ROOT / "docs/objectives.svg"
@@ -103,17 +103,7 @@ def learn(name: str, seed: int) -> None:
 
 def read() -> dict[str, list[dict]]:
     """Name of an arm -> its results by seed."""
-    found = {}
-    for name in ARMS:
-        files = sorted(RESULTS.glob(f"{name}-[0-9].json"))
-        if files:
-            found[name] = [json.loads(file.read_text()) for file in files]
-    return found
-
-
-def shares(results: list[dict]) -> list[float]:
-    """Each problem's share right over the seeds."""
-    return [sum(map(int, column)) / len(column) for column in zip(*(r["right"] for r in results))]
+    return {name: results for name in ARMS if (results := by_seed(RESULTS, name))}
 
 
 def table(found: dict[str, list[dict]]) -> list[str]:

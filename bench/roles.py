@@ -32,14 +32,15 @@ from contextlib import closing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.objectives import LAST, shares
-from bench.shared import ROOT, bits, made_by, rows, script, shortened
+from bench.objectives import LAST
+from bench.shared import ROOT, at, bits, by_seed, made_by, over, rows, script, shares, shortened
 from slm import prompts
 from slm.backends import own_model
 from slm.episode import Job, run_episodes, seed_of, user
 from slm.grading import equal
 from slm.problems import load
 from slm.runs import stats
+from slm.runs.files import as_lines
 from slm.sandbox import Sandbox
 from slm.workflows import CODING, ask, execute, printed
 
@@ -94,8 +95,7 @@ def result_of(name: str, seed: int) -> Path:
 
 def tables(results: Path) -> str:
     """A table for each workflow, with the arms that have run."""
-    found = {name: [json.loads(file.read_text()) for file in sorted(results.glob(f"{name}-[0-9].json"))]
-             for name in ARMS}
+    found = {name: by_seed(results, name) for name in ARMS}
     return "\n\n".join("\n".join(table(place, {name: found[name] for name in names if found[name]}))
                        for place, names in TABLES.items())
 
@@ -104,8 +104,8 @@ def start() -> None:
     """Make the SFT adapter that all arms start from, if it is not there."""
     if not SFT.is_dir():
         script(RUNS, "make_data.py", "--out", RUNS / "data")
-        both = [json.dumps(row) for row in rows(RUNS / "data/records.jsonl") + verifications()]
-        (RUNS / "start.jsonl").write_text("\n".join(both) + "\n")
+        both = rows(RUNS / "data/records.jsonl") + verifications()
+        (RUNS / "start.jsonl").write_bytes(as_lines(both))
         script(RUNS, "train_sft.py", "--lora", "--validate", 0, "--data", RUNS / "start.jsonl",
                "--out", SFT.parent)
 
@@ -177,21 +177,16 @@ def table(place: str, found: dict[str, list[dict]]) -> list[str]:
              "| right turns % |", "| --- | --- | --- | --- | --- | --- | --- |"]
     control = found.get(CONTROL[place])
     for name, results in found.items():
-        bits = [{"right": r["right"][place]} for r in results]
-        now, single = shares(bits), [100 * r["right"].count("1") / len(r["right"]) for r in bits]
-        over = ""
-        if control and name != CONTROL[place]:
-            some = min(len(control), len(results))  # the same seeds on both sides
-            ours, theirs = (shares([{"right": r["right"][place]} for r in both[:some]])
-                            for both in (results, control))
-            over = stats.points(*stats.difference(theirs, ours))
+        here = at(results, place)
+        now, single = shares(here), [100 * r["right"].count("1") / len(r["right"]) for r in here]
+        gain = over(at(control, place), here) if control and name != CONTROL[place] else ""
         last = [row for r in results for row in r["metrics"][-LAST:]]
         roles = sorted({key for row in last for key in row if key.startswith("solved/")}) or ["solved"]
         means = ", ".join(f"{key.removeprefix('solved/').replace('solved', 'solver')} "
                           f"{100 * sum(row.get(key, 0) for row in last) / len(last):.0f}" for key in roles)
         tokens = sum(r["tokens"] for r in results) / len(results) / 1000
         cells = [name, len(results), f"{100 * sum(now) / len(now):.1f} ({stats.span(*stats.interval(now))})",
-                 f"{min(single):.1f}, {max(single):.1f}", over, f"{tokens:.0f}", means]
+                 f"{min(single):.1f}, {max(single):.1f}", gain, f"{tokens:.0f}", means]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 

@@ -27,16 +27,16 @@ from contextlib import closing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.objectives import shares
-from bench.shared import ROOT, bits, made_by, rows, script
+from bench.shared import ROOT, at, bits, by_seed, made_by, over, rows, script, shares
 from slm import prompts
 from slm.backends import own_model
 from slm.episode import Job, Sampling, run_episodes, user
 from slm.grading import grade
 from slm.problems import load
 from slm.runs import stats
+from slm.runs.files import as_lines
 from slm.sandbox import Sandbox
-from slm.search.searches import chains, descend, uct
+from slm.search.searches import chains, tree
 from slm.search.steps import Node
 
 RUNS, RESULTS = ROOT / "runs/self_evolution", ROOT / "results/self_evolution"
@@ -78,7 +78,7 @@ def evolve(args, seed: int) -> None:
                 made = collect(args, arm, policy[arm], tokens, 1000 * number + seed)
                 out.mkdir(parents=True)
                 data = out / "traces.jsonl"
-                data.write_text("".join(f"{json.dumps(row)}\n" for row in made.pop("traces")))
+                data.write_bytes(as_lines(made.pop("traces")))
                 train = ["train_sft.py", "--lora", "--data", data, "--validate", 0, "--seed", seed,
                          "--out", out / "sft"]
                 script(runs, *train)
@@ -116,9 +116,7 @@ def collect(args, arm: str, policy, tokens: int, seed: int) -> dict:
 def searching(found: dict[str, list[Node]]):
     """rStar-Math's search, which leaves all its solutions in `found`, the best first."""
     def mcts(question: str):
-        root = Node()
-        for _ in range(BUDGET):
-            yield from descend(question, root, WIDTH, lambda nodes: max(nodes, key=uct))
+        root = yield from tree(question, BUDGET, WIDTH)
         found[question] = sorted((node for node in root.below() if node.answer), key=lambda n: -n.score)
     return mcts
 
@@ -166,32 +164,19 @@ def table(results: Path) -> list[str]:
     heads = [f"{place} % | over start | over sampling" for place in PLACES.values()]
     lines = [f"| policy | seeds | problems solved | kept | thousand tokens | {' | '.join(heads)} |",
              f"|{' --- |' * (5 + 3 * len(heads))}"]
-    for name in ("start-0", *(f"{arm}-{number}" for number in range(1, ROUNDS + 1) for arm in ARMS)):
-        found = read(results, name)
-        if not found:
-            continue
+    names = "start-0", *(f"{arm}-{number}" for number in range(1, ROUNDS + 1) for arm in ARMS)
+    known = {name: found for name in names if (found := by_seed(results, name))}
+    for name, found in known.items():
         cells = [name, len(found)] + [
             f"{sum(r[key] for r in found) / len(found) / scale:.0f}" if key in found[0] else ""
             for key, scale in (("solved", 1), ("kept", 1), ("tokens", 1000))]
         for place in PLACES.values():
-            now = shares([{"right": r["right"][place]} for r in found])
-            cells += [stats.percent(stats.estimate(now)), *(over(results, name, other, place) for other in (
-                "start-0", name.replace("search", "sampling")))]
+            here = at(found, place)
+            cells.append(stats.percent(stats.estimate(shares(here))))
+            cells += [over(at(known.get(other, []), place), here) if other != name else ""
+                      for other in ("start-0", name.replace("search", "sampling"))]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
-
-
-def over(results: Path, name: str, other: str, place: str) -> str:
-    """By how many points one policy is right more often than another, on the seeds that both have."""
-    pairs = list(zip(read(results, other), read(results, name)))
-    if name == other or not pairs:
-        return ""
-    return stats.points(*stats.difference(*(shares([{"right": r["right"][place]} for r in side])
-                                            for side in zip(*pairs))))
-
-
-def read(results: Path, name: str) -> list[dict]:
-    return [json.loads(file.read_text()) for file in sorted(results.glob(f"{name}-[0-9].json"))]
 
 
 if __name__ == "__main__":

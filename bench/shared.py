@@ -13,6 +13,7 @@ import matplotlib
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from slm.runs import stats
 
 
 def rows(path: Path) -> list[dict]:
@@ -56,6 +57,27 @@ def made_by(commands: list) -> dict:
 def bits(answers: list[dict]) -> str:
     """Whether each problem's one answer is right, as 0 or 1, in the order of the ids."""
     return "".join(str(int(row["correct"])) for row in sorted(answers, key=itemgetter("id")))
+
+
+def by_seed(results: Path, name: str) -> list[dict]:
+    """What is kept of an arm, by seed."""
+    return [json.loads(file.read_text()) for file in sorted(results.glob(f"{name}-[0-9].json"))]
+
+
+def shares(results: list[dict]) -> list[float]:
+    """Each problem's share right over the seeds."""
+    return [sum(map(int, column)) / len(column) for column in zip(*(r["right"] for r in results))]
+
+
+def at(results: list[dict], place: str) -> list[dict]:
+    """Of results whose problems were answered in several places those in one."""
+    return [{"right": r["right"][place]} for r in results]
+
+
+def over(control: list[dict], results: list[dict]) -> str:
+    """By how many points the results are right more often, on the seeds that both have."""
+    both = list(zip(control, results))
+    return stats.points(*stats.difference(*map(shares, zip(*both)))) if both else ""
 
 
 def save(figure, path: Path) -> None:

@@ -30,12 +30,13 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench.shared import ROOT, made_by, rows, script
+from bench.shared import ROOT, by_seed, made_by, rows, script
 from slm.backends import own_model
 from slm.episode import Job, run_episodes, seed_of
 from slm.grading import equal, equations
 from slm.problems import load
 from slm.runs import stats
+from slm.runs.files import as_lines
 from slm.search import WORDS, Node, judge
 
 KINDS = ("hard", "soft", "exact")
@@ -82,7 +83,7 @@ def measure(args) -> None:
         for kind in KINDS:
             if not (args.results / f"{kind}-{seed}.json").exists():
                 run, data = args.out / f"{kind}-{seed}", args.out / f"train-{kind}.jsonl"
-                data.write_text("".join(f"{json.dumps(row)}\n" for row in records(made, kind, solutions)))
+                data.write_bytes(as_lines(records(made, kind, solutions)))
                 train = ("train_sft.py", "--lora", "--targets", "all", "--lr", 3e-3, "--data", data,
                          "--validate", 0, "--seed", seed, "--out", run)
                 if not (run / "adapter").is_dir():
@@ -183,11 +184,8 @@ def save(args, kind: str, seed: int, commands: list[tuple], solutions: list[dict
 
 def read(results: Path) -> dict[str, list[list[dict]]]:
     """Kind -> the scored solutions of each seed."""
-    found = {}
-    for kind in ("untrained", "completions", *KINDS):
-        if files := sorted(results.glob(f"{kind}-[0-9].json")):
-            found[kind] = [json.loads(file.read_text())["solutions"] for file in files]
-    return found
+    return {kind: [r["solutions"] for r in found] for kind in ("untrained", "completions", *KINDS)
+            if (found := by_seed(results, kind))}
 
 
 def first_below(scores: list[float], threshold: float) -> int:

@@ -214,10 +214,15 @@ def mcts(question: str, budget: int = 8, width: int = 4, signs: int = 0):
 
     Departs: no gold answer is in reach, so a solution is worth its score, or with signs=1 the sign of it,
     where rStar's training has +1 for a right answer and -1 for a wrong one."""
+    return best((yield from tree(question, budget, width, signs)).below())
+
+
+def tree(question: str, budget: int, width: int, signs: int = 0):
+    """The root of what these rollouts grow."""
     root = Node()
     for _ in range(budget):
         yield from descend(question, root, width, lambda nodes: max(nodes, key=uct), signs)
-    return best(root.below())
+    return root
 
 
 def sigma(nodes: list[Node]) -> list[float]:
