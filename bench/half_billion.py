@@ -32,14 +32,14 @@ from bench.shared import ROOT, processor, rows, save, shortened, smooth
 from slm.runs import stats
 
 RESULTS, FIGURE = ROOT / "results/half_billion", ROOT / "docs/half_billion.svg"
-ROWS = ["base", "sft-self", "sft-human", "sft-full", "grpo", "grpo-placebo", "grpo-base", "sft-self-seed1",
-        "grpo-seed1"]
+ROWS = ["base", "sft-self", "sft-human", "sft-full", "grpo", "grpo-placebo", "sft-self-seed1",
+        "grpo-seed1", "dapo", "dapo-base"]
 WORKFLOWS = ["majority_vote", "python_tools", "solver_checker_with_tools", "solver_checker_stateless",
              "solver_verifier"]
 WORKED = [f"{row}-{workflow}" for row in ROWS for workflow in WORKFLOWS]
 OVER = [("sft-self", "base"), ("sft-human", "base"), ("sft-full", "base"), ("grpo", "sft-self"),
-        ("grpo", "grpo-placebo"), ("grpo-base", "base"),
-        ("sft-self-seed1", "base"), ("grpo-seed1", "sft-self-seed1")]
+        ("grpo", "grpo-placebo"), ("sft-self-seed1", "base"), ("grpo-seed1", "sft-self-seed1"),
+        ("dapo", "sft-self-seed1"), ("dapo-base", "base")]
 FIELDS = ("id", "data", "level", "subject", "gold", "answer", "correct", "reason", "sample", "tokens",
           "finish")
 END = 200  # characters of a response

@@ -20,10 +20,11 @@ SFT=(--batch 16 --epochs 2 --validate 0 "${DEVICE[@]}")
 LORA=(--lora --targets all --lr 2e-4 --dropout 0)
 GRPO=(--data gsm8k --batch 8 --samples 8 --resample 1 --steps 24 --lr 2e-4 --kl 0 --temperature 1
       --max-tokens 400 --evaluate 0 "${DEVICE[@]}")
+DAPO=("${GRPO[@]}" --algorithm dapo --resample 2 --lr 1e-4)
 GREEDY=(--data gsm8k --limit 500 --max-tokens 400 --batch 192 "${DEVICE[@]}")
 WORKED=(--data gsm8k --limit 200 --max-tokens 400 --batch 192 "${DEVICE[@]}")
 SAMPLED=(--data gsm8k --limit 200 --max-tokens 400 --batch 192 --samples 4 --temperature 1 "${DEVICE[@]}")
-ROWS="base sft-self sft-human sft-full grpo grpo-placebo grpo-base sft-self-seed1 grpo-seed1"
+ROWS="base sft-self sft-human sft-full grpo grpo-placebo sft-self-seed1 grpo-seed1 dapo dapo-base"
 WORKFLOWS="majority_vote python_tools solver_checker_with_tools solver_checker_stateless solver_verifier"
 
 answerer() {
@@ -45,13 +46,15 @@ take() {
       "${SFT[@]}" --seed 1 ;;
     sft-full) stage "$1" train_sft.py --model "$MODEL" --data "$RUNS/data/records.jsonl" --full "${SFT[@]}" ;;
     sft-human) stage "$1" train_sft.py --model "$MODEL" --data gsm8k --limit 250 "${LORA[@]}" "${SFT[@]}" ;;
-    # 3. GRPO from the SFT adapter, with a coin's toss as the reward, from base, and both steps with another seed.
+    # 3. GRPO from the SFT adapter, with a coin's toss as the reward, and from the second one. Then as DAPO has it (the
+    # loss a mean of all tokens, replies near the limit punished), at half the rate: from that adapter and from base.
     grpo) stage "$1" train_grpo.py --model "$MODEL" --adapter "$RUNS/sft-self/adapter" "${GRPO[@]}" ;;
     grpo-placebo) stage "$1" train_grpo.py --model "$MODEL" --adapter "$RUNS/sft-self/adapter" "${GRPO[@]}" \
       --reward random ;;
-    grpo-base) stage "$1" train_grpo.py --model "$MODEL" "${GRPO[@]}" ;;
     grpo-seed1) stage "$1" train_grpo.py --model "$MODEL" --adapter "$RUNS/sft-self-seed1/adapter" "${GRPO[@]}" \
       --seed 1 ;;
+    dapo) stage "$1" train_grpo.py --model "$MODEL" --adapter "$RUNS/sft-self-seed1/adapter" "${DAPO[@]}" --seed 1 ;;
+    dapo-base) stage "$1" train_grpo.py --model "$MODEL" "${DAPO[@]}" ;;
     # 4. Agents: eval-ROW:WORKFLOW.  5. Evaluation: the same problems and decoding for all rows.
     eval-*:*) row=${1#eval-}; stage "${1/:/-}" eval.py --model "$(answerer "${row%:*}")" --workflow "${row#*:}" "${WORKED[@]}" ;;
     eval-*) stage "$1" eval.py --model "$(answerer "${1#eval-}")" "${GREEDY[@]}" ;;
@@ -75,7 +78,7 @@ if [ $# -gt 0 ]; then
 fi
 for one in data ${ROWS#base}; do take "$one"; done
 for row in $ROWS; do take "eval-$row"; take "sampled-$row"; done
-for row in base grpo-seed1; do
+for row in base dapo; do
   for workflow in $WORKFLOWS; do take "eval-$row:$workflow"; done
 done
 greedy=(); for row in $ROWS; do greedy+=("$RUNS/eval-$row"); done

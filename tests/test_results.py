@@ -31,14 +31,14 @@ def runs(tmp_path_factory):
                        ("eval-grpo-python_tools", ("--workflow", "python_tools", "--limit", "2")),
                        ("sampled-base", ("--samples", "2", "--temperature", "1"))):
         score(folder / name, *more)
-    for name in ("grpo", "grpo-placebo", "grpo-base"):
+    for name in ("grpo", "grpo-placebo", "dapo-base"):
         (folder / name).mkdir()
         settings = {"out": str(folder / name), "model": "/home/somebody/models/small", "batch": 8}
         about = {"settings": settings, "command": f"train_grpo.py --out {folder / name}"}
         (folder / name / "settings.json").write_text(json.dumps(about))
         steps = ({"step": i, "reward": i / 3, "solved": 0.1234567 * i} for i in range(1, 6))
         (folder / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
-        if name != "grpo-base":  # which is not finished
+        if name != "dapo-base":  # which is not finished
             (folder / name / "adapter").mkdir()
     return folder
 
@@ -51,7 +51,7 @@ def results(runs, tmp_path_factory):
 
 
 def test_collected_runs_are_small_and_name_no_folder_of_the_machine(runs, results):
-    assert {path.name for path in results.iterdir()} == {path.name for path in runs.iterdir()} - {"grpo-base"}
+    assert {path.name for path in results.iterdir()} == {path.name for path in runs.iterdir()} - {"dapo-base"}
     everything = "".join(path.read_text() for path in results.rglob("*.json*"))
     assert "prompt_ids" not in everything and '"ids"' not in everything and '"question"' not in everything
     assert "/home/" not in everything and str(runs.parents[1]) not in everything
