@@ -3,12 +3,12 @@
     python bench/half_billion.py --collect runs/half_billion   copies finished runs to results/half_billion
     python bench/half_billion.py                               tables of RESULTS.md, docs/half_billion.svg
 
-A collected run is its settings.json (and the device, without folders of this machine), summary.json,
-metrics.jsonl and answers.jsonl without token ids, questions and all but the end of each response: enough to
-make the tables and to grade again. All of it stays under 5 MB.
+A collected run is its settings.json (and the device, without folders of this machine), summary.json or
+table.json, metrics.jsonl and answers.jsonl without token ids, questions and all but the end of each response:
+enough to make the tables and to grade again. All of it stays under 5 MB.
 
 The tables: greedy answers, then sampled ones, each row over base; then for each model that was asked in
-workflows these over its single pass on the same problems; and last what is over what. A row is named
+workflows these over its single pass on the same problems; what is over what; and the searches. A row is named
 as `bash recipes/half_billion.sh ROW` takes it. The figure: reward, share solved and held-out accuracy of the
 GRPO runs by step, over four steps, the placebo in grey.
 """
@@ -27,9 +27,11 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import agents
 import eval as evaluation
 from bench.shared import ROOT, processor, rows, save, shortened, smooth
 from slm.runs import stats
+from slm.runs.files import read_json
 
 RESULTS, FIGURE = ROOT / "results/half_billion", ROOT / "docs/half_billion.svg"
 ROWS = ["base", "sft-self", "sft-human", "sft-full", "grpo", "grpo-placebo", "sft-self-seed1",
@@ -68,14 +70,15 @@ def collect(runs: Path, results: Path, device: str) -> None:
     """Copy what is finished; print what is not, and the size of all."""
     for settings in sorted(runs.glob("*/settings.json")):
         run, to = settings.parent, results / settings.parent.name
-        if not any((run / made).exists() for made in ("summary.json", "adapter", "model")):
+        if not any((run / made).exists() for made in ("summary.json", "table.json", "adapter", "model")):
             print(f"{run.name}: not finished, left out")
             continue
         to.mkdir(parents=True, exist_ok=True)
         about = json.loads(without_folders(settings.read_text(), runs))
         (to / "settings.json").write_text(json.dumps(about | {"device": device}, indent=1) + "\n")
-        if (run / "summary.json").exists():
-            (to / "summary.json").write_text(without_folders((run / "summary.json").read_text(), runs))
+        for made in ("summary.json", "table.json"):
+            if (run / made).exists():
+                (to / made).write_text(without_folders((run / made).read_text(), runs))
         for name, short in (("metrics", shorter), ("answers", stripped)):
             if found := rows(run / f"{name}.jsonl"):
                 lines = (json.dumps(short(row), ensure_ascii=False, separators=(",", ":")) for row in found)
@@ -132,6 +135,9 @@ def tables(results: Path) -> str:
         if any(gains):
             (points, p), (sampled_points, _) = (found or ("", "") for found in gains)
             text.append(f"| {name} | {other} | {points} | {p} | {sampled_points} |")
+    if found := read_json(results / "searches/table.json", {}):
+        text += ["", "```", agents.table(found, len(found["solver"]["right"])).strip(),
+                 agents.against_control(found), "```"]
     text += ["", f"Device: {'; '.join(sorted(devices))}. Commits: {', '.join(sorted(commits))}."]
     return "\n".join(text)
 
@@ -169,7 +175,8 @@ def gain(runs: dict[str, evaluation.Saved], a: str, b: str) -> tuple[str, str] |
 
 def draw(results: Path, to: Path) -> bool:
     """A panel for each curve that there is; whether there was one."""
-    runs = {path.parent.name: rows(path) for path in sorted(results.glob("grpo*/metrics.jsonl"))}
+    runs = {path.parent.name: rows(path) for path in sorted(results.glob("*/metrics.jsonl"))
+            if path.parent.name.startswith(("grpo", "dapo"))}
     shown = [key for key in CURVES if any(key in row for found in runs.values() for row in found)]
     if not shown:
         return False

@@ -24,6 +24,9 @@ DAPO=("${GRPO[@]}" --algorithm dapo --resample 2 --lr 1e-4)
 GREEDY=(--data gsm8k --limit 500 --max-tokens 400 --batch 192 "${DEVICE[@]}")
 WORKED=(--data gsm8k --limit 200 --max-tokens 400 --batch 192 "${DEVICE[@]}")
 SAMPLED=(--data gsm8k --limit 200 --max-tokens 400 --batch 192 --samples 4 --temperature 1 "${DEVICE[@]}")
+STEPS=(--data gsm8k --limit 120 --samples 2 --completions 4 --bisect --max-tokens 400 "${DEVICE[@]}")
+SEARCHES=(--data gsm8k --limit 100 --max-tokens 400 --workflow best_of_n,weighted_vote,dvts --budget 1,2,4,8,16
+          "${DEVICE[@]}")
 ROWS="base sft-self sft-human sft-full grpo grpo-placebo sft-self-seed1 grpo-seed1 dapo dapo-base"
 WORKFLOWS="majority_vote python_tools solver_checker_with_tools solver_checker_stateless solver_verifier"
 
@@ -59,7 +62,13 @@ take() {
     eval-*:*) row=${1#eval-}; stage "${1/:/-}" eval.py --model "$(answerer "${row%:*}")" --workflow "${row#*:}" "${WORKED[@]}" ;;
     eval-*) stage "$1" eval.py --model "$(answerer "${1#eval-}")" "${GREEDY[@]}" ;;
     sampled-*) stage "$1" eval.py --model "$(answerer "${1#sampled-}")" "${SAMPLED[@]}" ;;
-    *) echo "error: stage $1: expected data, a row ($ROWS), eval-ROW, sampled-ROW or eval-ROW:WORKFLOW"; exit 2 ;;
+    # 6. Search: what becomes of the steps of the second SFT adapter's solutions, a verifier that learns it, and
+    # searches with that verifier at several budgets.
+    steps) "$PYTHON" make_data.py steps --model "$RUNS/sft-self-seed1/adapter" "${STEPS[@]}" --out "$RUNS/steps" ;;
+    verifier) stage "$1" train_sft.py --model "$MODEL" --data "$RUNS/steps/hard.jsonl" "${LORA[@]}" "${SFT[@]}" ;;
+    searches) stage "$1" agents.py --model "$MODEL" --adapter "solver=$RUNS/sft-self-seed1/adapter" \
+      --adapter "verifier=$RUNS/verifier/adapter" "${SEARCHES[@]}" ;;
+    *) echo "error: stage $1: expected data, a row ($ROWS), eval-ROW, sampled-ROW, eval-ROW:WORKFLOW, steps, verifier or searches"; exit 2 ;;
   esac
 }
 
@@ -78,6 +87,7 @@ if [ $# -gt 0 ]; then
 fi
 for one in data ${ROWS#base}; do take "$one"; done
 for row in $ROWS; do take "eval-$row"; take "sampled-$row"; done
+for one in steps verifier searches; do take "$one"; done
 for row in base dapo; do
   for workflow in $WORKFLOWS; do take "eval-$row:$workflow"; done
 done

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import agents
 import eval as evaluation
 from bench import demo, half_billion, objectives, roles, self_evolution, verifiers
 from bench.shared import rows
@@ -25,12 +26,15 @@ def score(out, *more):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """runs/half_billion of some folder: three evaluations by the built-in model, two GRPO runs."""
+    """runs/half_billion of some folder: evaluations and a search by the built-in model, two GRPO runs."""
     folder = tmp_path_factory.mktemp("somebody") / "runs/half_billion"
     for name, more in (("eval-base", ()), ("eval-grpo", ()),
                        ("eval-grpo-python_tools", ("--workflow", "python_tools", "--limit", "2")),
                        ("sampled-base", ("--samples", "2", "--temperature", "1"))):
         score(folder / name, *more)
+    words = ["--limit", "2", "--workflow", "weighted_vote", "--budget", "1,2", "--out",
+             str(folder / "searches")]
+    agents.main(cli.resolve(agents.options().parse_args(words), agents.PAPER, agents.TINY))
     for name in ("grpo", "grpo-placebo", "dapo-base"):
         (folder / name).mkdir()
         settings = {"out": str(folder / name), "model": "/home/somebody/models/small", "batch": 8}
@@ -84,6 +88,13 @@ def test_a_workflow_is_compared_with_a_single_pass_on_its_own_problems(runs, res
         assert float(cells[1].split()[0]) == 50 * sum(row["correct"] for row in answers)
     gain = 50 * sum(b["correct"] - a["correct"] for a, b in zip(alone, asked))
     assert worked.split(" | ")[3].startswith(f"{gain:+.1f} [") and gain > 0
+
+
+def test_searches_are_told_beside_votes_with_as_many_tokens(runs, results):
+    found = json.loads((runs / "searches/table.json").read_text())
+    text = half_billion.tables(results)
+    assert agents.against_control(found) in text and "weighted_vote@2" in agents.against_control(found)
+    assert agents.table(found, 2).strip() in text
 
 
 def test_small_files_can_be_graded_again(results, tmp_path, capsys):
