@@ -27,13 +27,13 @@ SAMPLED=(--data gsm8k --limit 200 --max-tokens 400 --batch 192 --samples 4 --tem
 STEPS=(--data gsm8k --limit 120 --samples 2 --completions 4 --bisect --max-tokens 400 "${DEVICE[@]}")
 SEARCHES=(--data gsm8k --limit 100 --max-tokens 400 --workflow best_of_n,weighted_vote,dvts --budget 1,2,4,8,16
           "${DEVICE[@]}")
-ROWS="base sft-self sft-human sft-full grpo grpo-placebo sft-self-seed1 grpo-seed1 dapo dapo-base"
+ROWS="base sft-self sft-human sft-full sft-full-report grpo grpo-placebo sft-self-seed1 grpo-seed1 dapo dapo-base"
 WORKFLOWS="majority_vote python_tools solver_checker_with_tools solver_checker_stateless solver_verifier"
 
 answerer() {
   case $1 in
     base) echo "$MODEL" ;;
-    sft-full) echo "$RUNS/$1/model" ;;
+    sft-full*) echo "$RUNS/$1/model" ;;
     *) echo "$RUNS/$1/adapter" ;;
   esac
 }
@@ -47,7 +47,10 @@ take() {
     sft-self) stage "$1" train_sft.py --model "$MODEL" --data "$RUNS/data/records.jsonl" "${LORA[@]}" "${SFT[@]}" ;;
     sft-self-seed1) stage "$1" train_sft.py --model "$MODEL" --data "$RUNS/data/records.jsonl" "${LORA[@]}" \
       "${SFT[@]}" --seed 1 ;;
-    sft-full) stage "$1" train_sft.py --model "$MODEL" --data "$RUNS/data/records.jsonl" --full "${SFT[@]}" ;;
+    sft-full) stage "$1" train_sft.py --model "$MODEL" --data "$RUNS/data/records.jsonl" --full "${SFT[@]}" \
+      --lr 1e-5 ;;
+    sft-full-report) stage "$1" train_sft.py --model "$MODEL" --data "$RUNS/data/records.jsonl" --full "${SFT[@]}" \
+      --lr 5e-5 ;;  # the report's rate
     sft-human) stage "$1" train_sft.py --model "$MODEL" --data gsm8k --limit 250 "${LORA[@]}" "${SFT[@]}" ;;
     # 3. GRPO from the SFT adapter, with a coin's toss as the reward, and from the second one. Then as DAPO has it (the
     # loss a mean of all tokens, replies near the limit punished), at half the rate: from that adapter and from base.
