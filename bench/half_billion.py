@@ -7,10 +7,10 @@ A collected run is its settings.json (and the device, without folders of this ma
 table.json, metrics.jsonl and answers.jsonl without token ids, questions and all but the end of each response:
 enough to make the tables and to grade again. All of it stays under 5 MB.
 
-The tables: greedy answers, then sampled ones, each row over base; then for each model that was asked in
-workflows these over its single pass on the same problems; what is over what; and the searches. A row is named
-as `bash recipes/half_billion.sh ROW` takes it. The figure: reward, share solved and held-out accuracy of the
-GRPO runs by step, over four steps, the placebo in grey.
+The tables: greedy answers, sampled ones, those on MATH-500, each row over base; then for each model that was
+asked in workflows these over its single pass on the same problems; what is over what; and the searches. A row
+is named as `bash recipes/half_billion.sh ROW` takes it. The figure: reward, share solved and held-out
+accuracy of the GRPO runs by step, over four steps, the placebo in grey.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def stripped(row: dict) -> dict:
 # ---- tables ----------------------------------------------------------------------------------------------
 
 def saved(results: Path, kind: str) -> dict[str, evaluation.Saved]:
-    """Row -> its run, for kind "eval" or "sampled": those that are there, the known ones first, in order."""
+    """Row -> its run, for kind "eval", "sampled" or "math": those that are there, the known ones first."""
     there = {folder.name.removeprefix(f"{kind}-") for folder in results.glob(f"{kind}-*")}
     names = [name for name in [*ROWS, *WORKED] if name in there]
     names += sorted(there - set(names))
@@ -116,9 +116,9 @@ def saved(results: Path, kind: str) -> dict[str, evaluation.Saved]:
 
 
 def tables(results: Path) -> str:
-    greedy, sampled = saved(results, "eval"), saved(results, "sampled")
+    greedy, sampled, math = (saved(results, kind) for kind in ("eval", "sampled", "math"))
     text, devices, commits = [], set(), set()
-    for kind, runs in (("eval", greedy), ("sampled", sampled)):
+    for kind, runs in (("eval", greedy), ("sampled", sampled), ("math", math)):
         for name, run in runs.items():
             about = json.loads((run.path / "settings.json").read_text())
             devices.add(about["device"])

@@ -22,6 +22,7 @@ GRPO=(--data gsm8k --batch 8 --samples 8 --resample 1 --steps 24 --lr 2e-4 --kl 
       --max-tokens 400 --evaluate 0 "${DEVICE[@]}")
 DAPO=("${GRPO[@]}" --algorithm dapo --resample 2 --lr 1e-4)
 GREEDY=(--data gsm8k --limit 500 --max-tokens 400 --batch 192 "${DEVICE[@]}")
+MATH=(--data math500 --limit 200 --max-tokens 800 --batch 192 "${DEVICE[@]}")
 WORKED=(--data gsm8k --limit 200 --max-tokens 400 --batch 192 "${DEVICE[@]}")
 SAMPLED=(--data gsm8k --limit 200 --max-tokens 400 --batch 192 --samples 4 --temperature 1 "${DEVICE[@]}")
 STEPS=(--data gsm8k --limit 120 --samples 2 --completions 4 --bisect --max-tokens 400 "${DEVICE[@]}")
@@ -64,6 +65,7 @@ take() {
     # 4. Agents: eval-ROW:WORKFLOW.  5. Evaluation: the same problems and decoding for all rows.
     eval-*:*) row=${1#eval-}; stage "${1/:/-}" eval.py --model "$(answerer "${row%:*}")" --workflow "${row#*:}" "${WORKED[@]}" ;;
     eval-*) stage "$1" eval.py --model "$(answerer "${1#eval-}")" "${GREEDY[@]}" ;;
+    math-*) stage "$1" eval.py --model "$(answerer "${1#math-}")" "${MATH[@]}" ;;
     sampled-*) stage "$1" eval.py --model "$(answerer "${1#sampled-}")" "${SAMPLED[@]}" ;;
     # 6. Search: what becomes of the steps of the second SFT adapter's solutions, a verifier that learns it, and
     # searches with that verifier at several budgets.
@@ -71,7 +73,7 @@ take() {
     verifier) stage "$1" train_sft.py --model "$MODEL" --data "$RUNS/steps/hard.jsonl" "${LORA[@]}" "${SFT[@]}" ;;
     searches) stage "$1" agents.py --model "$MODEL" --adapter "solver=$RUNS/sft-self-seed1/adapter" \
       --adapter "verifier=$RUNS/verifier/adapter" "${SEARCHES[@]}" ;;
-    *) echo "error: stage $1: expected data, a row ($ROWS), eval-ROW, sampled-ROW, eval-ROW:WORKFLOW, steps, verifier or searches"; exit 2 ;;
+    *) echo "error: stage $1: expected data, a row ($ROWS), eval-ROW, sampled-ROW, math-ROW, eval-ROW:WORKFLOW, steps, verifier or searches"; exit 2 ;;
   esac
 }
 
@@ -90,6 +92,7 @@ if [ $# -gt 0 ]; then
 fi
 for one in data ${ROWS#base}; do take "$one"; done
 for row in $ROWS; do take "eval-$row"; take "sampled-$row"; done
+for row in base sft-self-seed1 dapo; do take "math-$row"; done
 for one in steps verifier searches; do take "$one"; done
 for row in base dapo; do
   for workflow in $WORKFLOWS; do take "eval-$row:$workflow"; done

@@ -30,7 +30,8 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("somebody") / "runs/half_billion"
     for name, more in (("eval-base", ()), ("eval-grpo", ()),
                        ("eval-grpo-python_tools", ("--workflow", "python_tools", "--limit", "2")),
-                       ("sampled-base", ("--samples", "2", "--temperature", "1"))):
+                       ("sampled-base", ("--samples", "2", "--temperature", "1")),
+                       ("math-base", ("--data", "tiny-unseen"))):
         score(folder / name, *more)
     words = ["--limit", "2", "--workflow", "weighted_vote", "--budget", "1,2", "--out",
              str(folder / "searches")]
@@ -67,7 +68,7 @@ def test_collected_runs_are_small_and_name_no_folder_of_the_machine(runs, result
 
 def test_the_tables_of_the_small_files_are_those_of_the_runs(runs, results):
     text = half_billion.tables(results)
-    for kind, names in (("eval", ["base", "grpo"]), ("sampled", ["base"])):
+    for kind, names in (("eval", ["base", "grpo"]), ("sampled", ["base"]), ("math", ["base"])):
         whole = [evaluation.saved(runs / f"{kind}-{name}")[0] for name in names]
         for line in evaluation.table(whole, markdown=True).splitlines():
             assert line in text.splitlines()
