@@ -4,8 +4,9 @@
     python bench/half_billion.py                               tables of RESULTS.md, docs/half_billion.svg
 
 A collected run is its settings.json (and the device, without folders of this machine), summary.json or
-table.json, metrics.jsonl and answers.jsonl without token ids, questions and all but the end of each response:
-enough to make the tables and to grade again. All of it stays under 5 MB.
+table.json, metrics.jsonl and answers.jsonl without token ids, questions and all but the end of each response,
+80 characters of it or, if these would be graded otherwise, 200: enough to make the tables and to grade again.
+All of it stays under 5 MB.
 
 The tables: greedy answers, sampled ones, those on MATH-500, each row over base; then for each model that was
 asked in workflows these over its single pass on the same problems; what is over what; and the searches. A row
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import agents
 import eval as evaluation
 from bench.shared import ROOT, processor, rows, save, shortened, smooth
+from slm.grading import grade
 from slm.runs import stats
 from slm.runs.files import read_json
 
@@ -44,7 +46,7 @@ OVER = [("sft-self", "base"), ("sft-human", "base"), ("sft-full", "base"), ("sft
         ("grpo-seed1", "sft-self-seed1"), ("dapo", "sft-self-seed1"), ("dapo-base", "base")]
 FIELDS = ("id", "data", "level", "subject", "gold", "answer", "correct", "reason", "sample", "tokens",
           "finish")
-END = 200  # characters of a response
+ENDS = 80, 200  # characters of a response
 LIMIT = 5e6  # bytes
 CURVES = {"reward": "reward", "solved": "solved while sampling (share)", "evaluated": "held out (share)"}
 FOLDER = re.compile(r"(?<![\w.:/~-])/(?:[^/\s\"':,=]+/)+")  # /home/me/runs/
@@ -102,7 +104,15 @@ def stripped(row: dict) -> dict:
     """An answer without ids, question and the start of its response; the first answer where it is another."""
     first = ("first_answer", "first_correct") if row["first_answer"] != row["answer"] else ()
     return {name: row[name] for name in FIELDS + first if name in row} | {
-        "boxed": evaluation.in_box(row), "response": row["response"][-END:]}
+        "boxed": evaluation.in_box(row), "response": end_of(row)}
+
+
+def end_of(row: dict) -> str:
+    for end in (row["response"][-count:] for count in ENDS):
+        graded = grade(end, row["gold"])
+        if (graded.correct, graded.answer) == (row["correct"], row["answer"]):
+            break
+    return end
 
 
 # ---- tables ----------------------------------------------------------------------------------------------
