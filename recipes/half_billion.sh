@@ -5,7 +5,7 @@
 # keeps the memory of training at 4.7 GB; two of these runs at the same time gain nothing over one after the other.
 #
 #   bash recipes/half_billion.sh                  everything, in runs/half_billion
-#   bash recipes/half_billion.sh --dry-run        steps, tokens, hours and memory here, after some minutes
+#   bash recipes/half_billion.sh --dry-run        steps, tokens, hours and memory here, by a part of each (one core: 20 minutes)
 #   bash recipes/half_billion.sh sft-self grpo    only these stages, in this order
 #   MODEL=path/to/model RUNS=runs/mine DEVICE=cuda bash recipes/half_billion.sh
 set -euo pipefail
@@ -79,7 +79,7 @@ take() {
 
 if [ "${1:-}" = --dry-run ]; then
   for script in "make_data.py ${DATA[*]}" "train_sft.py --data gsm8k --limit 250 ${LORA[*]} ${SFT[*]}" \
-      "train_grpo.py ${GRPO[*]}" "eval.py ${GREEDY[*]}" "eval.py ${SAMPLED[*]}"; do
+      "train_grpo.py ${GRPO[*]}" "eval.py ${GREEDY[*]} --batch 64" "eval.py ${SAMPLED[*]} --batch 64"; do
     printf '\n==== %s\n' "$script"
     "$PYTHON" $script --model "$MODEL" --dry-run
   done
