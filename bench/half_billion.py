@@ -47,6 +47,7 @@ OVER = [("sft-self", "base"), ("sft-human", "base"), ("sft-full", "base"), ("sft
 FIELDS = ("id", "data", "level", "subject", "gold", "answer", "correct", "reason", "sample", "tokens",
           "finish")
 ENDS = 80, 200  # characters of a response
+SUMMARIES = "summary.json", "table.json"  # what eval.py and agents.py end with
 LIMIT = 5e6  # bytes
 CURVES = {"reward": "reward", "solved": "solved while sampling (share)", "evaluated": "held out (share)"}
 FOLDER = re.compile(r"(?<![\w.:/~-])/(?:[^/\s\"':,=]+/)+")  # /home/me/runs/
@@ -72,13 +73,13 @@ def collect(runs: Path, results: Path, device: str) -> None:
     """Copy what is finished; print what is not, and the size of all."""
     for settings in sorted(runs.glob("*/settings.json")):
         run, to = settings.parent, results / settings.parent.name
-        if not any((run / made).exists() for made in ("summary.json", "table.json", "adapter", "model")):
+        if not any((run / made).exists() for made in (*SUMMARIES, "adapter", "model")):
             print(f"{run.name}: not finished, left out")
             continue
         to.mkdir(parents=True, exist_ok=True)
         about = json.loads(without_folders(settings.read_text(), runs))
         (to / "settings.json").write_text(json.dumps(about | {"device": device}, indent=1) + "\n")
-        for made in ("summary.json", "table.json"):
+        for made in SUMMARIES:
             if (run / made).exists():
                 (to / made).write_text(without_folders((run / made).read_text(), runs))
         for name, short in (("metrics", shorter), ("answers", stripped)):
@@ -108,6 +109,7 @@ def stripped(row: dict) -> dict:
 
 
 def end_of(row: dict) -> str:
+    """The shortest of the ends that is graded as the whole was, else the longest."""
     for end in (row["response"][-count:] for count in ENDS):
         graded = grade(end, row["gold"])
         if (graded.correct, graded.answer) == (row["correct"], row["answer"]):

@@ -5,7 +5,7 @@
 # keeps the memory of training at 4.7 GB; two of these runs at the same time gain nothing over one after the other.
 #
 #   bash recipes/half_billion.sh                  everything, in runs/half_billion
-#   bash recipes/half_billion.sh --dry-run        steps, tokens, hours and memory here, by a part of each (one core: 20 minutes)
+#   bash recipes/half_billion.sh --dry-run        steps, tokens, hours and memory here, by a part of each (data alone: 9 minutes of a core)
 #   bash recipes/half_billion.sh sft-self grpo    only these stages, in this order
 #   MODEL=path/to/model RUNS=runs/mine DEVICE=cuda bash recipes/half_billion.sh
 set -euo pipefail
@@ -18,9 +18,9 @@ DEVICE=(--device "${DEVICE:-auto}")
 DATA=(--teacher self --data gsm8k --limit 400 --samples 4 --max-tokens 400 "${DEVICE[@]}")
 SFT=(--batch 16 --epochs 2 --validate 0 "${DEVICE[@]}")
 LORA=(--lora --targets all --lr 2e-4 --dropout 0)
-GRPO=(--data gsm8k --batch 8 --samples 8 --resample 1 --steps 24 --lr 2e-4 --kl 0 --temperature 1
-      --max-tokens 400 --evaluate 0 "${DEVICE[@]}")
-DAPO=("${GRPO[@]}" --algorithm dapo --resample 2 --lr 1e-4)
+RL=(--data gsm8k --batch 8 --samples 8 --steps 24 --kl 0 --temperature 1 --max-tokens 400 --evaluate 0 "${DEVICE[@]}")
+GRPO=("${RL[@]}" --resample 1 --lr 2e-4)
+DAPO=("${RL[@]}" --algorithm dapo --resample 2 --lr 1e-4)
 GREEDY=(--data gsm8k --limit 500 --max-tokens 400 --batch 192 "${DEVICE[@]}")
 MATH=(--data math500 --limit 200 --max-tokens 800 --batch 192 "${DEVICE[@]}")
 WORKED=(--data gsm8k --limit 200 --max-tokens 400 --batch 192 "${DEVICE[@]}")
@@ -39,19 +39,21 @@ answerer() {
   esac
 }
 
+learn() {  # ROW OPTIONS: SFT on the model's own solutions
+  local row=$1; shift
+  stage "$row" train_sft.py --model "$MODEL" --data "$RUNS/data/records.jsonl" "${SFT[@]}" "$@"
+}
+
 take() {
   local row
   case $1 in
     # 1. Data: the model's own solutions, the right ones kept. (This script goes on without --resume.)
     data) "$PYTHON" make_data.py --model "$MODEL" "${DATA[@]}" --out "$RUNS/data" ;;
     # 2. SFT on them, by adapters or of all weights, and on as many of GSM8K's own solutions.
-    sft-self) stage "$1" train_sft.py --model "$MODEL" --data "$RUNS/data/records.jsonl" "${LORA[@]}" "${SFT[@]}" ;;
-    sft-self-seed1) stage "$1" train_sft.py --model "$MODEL" --data "$RUNS/data/records.jsonl" "${LORA[@]}" \
-      "${SFT[@]}" --seed 1 ;;
-    sft-full) stage "$1" train_sft.py --model "$MODEL" --data "$RUNS/data/records.jsonl" --full "${SFT[@]}" \
-      --lr 1e-5 ;;
-    sft-full-report) stage "$1" train_sft.py --model "$MODEL" --data "$RUNS/data/records.jsonl" --full "${SFT[@]}" \
-      --lr 5e-5 ;;  # the report's rate
+    sft-self) learn "$1" "${LORA[@]}" ;;
+    sft-self-seed1) learn "$1" "${LORA[@]}" --seed 1 ;;
+    sft-full) learn "$1" --full --lr 1e-5 ;;
+    sft-full-report) learn "$1" --full --lr 5e-5 ;;  # the report's rate
     sft-human) stage "$1" train_sft.py --model "$MODEL" --data gsm8k --limit 250 "${LORA[@]}" "${SFT[@]}" ;;
     # 3. GRPO from the SFT adapter, with a coin's toss as the reward, and from the second one. Then as DAPO has it (the
     # loss a mean of all tokens, replies near the limit punished), at half the rate: from that adapter and from base.

@@ -128,4 +128,3 @@ def test_peak_memory_counts_what_is_held_for_a_moment():
     said = subprocess.run([sys.executable, "-c", GROWS], cwd=ROOT, capture_output=True, text=True, check=True)
     held, peak = map(float, said.stdout.split())  # GB
     assert held <= peak < held + 0.8  # the interpreter and PyTorch are the rest
-

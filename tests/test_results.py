@@ -18,10 +18,9 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "RESULTS.md").read_text()
 
 
-def score(out, *more):
-    words = ["--limit", "3", "--max-tokens", "100", "--out", str(out), *more]
-    args = evaluation.options().parse_args(words)
-    evaluation.main(cli.resolve(args, evaluation.PAPER, evaluation.TINY))
+def run(script, out, *words):
+    args = script.options().parse_args(["--out", str(out), *words])
+    script.main(cli.resolve(args, script.PAPER, script.TINY))
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +31,8 @@ def runs(tmp_path_factory):
                        ("eval-grpo-python_tools", ("--workflow", "python_tools", "--limit", "2")),
                        ("sampled-base", ("--samples", "2", "--temperature", "1")),
                        ("math-base", ("--data", "tiny-unseen"))):
-        score(folder / name, *more)
-    words = ["--limit", "2", "--workflow", "weighted_vote", "--budget", "1,2", "--out",
-             str(folder / "searches")]
-    agents.main(cli.resolve(agents.options().parse_args(words), agents.PAPER, agents.TINY))
+        run(evaluation, folder / name, "--limit", "3", "--max-tokens", "100", *more)
+    run(agents, folder / "searches", "--limit", "2", "--workflow", "weighted_vote", "--budget", "1,2")
     for name in ("grpo", "grpo-placebo", "dapo-base"):
         (folder / name).mkdir()
         settings = {"out": str(folder / name), "model": "/home/somebody/models/small", "batch": 8}
