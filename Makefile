@@ -37,7 +37,7 @@ bench: .venv/.dev
 results: .venv/.run
 	$(PY) bench/demo.py --table
 	$(PY) bench/half_billion.py
-	for b in objectives verifiers roles self_evolution; do $(PY) bench/$$b.py --table || exit 1; done
+	for b in objectives verifiers roles self_evolution budgets; do $(PY) bench/$$b.py --table || exit 1; done
 
 lint: .venv/.dev
 	$(PY) -m ruff check .

@@ -8,7 +8,7 @@ import pytest
 
 import agents
 import eval as evaluation
-from bench import demo, half_billion, objectives, roles, self_evolution, verifiers
+from bench import budgets, demo, half_billion, objectives, roles, self_evolution, verifiers
 from bench.shared import rows
 from slm.problems import load
 from slm.runs import cli
@@ -121,7 +121,7 @@ def test_the_committed_files_give_the_tables_of_results_md():
         files = [path for path in half_billion.RESULTS.rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in files) < half_billion.LIMIT
     made = [verifiers.table(verifiers.read(verifiers.RESULTS)), roles.tables(roles.RESULTS).splitlines(),
-            self_evolution.table(self_evolution.RESULTS)]
+            self_evolution.table(self_evolution.RESULTS), budgets.tables(budgets.RESULTS)]
     for lines in made:
         assert len(lines) <= 5 or all(line in TEXT for line in lines)  # no more than heads: none has run
 
@@ -155,6 +155,27 @@ def test_a_policy_is_compared_with_the_start_and_with_plain_sampling(tmp_path):
     assert [cell.split()[0] for cell in cells[5:8]] == ["100.0", "+75.0", "+50.0"]
     assert start.startswith("| start-0 | 1 |  |  |  | 25.0 (") and "| +25.0 [" in sampling
     assert self_evolution.table(tmp_path / "none")[2:] == []
+
+
+def test_a_search_is_drawn_against_the_tokens_that_it_took(tmp_path):
+    def one(right, tokens):
+        return agents.summary([{"correct": r, "first_correct": r, "asks": 1, "tokens": tokens, "failures": [],
+                                "answer": "1"} for r in right], None) | {"seconds": 1}
+
+    found = {"solver": one([1, 0], 10), "self_consistency@2": one([1, 0], 40), "dvts@2": one([1, 1], 35),
+             "self_consistency@1": one([0, 0], 20), "dvts@1": one([1, 0], 15), "python_tools": one([1, 1], 9)}
+    curves = budgets.curves(found)
+    assert {name: [point[:2] for point in points] for name, points in curves.items()} == {
+        "self_consistency": [(20, 0), (40, 0.5)], "dvts": [(15, 0.5), (35, 1)]}
+    budgets.draw({"tiny": found, "not run": {}}, tmp_path / "figure.svg")
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert drawn.count('id="axes_') == 1 and 'id="FillBetweenPolyCollection_1"' in drawn
+    (tmp_path / "table.json").write_text(json.dumps(found))
+    lines = budgets.tables(tmp_path)
+    assert lines[0].startswith("2 problems;")
+    assert any(line.startswith("dvts@1") and "+50.0 [" in line and "over self_consistency@1" in line
+               for line in lines)
+    assert budgets.tables(tmp_path / "none") == []
 
 
 class Written:
