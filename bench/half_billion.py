@@ -37,13 +37,14 @@ from slm.runs.files import read_json
 
 RESULTS, FIGURE = ROOT / "results/half_billion", ROOT / "docs/half_billion.svg"
 ROWS = ["base", "sft-self", "sft-human", "sft-full", "sft-full-report", "grpo", "grpo-placebo",
-        "sft-self-seed1", "grpo-seed1", "dapo", "dapo-base"]
+        "sft-self-seed1", "sft-self-long", "grpo-seed1", "dapo", "dapo-base"]
 WORKFLOWS = ["majority_vote", "python_tools", "solver_checker_with_tools", "solver_checker_stateless",
              "solver_verifier"]
 WORKED = [f"{row}-{workflow}" for row in ROWS for workflow in WORKFLOWS]
 OVER = [("sft-self", "base"), ("sft-human", "base"), ("sft-full", "base"), ("sft-full-report", "base"),
         ("grpo", "sft-self"), ("grpo", "grpo-placebo"), ("sft-self-seed1", "base"),
-        ("grpo-seed1", "sft-self-seed1"), ("dapo", "sft-self-seed1"), ("dapo-base", "base")]
+        ("sft-self-long", "base"), ("grpo-seed1", "sft-self-seed1"),
+        ("dapo", "sft-self-seed1"), ("dapo-base", "base")]
 FIELDS = ("id", "data", "level", "subject", "gold", "answer", "correct", "reason", "sample", "tokens",
           "finish")
 ENDS = 80, 200  # characters of a response

@@ -16,7 +16,7 @@ RUNS=${RUNS:-runs/half_billion}
 DEVICE=(--device "${DEVICE:-auto}")
 
 DATA=(--teacher self --data gsm8k --limit 400 --samples 4 --max-tokens 400 "${DEVICE[@]}")
-SFT=(--batch 16 --epochs 2 --validate 0 "${DEVICE[@]}")
+SFT=(--batch 16 --validate 0 "${DEVICE[@]}")
 LORA=(--lora --targets all --lr 2e-4 --dropout 0)
 RL=(--data gsm8k --batch 8 --samples 8 --steps 24 --kl 0 --temperature 1 --max-tokens 400 --evaluate 0 "${DEVICE[@]}")
 GRPO=("${RL[@]}" --resample 1 --lr 2e-4)
@@ -28,7 +28,7 @@ SAMPLED=(--data gsm8k --limit 200 --max-tokens 400 --batch 192 --samples 4 --tem
 STEPS=(--data gsm8k --limit 120 --samples 2 --completions 4 --bisect --max-tokens 400 "${DEVICE[@]}")
 SEARCHES=(--data gsm8k --limit 100 --max-tokens 400 --workflow best_of_n,weighted_vote,dvts --budget 1,2,4,8,16
           "${DEVICE[@]}")
-ROWS="base sft-self sft-human sft-full sft-full-report grpo grpo-placebo sft-self-seed1 grpo-seed1 dapo dapo-base"
+ROWS="base sft-self sft-human sft-full sft-full-report grpo grpo-placebo sft-self-seed1 sft-self-long grpo-seed1 dapo dapo-base"
 WORKFLOWS="majority_vote python_tools solver_checker_with_tools solver_checker_stateless solver_verifier"
 
 answerer() {
@@ -52,6 +52,7 @@ take() {
     # 2. SFT on them, by adapters or of all weights, and on as many of GSM8K's own solutions.
     sft-self) learn "$1" "${LORA[@]}" ;;
     sft-self-seed1) learn "$1" "${LORA[@]}" --seed 1 ;;
+    sft-self-long) learn "$1" "${LORA[@]}" --seed 1 --epochs 6 ;;  # three times as long as the report trains
     sft-full) learn "$1" --full --lr 1e-5 ;;
     sft-full-report) learn "$1" --full --lr 5e-5 ;;  # the report's rate
     sft-human) stage "$1" train_sft.py --model "$MODEL" --data gsm8k --limit 250 "${LORA[@]}" "${SFT[@]}" ;;
